@@ -1,0 +1,303 @@
+// Sigmoid focal loss on the CPU: one pass over the logits, vectorised over elements, parallel over chunks.
+//
+// Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer in which each positive, and
+// each logit of an ignored row, is replaced by -inf, at which a negative has loss 0 and gradient 0; what is left is one
+// formula for the whole block. The few positives are added one by one.
+#include <algorithm>
+#include <atomic>
+#include <limits>
+#include <vector>
+
+#include "../checks.h"
+#include "../math/focal.h"
+#include "simd.h"
+
+namespace focalops {
+namespace {
+
+constexpr int64_t kBlock = 1024;         // logits in the buffers of one thread; they stay in the L1 cache
+constexpr int64_t kChunk = 16 * kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
+
+template <int Gamma, bool WithGrad, typename T>
+FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, T alpha, T gamma) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const LossAndGrad<T> value = focal_loss_and_grad<Gamma>(s[i], alpha, gamma);
+    loss[i] = value.loss;
+    if (WithGrad) {
+      grad[i] = value.grad;
+    }
+  }
+}
+
+template <int Gamma, bool WithGrad, typename T>
+FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n, FocalParams<T> params) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const LossAndGrad<T> value = soft_focal_loss_and_grad<Gamma>(x[i], t[i], params);
+    loss[i] = value.loss;
+    if (WithGrad) {
+      grad[i] = value.grad;
+    }
+  }
+}
+
+template <typename T>
+FOCALOPS_SIMD T sum_of(const T* values, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    sum += values[i];
+  }
+  return sum;
+}
+
+template <typename From, typename To>
+FOCALOPS_SIMD void convert(const From* from, To* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = static_cast<To>(from[i]);
+  }
+}
+
+template <typename T, typename To>
+FOCALOPS_SIMD void scale_and_convert(const T* from, T scale, To* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = static_cast<To>(scale * from[i]);
+  }
+}
+
+template <typename T, typename To>
+FOCALOPS_SIMD void multiply_and_convert(const T* a, const To* b, To* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = static_cast<To>(a[i] * static_cast<T>(b[i]));
+  }
+}
+
+template <typename T>
+struct Block {
+  alignas(64) T logits[kBlock];
+  alignas(64) T targets[kBlock];
+  alignas(64) T loss[kBlock];
+  alignas(64) T grad[kBlock];
+};
+
+template <typename scalar_t, typename target_t>
+struct DenseTargets {
+  using T = compute_t<scalar_t>;
+
+  const scalar_t* inputs;
+  const target_t* targets;
+  FocalParams<T> params;
+
+  template <int Gamma, bool WithGrad>
+  void evaluate(int64_t begin, int64_t n, Block<T>& block) {
+    convert(inputs + begin, block.logits, n);
+    convert(targets + begin, block.targets, n);
+    evaluate_soft<Gamma, WithGrad>(block.logits, block.targets, block.loss, block.grad, n, params);
+  }
+
+  void finish() const {}
+};
+
+template <typename scalar_t, typename index_t>
+struct ClassIndexTargets {
+  using T = compute_t<scalar_t>;
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
+
+  const scalar_t* inputs;
+  const index_t* targets;
+  FocalParams<T> params;
+  int64_t num_classes;
+  int64_t ignore_index;
+  std::atomic<int64_t> invalid{kNone};
+
+  template <int Gamma, bool WithGrad>
+  void evaluate(int64_t begin, int64_t n, Block<T>& block) {
+    constexpr T kNoLoss = -std::numeric_limits<T>::infinity();
+    struct Positive {
+      int64_t at;
+      T logit;
+    } positives[kBlock];
+    int64_t num_positives = 0;
+
+    convert(inputs + begin, block.logits, n);
+    const int64_t end = begin + n;
+    for (int64_t row = begin / num_classes; row * num_classes < end; ++row) {
+      const int64_t row_begin = row * num_classes - begin;  // in the block, negative where the row began before it
+      const int64_t target = targets[row];
+      if (target == ignore_index) {
+        const int64_t row_end = std::min(row_begin + num_classes, n);
+        std::fill(block.logits + std::max<int64_t>(row_begin, 0), block.logits + row_end, kNoLoss);
+      } else if (target >= 0 && target < num_classes) {
+        const int64_t at = row_begin + target;
+        if (at >= 0 && at < n) {
+          positives[num_positives++] = {at, block.logits[at]};
+          block.logits[at] = kNoLoss;
+        }
+      } else if (target != num_classes) {
+        invalid.store(target, std::memory_order_relaxed);
+      }
+    }
+    evaluate_negatives<Gamma, WithGrad>(block.logits, block.loss, block.grad, n, params.alpha_negative, params.gamma);
+    for (int64_t i = 0; i < num_positives; ++i) {
+      const auto [at, logit] = positives[i];
+      const LossAndGrad<T> value = focal_loss_and_grad<Gamma>(-logit, params.alpha_positive, params.gamma);
+      block.loss[at] = value.loss;
+      block.grad[at] = -value.grad;
+    }
+  }
+
+  void finish() const {
+    const int64_t target = invalid.load();
+    if (target != kNone) {
+      fail("sigmoid_focal_loss: class-index targets must lie in [0, ", num_classes, "] or equal ignore_index, ",
+           ignore_index, ", got ", target);
+    }
+  }
+};
+
+// Calls f(scalar type tag, targets) with a DenseTargets or a ClassIndexTargets.
+template <typename F>
+void dispatch_targets(const Tensor& inputs, const Tensor& targets, double alpha, double gamma, int64_t ignore_index, F&& f) {
+  dispatch_floating(inputs.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
+    const auto params = focal_params<T>(alpha, gamma);
+    if (!targets_are_dense(inputs, targets)) {
+      dispatch_index(targets.scalar_type(), [&](auto index_tag) {
+        using index_t = tag_t<decltype(index_tag)>;
+        ClassIndexTargets<scalar_t, index_t> classes{
+            logits, static_cast<const index_t*>(targets.const_data_ptr()), params, inputs.size(inputs.dim() - 1), ignore_index};
+        f(tag, classes);
+      });
+    } else if (targets.scalar_type() == inputs.scalar_type()) {
+      DenseTargets<scalar_t, scalar_t> dense{logits, static_cast<const scalar_t*>(targets.const_data_ptr()), params};
+      f(tag, dense);
+    } else {
+      DenseTargets<scalar_t, T> dense{logits, static_cast<const T*>(targets.const_data_ptr()), params};
+      f(tag, dense);
+    }
+  });
+}
+
+// Evaluates the loss (and the gradient) of every logit and hands each block to consume(begin, n, block).
+template <bool WithGrad, typename Targets, typename Consume>
+void for_each_block(Targets& targets, int64_t numel, double gamma, const Consume& consume) {
+  using T = typename Targets::T;
+  const int64_t num_chunks = (numel + kChunk - 1) / kChunk;
+  dispatch_gamma(gamma, [&](auto gamma_constant) {
+    constexpr int Gamma = decltype(gamma_constant)::value;
+    torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
+      Block<T> block;
+      const int64_t end = std::min(last_chunk * kChunk, numel);
+      for (int64_t begin = first_chunk * kChunk; begin < end; begin += kBlock) {
+        const int64_t n = std::min(kBlock, end - begin);
+        targets.template evaluate<Gamma, WithGrad>(begin, n, block);
+        consume(begin, n, block);
+      }
+    });
+  });
+  targets.finish();
+}
+
+Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
+                              int64_t ignore_index) {
+  check_focal_loss(inputs_, targets_, gamma);
+  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  Tensor output = torch::stable::empty_like(inputs);
+  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
+    using scalar_t = tag_t<decltype(tag)>;
+    auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
+    for_each_block<false>(evaluator, inputs.numel(), gamma,
+                          [&](int64_t begin, int64_t n, const auto& block) { convert(block.loss, out + begin, n); });
+  });
+  return output;
+}
+
+Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor& inputs_, const Tensor& targets_, double alpha,
+                                       double gamma, int64_t ignore_index) {
+  check_focal_loss_backward(grad_output_, inputs_, targets_, gamma);
+  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor grad_output = torch::stable::contiguous(grad_output_);
+  Tensor grad_inputs = torch::stable::empty_like(inputs);
+  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
+    using scalar_t = tag_t<decltype(tag)>;
+    const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
+    auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
+    for_each_block<true>(evaluator, inputs.numel(), gamma, [&](int64_t begin, int64_t n, const auto& block) {
+      multiply_and_convert(block.grad, upstream + begin, out + begin, n);
+    });
+  });
+  return grad_inputs;
+}
+
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha,
+                                                      double gamma, int64_t ignore_index,
+                                                      const std::optional<Tensor>& normalizer, double min_normalizer,
+                                                      bool compute_grad) {
+  check_focal_loss_sum(inputs_, targets_, gamma, normalizer);
+  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
+  Tensor grad = compute_grad ? torch::stable::empty_like(inputs) : torch::stable::new_empty(inputs, {0});
+  const int64_t numel = inputs.numel();
+  std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
+
+  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    T divisor = static_cast<T>(min_normalizer);
+    if (normalizer.has_value()) {
+      const T value = *static_cast<const T*>(normalizer->const_data_ptr());
+      divisor = value < divisor ? divisor : value;
+    }
+    // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward divides it instead.
+    const T grad_scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
+    auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
+    if (compute_grad) {
+      for_each_block<true>(evaluator, numel, gamma, [&](int64_t begin, int64_t n, const auto& block) {
+        block_sums[begin / kBlock] = sum_of(block.loss, n);
+        scale_and_convert(block.grad, grad_scale, out + begin, n);
+      });
+    } else {
+      for_each_block<false>(evaluator, numel, gamma, [&](int64_t begin, int64_t n, const auto& block) {
+        block_sums[begin / kBlock] = sum_of(block.loss, n);
+      });
+    }
+    double sum = 0;
+    for (const double block_sum : block_sums) {
+      sum += block_sum;
+    }
+    *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(sum / divisor);
+  });
+  return {loss, grad};
+}
+
+void scale_cpu(const Tensor& tensor, const Tensor& scale) {
+  check_scale(tensor, scale);
+  dispatch_floating(tensor.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const T factor = *static_cast<const T*>(scale.const_data_ptr());
+    if (factor == 1) {
+      return;
+    }
+    auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr());
+    torch::stable::parallel_for(0, tensor.numel(), kChunk, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        data[i] = static_cast<scalar_t>(factor * static_cast<T>(data[i]));
+      }
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cpu));
+  m.impl("_sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cpu));
+  m.impl("sigmoid_focal_loss_sum", TORCH_BOX(&sigmoid_focal_loss_sum_cpu));
+  m.impl("_scale_", TORCH_BOX(&scale_cpu));
+}
+
+}  // namespace focalops

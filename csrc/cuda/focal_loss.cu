@@ -1,0 +1,434 @@
+// Sigmoid focal loss on CUDA: the logits are read once, 16 bytes at a time, and the loss or the gradient is written once.
+//
+// A block takes chunks of kThreads x kUnroll vectors, strided by the grid; a thread's vectors in a chunk lie kThreads
+// vectors apart, so that a warp's access is contiguous, and all are loaded before the first is used. K need not be a multiple
+// of anything: a vector knows the row and column of its first logit, one division by multiplication, and from the targets of
+// the rows it touches makes three bit masks (positive, ignored, invalid). They are almost always empty, and then every logit
+// of the vector is the same formula of a negative.
+//
+// Bytes moved, s = size of the logits: loss 2s, loss summed 1s, loss summed with its gradient 2s; class-index targets add
+// 4 or 8 bytes a row, dense ones their own size.
+#include "../math/focal.h"
+#include "launch.cuh"
+
+namespace focalops {
+namespace {
+
+constexpr int kThreads = 256;
+// Vectors in flight: 64 bytes a thread. Values of float64 take two registers each, so fewer.
+template <typename scalar_t>
+constexpr int kUnroll = std::is_same_v<scalar_t, double> ? 2 : 4;
+
+template <typename scalar_t>
+constexpr int64_t kChunk = int64_t{kThreads} * kUnroll<scalar_t> * kVectorSize<scalar_t>;
+
+template <typename T>
+__device__ constexpr T quiet_nan() {
+  return static_cast<T>(__builtin_nanf(""));
+}
+
+template <typename T, int N>
+struct Values {
+  T loss[N];
+  T grad[N];
+};
+
+// int32 or int64, told apart at run time: a second set of kernels would save nothing.
+struct Indices {
+  const void* data;
+  bool is_int64;
+
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+template <typename scalar_t_>
+struct ClassIndexTargets {
+  using scalar_t = scalar_t_;
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+
+  Indices targets;
+  int64_t num_rows;
+  int64_t num_classes;
+  int64_t ignore_index;
+  FastDivisor rows_of;
+  FocalParams<T> params;
+
+  struct Chunk {
+    int64_t row;
+    uint32_t column;
+  };
+
+  __device__ __forceinline__ Chunk begin_chunk(int64_t begin) const {
+    const int64_t row = begin / num_classes;
+    return {row, static_cast<uint32_t>(begin - row * num_classes)};
+  }
+
+  // `offset` is the first logit's place in the chunk.
+  template <int Gamma>
+  __device__ __forceinline__ Values<T, N> evaluate(const Chunk& chunk, int64_t, int64_t, uint32_t offset,
+                                                   const Vector<scalar_t, N>& logits) const {
+    const uint32_t from_row = chunk.column + offset;
+    const uint32_t rows = rows_of.divide(from_row);
+    int64_t row = chunk.row + rows;
+    const int64_t column = from_row - rows * num_classes;
+
+    uint32_t positive = 0, ignored = 0, invalid = 0;
+    for (int64_t first = -column; first < N && row < num_rows; first += num_classes, ++row) {
+      const int64_t target = targets[row];
+      if (target >= 0 && target < num_classes && target != ignore_index) {
+        const int64_t at = first + target;
+        positive |= at >= 0 && at < N ? 1u << at : 0u;
+      } else if (target != num_classes || target == ignore_index) {
+        const int64_t last = first + num_classes;
+        const uint32_t mask = (last < N ? (1u << last) - 1 : ~0u) & ~(first > 0 ? (1u << first) - 1 : 0u);
+        (target == ignore_index ? ignored : invalid) |= mask;
+      }
+    }
+
+    Values<T, N> values;
+    if ((positive | ignored | invalid) == 0) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const auto value = focal_loss_and_grad<Gamma>(static_cast<T>(logits.data[j]), params.alpha_negative, params.gamma);
+        values.loss[j] = value.loss;
+        values.grad[j] = value.grad;
+      }
+      return values;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const uint32_t bit = 1u << j;
+      const T sign = positive & bit ? T(-1) : T(1);
+      const T s = invalid & bit ? quiet_nan<T>() : sign * static_cast<T>(logits.data[j]);
+      const T alpha_t = positive & bit ? params.alpha_positive : params.alpha_negative;
+      const auto value = focal_loss_and_grad<Gamma>(s, alpha_t, params.gamma);
+      values.loss[j] = ignored & bit ? T(0) : value.loss;
+      values.grad[j] = ignored & bit ? T(0) : sign * value.grad;
+    }
+    return values;
+  }
+};
+
+template <typename scalar_t_, typename target_t>
+struct DenseTargets {
+  using scalar_t = scalar_t_;
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+
+  const target_t* targets;
+  bool aligned;
+  FocalParams<T> params;
+
+  struct Chunk {};
+
+  __device__ __forceinline__ Chunk begin_chunk(int64_t) const { return {}; }
+
+  template <int Gamma>
+  __device__ __forceinline__ Values<T, N> evaluate(const Chunk&, int64_t i, int64_t size, uint32_t,
+                                                   const Vector<scalar_t, N>& logits) const {
+    const auto t = load_vector<N>(targets, i, size, aligned);
+    Values<T, N> values;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const auto value =
+          soft_focal_loss_and_grad<Gamma>(static_cast<T>(logits.data[j]), static_cast<T>(t.data[j]), params);
+      values.loss[j] = value.loss;
+      values.grad[j] = value.grad;
+    }
+    return values;
+  }
+};
+
+// ---- what becomes of the values ------------------------------------------------------------------------------------
+
+template <typename scalar_t>
+struct StoreLoss {
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+
+  scalar_t* loss;
+
+  __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
+    Vector<scalar_t, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      out.data[j] = static_cast<scalar_t>(values.loss[j]);
+    }
+    store_vector(loss, i, size, true, out);
+  }
+
+  __device__ __forceinline__ void finish() {}
+};
+
+template <typename scalar_t>
+struct StoreGradient {
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+
+  const scalar_t* grad_output;
+  bool aligned;
+  scalar_t* grad_inputs;
+
+  __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
+    const auto upstream = load_vector<N>(grad_output, i, size, aligned);
+    Vector<scalar_t, N> out;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      out.data[j] = static_cast<scalar_t>(static_cast<T>(upstream.data[j]) * values.grad[j]);
+    }
+    store_vector(grad_inputs, i, size, true, out);
+  }
+
+  __device__ __forceinline__ void finish() {}
+};
+
+template <typename T>
+struct Normalizer {
+  const T* value;  // null: there is none
+  T least;
+
+  __device__ __forceinline__ T divisor() const {
+    if (value == nullptr) {
+      return least;
+    }
+    return *value < least ? least : *value;  // a NaN stays
+  }
+};
+
+// One partial sum a block, added up by sum_partials_kernel: float32 within a chunk, float64 across chunks and blocks.
+template <typename scalar_t, bool WithGrad>
+struct SumLoss {
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+
+  double* partials;
+  scalar_t* grad_inputs;
+  Normalizer<T> normalizer;
+  double sum = 0;
+
+  __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
+    T vector_sum = 0;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      vector_sum += i + j < size ? values.loss[j] : T(0);
+    }
+    sum += vector_sum;
+    if constexpr (WithGrad) {
+      // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward divides it instead.
+      const T scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / normalizer.divisor();
+      Vector<scalar_t, N> out;
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        out.data[j] = static_cast<scalar_t>(scale * values.grad[j]);
+      }
+      store_vector(grad_inputs, i, size, true, out);
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    const double block_total = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) {
+      partials[blockIdx.x] = block_total;
+    }
+  }
+};
+
+template <int Gamma, typename Targets, typename Sink>
+__global__ void __launch_bounds__(kThreads) focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
+                                                              int64_t size, bool aligned, Targets targets, Sink sink) {
+  using scalar_t = typename Targets::scalar_t;
+  constexpr int N = kVectorSize<scalar_t>;
+  for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size; begin += gridDim.x * kChunk<scalar_t>) {
+    const auto chunk = targets.begin_chunk(begin);
+    Vector<scalar_t, N> logits[kUnroll<scalar_t>];
+#pragma unroll
+    for (int u = 0; u < kUnroll<scalar_t>; ++u) {
+      logits[u] = load_vector<N>(inputs, begin + (u * kThreads + threadIdx.x) * N, size, aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll<scalar_t>; ++u) {
+      const uint32_t offset = (u * kThreads + threadIdx.x) * N;
+      const int64_t i = begin + offset;
+      if (i < size) {
+        sink.take(targets.template evaluate<Gamma>(chunk, i, size, offset, logits[u]), i, size);
+      }
+    }
+  }
+  sink.finish();
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sum_partials_kernel(const double* partials, int64_t count,
+                                                                Normalizer<T> normalizer, T* loss) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
+    sum += partials[i];
+  }
+  sum = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) {
+    *loss = static_cast<T>(sum / normalizer.divisor());
+  }
+}
+
+// Multiplies in place by one number on the device, which is 1 in most training loops: then nothing is read or written.
+template <typename scalar_t>
+__global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* data, int64_t size, bool aligned,
+                                                         const compute_t<scalar_t>* scale) {
+  using T = compute_t<scalar_t>;
+  constexpr int N = kVectorSize<scalar_t>;
+  const T factor = *scale;
+  if (factor == 1) {
+    return;
+  }
+  const int64_t stride = int64_t{gridDim.x} * kThreads * N;
+  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * N; i < size; i += stride) {
+    auto vector = load_vector<N>(data, i, size, aligned);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      vector.data[j] = static_cast<scalar_t>(factor * static_cast<T>(vector.data[j]));
+    }
+    store_vector(data, i, size, aligned, vector);
+  }
+}
+
+// ---- host ----------------------------------------------------------------------------------------------------------
+
+// Calls f(targets) with the DenseTargets or ClassIndexTargets of these tensors, which are contiguous.
+template <typename F>
+void dispatch_targets(const Tensor& inputs, const Tensor& targets, double alpha, double gamma, int64_t ignore_index, F&& f) {
+  dispatch_floating(inputs.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const auto params = focal_params<T>(alpha, gamma);
+    const void* data = targets.const_data_ptr();
+    if (!targets_are_dense(inputs, targets)) {
+      const int64_t num_classes = inputs.size(inputs.dim() - 1);
+      f(ClassIndexTargets<scalar_t>{{data, targets.scalar_type() == ScalarType::Long}, targets.numel(), num_classes,
+                                    ignore_index, FastDivisor(num_classes), params});
+    } else if (targets.scalar_type() == inputs.scalar_type()) {
+      f(DenseTargets<scalar_t, scalar_t>{static_cast<const scalar_t*>(data), is_aligned(data), params});
+    } else {
+      f(DenseTargets<scalar_t, T>{static_cast<const T*>(data), is_aligned(data), params});
+    }
+  });
+}
+
+template <typename Targets, typename MakeSink>
+void launch_focal_loss(const Tensor& inputs, const Targets& targets, double gamma, const LaunchScope& scope,
+                       const MakeSink& make_sink) {
+  using scalar_t = typename Targets::scalar_t;
+  const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
+  dispatch_gamma(gamma, [&](auto gamma_constant) {
+    using Sink = decltype(make_sink(int64_t{}));
+    auto* kernel = &focal_loss_kernel<decltype(gamma_constant)::value, Targets, Sink>;
+    const int64_t chunks = ceil_div(inputs.numel(), kChunk<scalar_t>);
+    const int64_t grid = resident_grid(kernel, kThreads, 0, chunks, scope);
+    launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits), targets, make_sink(grid));
+  });
+}
+
+Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
+                               int64_t ignore_index) {
+  check_focal_loss(inputs_, targets_, gamma);
+  const LaunchScope scope(inputs_);
+  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  Tensor loss = torch::stable::empty_like(inputs);
+  if (inputs.numel() == 0) {
+    return loss;
+  }
+  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](const auto& evaluator) {
+    using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
+    auto* out = static_cast<scalar_t*>(loss.mutable_data_ptr());
+    launch_focal_loss(inputs, evaluator, gamma, scope, [&](int64_t) { return StoreLoss<scalar_t>{out}; });
+  });
+  return loss;
+}
+
+Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor& inputs_, const Tensor& targets_, double alpha,
+                                        double gamma, int64_t ignore_index) {
+  check_focal_loss_backward(grad_output_, inputs_, targets_, gamma);
+  const LaunchScope scope(inputs_);
+  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor grad_output = torch::stable::contiguous(grad_output_);
+  Tensor grad_inputs = torch::stable::empty_like(inputs);
+  if (inputs.numel() == 0) {
+    return grad_inputs;
+  }
+  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](const auto& evaluator) {
+    using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
+    const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
+    auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
+    launch_focal_loss(inputs, evaluator, gamma, scope,
+                      [&](int64_t) { return StoreGradient<scalar_t>{upstream, is_aligned(upstream), out}; });
+  });
+  return grad_inputs;
+}
+
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha,
+                                                       double gamma, int64_t ignore_index,
+                                                       const std::optional<Tensor>& normalizer_, double min_normalizer,
+                                                       bool compute_grad) {
+  check_focal_loss_sum(inputs_, targets_, gamma, normalizer_);
+  const LaunchScope scope(inputs_);
+  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
+  Tensor grad = compute_grad ? torch::stable::empty_like(inputs) : torch::stable::new_empty(inputs, {0});
+  if (inputs.numel() == 0) {
+    return {torch::stable::zero_(loss), grad};
+  }
+  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](const auto& evaluator) {
+    using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
+    using T = compute_t<scalar_t>;
+    const Normalizer<T> normalizer{
+        normalizer_.has_value() ? static_cast<const T*>(normalizer_->const_data_ptr()) : nullptr,
+        static_cast<T>(min_normalizer)};
+    std::optional<Tensor> partials;
+    int64_t count = 0;
+    const auto new_partials = [&](int64_t grid) {
+      count = grid;
+      partials = torch::stable::new_empty(inputs, {grid}, ScalarType::Double);
+      return static_cast<double*>(partials->mutable_data_ptr());
+    };
+    if (compute_grad) {
+      auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
+      launch_focal_loss(inputs, evaluator, gamma, scope,
+                        [&](int64_t grid) { return SumLoss<scalar_t, true>{new_partials(grid), out, normalizer}; });
+    } else {
+      launch_focal_loss(inputs, evaluator, gamma, scope,
+                        [&](int64_t grid) { return SumLoss<scalar_t, false>{new_partials(grid), nullptr, normalizer}; });
+    }
+    launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), static_cast<const double*>(partials->const_data_ptr()),
+           count, normalizer, static_cast<T*>(loss.mutable_data_ptr()));
+  });
+  return {loss, grad};
+}
+
+void scale_cuda(const Tensor& tensor, const Tensor& scale) {
+  check_scale(tensor, scale);
+  if (tensor.numel() == 0) {
+    return;
+  }
+  const LaunchScope scope(tensor);
+  dispatch_floating(tensor.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    auto* kernel = &scale_kernel<scalar_t>;
+    auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr());
+    const int64_t blocks = ceil_div(tensor.numel(), kThreads * kVectorSize<scalar_t>);
+    launch(kernel, resident_grid(kernel, kThreads, 0, blocks, scope), kThreads, 0, scope.stream(), data, tensor.numel(),
+           is_aligned(data), static_cast<const compute_t<scalar_t>*>(scale.const_data_ptr()));
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
+  m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cuda));
+  m.impl("_sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cuda));
+  m.impl("sigmoid_focal_loss_sum", TORCH_BOX(&sigmoid_focal_loss_sum_cuda));
+  m.impl("_scale_", TORCH_BOX(&scale_cuda));
+}
+
+}  // namespace focalops

@@ -1,0 +1,167 @@
+// The sigmoid focal loss of one logit, and its derivative (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+//
+// With s = -x for a positive and s = x for a negative element, q = sigmoid(s) = 1 - p_t and a = alpha_t:
+//     L(s)  = a q^gamma softplus(s)
+//     dL/ds = a q^gamma (gamma (1 - q) softplus(s) + q)
+// Everything comes from e = exp(-|s|): one exp, one log1p, one reciprocal, finite for every finite s. A soft target t has
+// its own form below, which equals this one where t is 0 or 1.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+#include <type_traits>
+
+#include "host_device.h"
+
+namespace focalops {
+
+constexpr int kAnyGamma = -1;
+
+// Calls f with gamma as a compile-time constant.
+template <typename F>
+void dispatch_gamma(double gamma, F&& f) {
+  if (gamma == 2) {
+    return f(std::integral_constant<int, 2>{});
+  }
+  return f(std::integral_constant<int, kAnyGamma>{});
+}
+
+template <typename T>
+struct FocalParams {
+  T alpha_positive;  // 1 where alpha < 0
+  T alpha_negative;
+  T gamma;
+};
+
+template <typename T>
+FocalParams<T> focal_params(double alpha, double gamma) {
+  return {T(alpha < 0 ? 1 : alpha), T(alpha < 0 ? 1 : 1 - alpha), T(gamma)};
+}
+
+template <typename T>
+struct LossAndGrad {
+  T loss;
+  T grad;
+};
+
+namespace detail {
+
+FOCALOPS_HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
+FOCALOPS_HOST_DEVICE double log1p_unit(double e) { return log1p(e); }
+FOCALOPS_HOST_DEVICE double reciprocal(double x) { return 1 / x; }
+FOCALOPS_HOST_DEVICE double smallest_normal(double) { return DBL_MIN; }
+FOCALOPS_HOST_DEVICE double largest(double) { return DBL_MAX; }
+FOCALOPS_HOST_DEVICE float smallest_normal(float) { return FLT_MIN; }
+FOCALOPS_HOST_DEVICE float largest(float) { return FLT_MAX; }
+
+// exp(x) for x <= 0. The relative error grows as |x| 2^-24: that of the rounded product x log2(e).
+FOCALOPS_HOST_DEVICE float exp_nonpositive(float x) {
+#ifdef __CUDA_ARCH__
+  return __expf(x);
+#else
+  // expf is a call that no loop is vectorised over. 2^n e^r with |r| <= ln(2) / 2; 0 below the normal numbers.
+  const float clamped = x < -87.0f ? -87.0f : x;  // a NaN stays
+  const float round_to_int = 12582912.0f;         // 1.5 * 2^23
+  const float shifted = clamped * 1.44269504f + round_to_int;
+  const float n = shifted - round_to_int;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 0.0013836845755577087f;
+  p = p * r + 0.008374815806746483f;
+  p = p * r + 0.04166822507977486f;
+  p = p * r + 0.16666419804096222f;
+  p = p * r + 0.49999991059303284f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  // The low bits of `shifted` are n; unsigned, because a NaN leaves any bits here.
+  const uint32_t power_bits = (static_cast<uint32_t>(bits) + 127u) << 23;
+  float power;
+  std::memcpy(&power, &power_bits, sizeof power);
+  return x < -87.0f ? 0.0f : p * power;
+#endif
+}
+
+// log(1 + e) for 0 <= e <= 1: e times a minimax polynomial of degree 8 (relative error 2^-25 before rounding). Through
+// log(1 + e) a small e, which is where the loss of an easy example lives, would lose all its digits.
+FOCALOPS_HOST_DEVICE float log1p_unit(float e) {
+  float p = 0.005232689902186394f;
+  p = p * e - 0.02950521931052208f;
+  p = p * e + 0.07822591811418533f;
+  p = p * e - 0.13663242757320404f;
+  p = p * e + 0.19106005132198334f;
+  p = p * e - 0.2484298199415207f;
+  p = p * e + 0.3331909775733948f;
+  p = p * e - 0.4999949336051941f;
+  p = p * e + 0.9999999403953552f;
+  return p * e;
+}
+
+FOCALOPS_HOST_DEVICE float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.0f, x);  // within 2 ulp for the arguments here, which lie in [2^-126, 2]
+#else
+  return 1.0f / x;
+#endif
+}
+
+// q^gamma, log_q = log(q): a product where gamma is a small integer. The default, 2, is a compile-time constant.
+template <int Gamma, typename T>
+FOCALOPS_HOST_DEVICE T modulate(T q, T log_q, T gamma) {
+  if constexpr (Gamma == 2) {
+    return q * q;
+  } else {
+    return gamma == 0 ? T(1) : gamma == 1 ? q : gamma == 3 ? q * q * q : exp_nonpositive(gamma * log_q);
+  }
+}
+
+}  // namespace detail
+
+// A target of 0 or 1. `s` is the logit, negated for a positive; the gradient is with respect to s.
+template <int Gamma, typename T>
+FOCALOPS_HOST_DEVICE LossAndGrad<T> focal_loss_and_grad(T s, T alpha_t, T gamma) {
+  const T magnitude = s < 0 ? -s : s;
+  const T e = detail::exp_nonpositive(-magnitude);
+  const T r = detail::reciprocal(1 + e);
+  const T l = detail::log1p_unit(e);
+  const T er = e * r;
+  const T q = s < 0 ? er : r;
+  const T one_minus_q = s < 0 ? r : er;
+  const T softplus = (s < 0 ? T(0) : s) + l;
+  const T scale = alpha_t * detail::modulate<Gamma>(q, (s < 0 ? s : T(0)) - l, gamma);
+  // At s = inf the product (1 - q) softplus is 0 * inf; its limit is 0.
+  const T most = detail::largest(T());
+  const T finite_softplus = softplus > most ? most : softplus;
+  return {scale * softplus, scale * (gamma * one_minus_q * finite_softplus + q)};
+}
+
+// A target in [0, 1]: 1 - p_t = t (1 - p) + (1 - t) p, loss alpha_t (1 - p_t)^gamma BCE(x, t), alpha_t linear in t, as
+// torchvision means it. Mirrored so that |x| is the only logit: u = t for x >= 0, else 1 - t.
+template <int Gamma, typename T>
+FOCALOPS_HOST_DEVICE LossAndGrad<T> soft_focal_loss_and_grad(T x, T t, const FocalParams<T>& params) {
+  const T magnitude = x < 0 ? -x : x;
+  const T u = x < 0 ? 1 - t : t;
+  const T v = x < 0 ? t : 1 - t;
+  const T e = detail::exp_nonpositive(-magnitude);
+  const T r = detail::reciprocal(1 + e);
+  const T l = detail::log1p_unit(e);
+  const T q_over_r = u * e + v;
+  const T q = q_over_r * r;
+  // v = 0 where the element is classified rightly with full confidence; v |x| is 0 there for an infinite x too.
+  const T cross_entropy = (v > 0 ? v * magnitude : T(0)) + l;
+  const T alpha_t = params.alpha_positive * t + params.alpha_negative * (1 - t);
+  T log_q = 0;
+  if constexpr (Gamma == kAnyGamma) {
+    // Where u = 1, q_over_r is e, whose logarithm is known also where e has underflowed.
+    log_q = (v > 0 ? T(log(q_over_r)) : -magnitude) - l;
+  }
+  const T scale = alpha_t * detail::modulate<Gamma>(q, log_q, params.gamma);
+  const T least = detail::smallest_normal(T()), most = detail::largest(T());
+  const T finite_cross_entropy = cross_entropy > most ? most : cross_entropy;
+  // p (1 - p) / q; the denominator underflows only together with e.
+  const T slope = e * r * detail::reciprocal(q_over_r < least ? least : q_over_r);
+  const T grad = scale * (params.gamma * slope * (1 - 2 * u) * finite_cross_entropy + r * (v - u * e));
+  return {scale * cross_entropy, x < 0 ? -grad : grad};
+}
+
+}  // namespace focalops

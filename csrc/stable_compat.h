@@ -1,0 +1,40 @@
+// What LibTorch's stable ABI lacks at TORCH_TARGET_VERSION (2.10). Each shim says when it can go.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <tuple>
+
+namespace focalops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Goes when torch >= 2.15 is required: torch::stable::sort.
+inline std::tuple<Tensor, Tensor> stable_sort_descending(const Tensor& keys) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(keys),
+      torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{-1}),
+      torch::stable::detail::from(true)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+#ifdef USE_CUDA
+// Goes when torch >= 2.13 is required: torch::stable::accelerator::Stream::nativeHandle.
+inline void* current_cuda_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+#endif
+
+}  // namespace focalops

@@ -1,0 +1,202 @@
+"""Every op of focalops in plain PyTorch: the specification, the oracle of the tests, the baseline of the benchmarks.
+
+Same names and signatures as the package. Nothing here is fast, everything is differentiable by autograd where the op is,
+and the formulas are the ones of the papers in the form that stays finite. Arguments are taken as valid: the package's own
+functions check them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; every other dtype is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,  # [...]  or [..., K] with class-index targets
+    targets: Tensor,  # [...] in [0, 1], or integer [...] = inputs.shape[:-1]
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+) -> Tensor:
+    x = inputs.to(compute_dtype(inputs.dtype))
+    count: Tensor | int = x.numel()
+    if targets.shape == inputs.shape:
+        loss = _focal_dense(x, targets.to(x.dtype), alpha, gamma)
+    else:
+        num_classes = inputs.shape[-1]
+        ignored = targets == ignore_index
+        valid = (targets >= 0) & (targets <= num_classes)
+        positive = targets.unsqueeze(-1) == torch.arange(num_classes, device=targets.device)
+        loss = _focal_hard(x, positive, alpha, gamma)
+        loss = loss.masked_fill(ignored.unsqueeze(-1), 0)
+        loss = loss.masked_fill((~valid & ~ignored).unsqueeze(-1), math.nan)
+        count = (~ignored).sum() * num_classes
+    if reduction == "none":
+        return loss.to(inputs.dtype)
+    total = loss.sum()
+    if reduction == "mean":
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    if normalizer is None:
+        return total
+    return total / torch.as_tensor(normalizer, dtype=x.dtype, device=x.device).clamp(min=min_normalizer)
+
+
+def _focal_hard(x: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
+    s = torch.where(positive, -x, x)
+    log_q = F.logsigmoid(s)  # q = 1 - p_t
+    loss = -F.logsigmoid(-s)
+    if gamma:
+        loss = torch.exp(gamma * log_q) * loss
+    if alpha >= 0:
+        loss = torch.where(positive, alpha * loss, (1 - alpha) * loss)
+    return loss
+
+
+def _focal_dense(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
+    hard = _focal_hard(x, t == 1, alpha, gamma)
+    # Where t is 0 or 1 the other branch is not taken; 0.5 keeps the gradient of its power finite there.
+    is_soft = (t != 0) & (t != 1)
+    t = torch.where(is_soft, t, 0.5)
+    p = torch.sigmoid(x)
+    q = t * torch.sigmoid(-x) + (1 - t) * p
+    cross_entropy = -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
+    soft = q.pow(gamma) * cross_entropy
+    if alpha >= 0:
+        soft = (alpha * t + (1 - alpha) * (1 - t)) * soft
+    return torch.where(is_soft, soft, hard)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
+    a = boxes1.to(dtype).unsqueeze(-2)  # [..., N, 1, 4]
+    b = boxes2.to(dtype).unsqueeze(-3)  # [..., 1, M, 4]
+    width_height = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0)
+    intersection = width_height[..., 0] * width_height[..., 1]
+    union = box_area(a) + box_area(b) - intersection
+    empty = union == 0
+    return torch.where(empty, 0, intersection / torch.where(empty, 1, union))
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:
+    dtype = compute_dtype(torch.promote_types(boxes.dtype, anchors.dtype))
+    (x, y, w, h), (ax, ay, aw, ah) = _center_size(boxes.to(dtype)), _center_size(anchors.to(dtype))
+    wx, wy, ww, wh = weights
+    return torch.stack(
+        (wx * (x - ax) / aw, wy * (y - ay) / ah, ww * torch.log(w / aw), wh * torch.log(h / ah)), dim=-1
+    )
+
+
+def decode_boxes(
+    deltas: Tensor,
+    anchors: Tensor,
+    weights: Sequence[float] = (1, 1, 1, 1),
+    clip: float = math.log(1000 / 16),
+    image_size: Sequence[float] | None = None,
+) -> Tensor:
+    dtype = compute_dtype(torch.promote_types(deltas.dtype, anchors.dtype))
+    ax, ay, aw, ah = _center_size(anchors.to(dtype))
+    wx, wy, ww, wh = weights
+    dx, dy, dw, dh = deltas.to(dtype).unbind(-1)
+    x, y = dx / wx * aw + ax, dy / wy * ah + ay
+    half_w = 0.5 * (torch.exp((dw / ww).clamp(max=clip)) * aw)
+    half_h = 0.5 * (torch.exp((dh / wh).clamp(max=clip)) * ah)
+    x1, y1, x2, y2 = x - half_w, y - half_h, x + half_w, y + half_h
+    if image_size is not None:
+        height, width = image_size
+        x1, x2 = x1.clamp(0, width), x2.clamp(0, width)
+        y1, y2 = y1.clamp(0, height), y2.clamp(0, height)
+    return torch.stack((x1, y1, x2, y2), dim=-1)
+
+
+def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    w, h = x2 - x1, y2 - y1
+    return x1 + 0.5 * w, y1 + 0.5 * h, w, h
+
+
+def match_anchors(
+    anchors: Tensor,  # [A, 4]
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    allow_low_quality_matches: bool = True,
+    *,
+    counts: Tensor | None = None,  # [B]
+) -> Tensor:
+    if counts is not None:
+        gt_boxes = [boxes[:count] for boxes, count in zip(gt_boxes, counts.tolist(), strict=True)]
+    matches = [
+        _match_one_image(anchors, boxes, fg_iou_threshold, bg_iou_threshold, allow_low_quality_matches)
+        for boxes in gt_boxes
+    ]
+    if not matches:
+        return torch.empty((0, len(anchors)), dtype=torch.int64, device=anchors.device)
+    return torch.stack(matches)
+
+
+def _match_one_image(
+    anchors: Tensor, gt_boxes: Tensor, fg_iou_threshold: float, bg_iou_threshold: float, allow_low_quality: bool
+) -> Tensor:
+    if len(gt_boxes) == 0 or len(anchors) == 0:
+        return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+    iou = box_iou(gt_boxes, anchors).nan_to_num(0)  # [M, A]; what is not a number overlaps nothing
+    best_iou, best_box = iou.max(dim=0)  # the first of equal boxes, as the tie rule asks
+    matches = best_box.clone()
+    matches[best_iou < fg_iou_threshold] = -2
+    matches[best_iou < bg_iou_threshold] = -1
+    if allow_low_quality:
+        best_anchor_iou = iou.max(dim=1, keepdim=True).values
+        # A box that overlaps no anchor has a best IoU of 0, which every other anchor shares: it matches none of them.
+        is_best = ((iou == best_anchor_iou) & (best_anchor_iou > 0)).any(dim=0)
+        matches = torch.where(is_best, best_box, matches)
+    return matches
+
+
+def class_index_targets(
+    matches: Tensor,  # [B, A]
+    gt_labels: Sequence[Tensor] | Tensor,  # B of [M_i], or [B, M]
+    num_classes: int,
+    ignore_index: int = -100,
+) -> Tensor:
+    rows = []
+    for row, labels in zip(matches, gt_labels, strict=True):
+        padded = torch.cat((labels.to(torch.int64), labels.new_full((1,), num_classes, dtype=torch.int64)))
+        target = padded[torch.where(row < 0, len(labels), row)]
+        rows.append(torch.where(row == -2, ignore_index, target))
+    return torch.stack(rows) if rows else torch.empty_like(matches, dtype=torch.int64)
+
+
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    boxes = boxes.to(compute_dtype(boxes.dtype))
+    scores = scores.to(compute_dtype(scores.dtype))
+    order = torch.sort(scores, descending=True, stable=True).indices
+    finite = ~(torch.isnan(boxes).any(dim=1) | torch.isnan(scores))
+    order = order[finite[order]]
+    keep = []
+    while len(order):
+        first, order = order[0], order[1:]
+        keep.append(first)
+        overlap = box_iou(boxes[first].unsqueeze(0), boxes[order])[0].double() > iou_threshold
+        order = order[~(overlap & (idxs[order] == idxs[first]))]
+    return torch.stack(keep) if keep else torch.empty(0, dtype=torch.int64, device=boxes.device)
