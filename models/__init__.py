@@ -1,0 +1,1 @@
+"""Reference detectors built on focalops, and the commands that train, evaluate and run them."""

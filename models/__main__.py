@@ -1,0 +1,197 @@
+"""The commands: python -m models train | evaluate | predict | demo."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+
+from models.data import DataError, open_data, prepare_backbone_weights, read_image
+from models.draw import draw_comparison, draw_detections
+from models.evaluate import detect, detect_all, evaluate, save_results, to_results
+from models.retinanet import BACKBONES
+from models.train import RECIPES, Recipe, load_checkpoint, load_model, train
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except URLError as error:
+        print(
+            f"error: the ImageNet weights could not be downloaded ({error.reason}); "
+            "--no-pretrained does without",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m models", description="Train and run the reference RetinaNet."
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Any, name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        return sub
+
+    data_help = "a COCO-format folder, or 'trees', the built-in aerial photographs"
+
+    sub = command(run_train, "train", "train a detector")
+    sub.add_argument("--data", required=True, metavar="DIR", help=data_help)
+    sub.add_argument("--split", default="train")
+    sub.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help=f"where {CHECKPOINT} is written"
+    )
+    sub.add_argument(
+        "--resume", action="store_true", help=f"go on from DIR/{CHECKPOINT}, with the recipe in it"
+    )
+    sub.add_argument("--workers", type=int, default=0, help="processes that load images")
+    sub.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
+    sub.add_argument(
+        "--no-pretrained", action="store_true", help="start the backbone without ImageNet weights"
+    )
+    recipe = sub.add_argument_group("recipe", "what differs from the recipe of the data set")
+    recipe.add_argument("--recipe", choices=RECIPES, help="default: trees for trees, else coco")
+    recipe.add_argument("--backbone", help=", ".join(BACKBONES))
+    recipe.add_argument("--steps", type=int)
+    recipe.add_argument("--batch-size", type=int)
+    recipe.add_argument("--learning-rate", type=float)
+    recipe.add_argument("--warmup-steps", type=int)
+    recipe.add_argument("--seed", type=int)
+    recipe.add_argument("--min-size", type=int, help="shorter side that images are resized to")
+    recipe.add_argument("--max-size", type=int, help="limit of the longer side")
+    recipe.add_argument(
+        "--crop", type=int, help="train on random squares of this side, detect in windows of it"
+    )
+
+    sub = command(run_evaluate, "evaluate", "pycocotools' table for a checkpoint")
+    sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("--data", required=True, metavar="DIR", help=data_help)
+    sub.add_argument("--split", default="val")
+    sub.add_argument(
+        "--out", type=Path, default=Path("results.json"), help="COCO results (default: %(default)s)"
+    )
+    sub.add_argument(
+        "--max-detections", type=int, help="detections an image that count (default: the recipe's)"
+    )
+
+    sub = command(run_predict, "predict", "draw the detections on images")
+    sub.add_argument("checkpoint", type=Path)
+    sub.add_argument("images", nargs="+", type=Path)
+    sub.add_argument(
+        "--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: %(default)s"
+    )
+    sub.add_argument("--min-score", type=float, default=0.3)
+
+    sub = command(run_demo, "demo", "train on trees, evaluate, draw, time the kernels")
+    sub.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s"
+    )
+    sub.add_argument("--seed", type=int, default=0)
+    return top
+
+
+def run_train(options: argparse.Namespace) -> None:
+    checkpoint_file = options.out / CHECKPOINT
+    if options.resume:
+        recipe = Recipe.from_dict(load_checkpoint(checkpoint_file)["recipe"])
+    else:
+        recipe = RECIPES[options.recipe or ("trees" if options.data == "trees" else "coco")]
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    training = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
+    model = {f.name: given[f.name] for f in dataclasses.fields(recipe.model) if f.name in given}
+    if options.resume and (training or model or options.recipe):
+        raise ValueError(
+            "--resume goes on with the checkpoint's recipe, so no option of the recipe can be given"
+        )
+    data = open_data(options.data, options.split)
+    if not options.resume:
+        model["num_classes"] = len(data.categories)
+        recipe = dataclasses.replace(
+            recipe, **training, model=dataclasses.replace(recipe.model, **model)
+        )
+        if not options.no_pretrained:
+            prepare_backbone_weights(recipe.model.backbone)
+    train(
+        recipe,
+        data,
+        checkpoint_file,
+        device=options.device,
+        pretrained=not options.no_pretrained,
+        resume=options.resume,
+        workers=options.workers,
+        checkpoint_every=options.checkpoint_every,
+    )
+    print(f"trained: {checkpoint_file}")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    model, recipe, categories = load_model(options.checkpoint, options.device)
+    if options.max_detections is not None:
+        recipe = dataclasses.replace(recipe, max_detections=options.max_detections)
+    data = open_data(options.data, options.split)
+    results = detect_all(model, recipe, categories, data)
+    save_results(options.out, results)
+    evaluate(data.coco, results, recipe.max_detections)
+    print(f"results: {options.out}")
+
+
+def run_predict(options: argparse.Namespace) -> None:
+    model, recipe, categories = load_model(options.checkpoint, options.device)
+    for path in options.images:
+        image = read_image(path)
+        out = options.out / f"{path.stem}.png"
+        draw_detections(
+            out,
+            path.name,
+            image,
+            detect(model, recipe, image),
+            list(categories.values()),
+            options.min_score,
+        )
+        print(out)
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from benchmarks import quick_table
+
+    start = time.monotonic()
+    recipe = dataclasses.replace(RECIPES["trees"], seed=options.seed)
+    prepare_backbone_weights(recipe.model.backbone)
+    data, val = open_data("trees", "train"), open_data("trees", "val")
+    backbone, crowns = recipe.model.backbone, len(data.coco.anns)
+    print(f"Training RetinaNet ({backbone}) on an aerial photograph with {crowns} tree crowns.")
+    model = train(recipe, data, options.out / CHECKPOINT, device=options.device)
+
+    print(f"Evaluating on a photograph of another place ({len(val.coco.anns)} crowns).")
+    image, truth = val[0]
+    detections = detect(model, recipe, image)
+    results = to_results(val.image_ids[0], detections, list(val.categories))
+    save_results(options.out / "results.json", results)
+    figures = evaluate(val.coco, results, recipe.max_detections)
+    picture = options.out / "trees.png"
+    title = f"Tree crowns: AP50 {figures['AP50']:.3f}, AP {figures['AP']:.3f}"
+    draw_comparison(picture, title, image, detections, truth)
+    print(f"The picture of detections beside the ground truth: {picture}")
+    print(f"Training and evaluation took {(time.monotonic() - start) / 60:.1f} minutes.\n")
+    quick_table()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

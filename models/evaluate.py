@@ -1,0 +1,145 @@
+"""Detection on whole images and large tiles, COCO results, pycocotools' measures."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from tqdm import tqdm
+
+from focalops import batched_nms
+from models.data import CocoDataset, DataError, as_coco, windows
+from models.retinanet import Detections, RetinaNet
+from models.train import Recipe
+
+Result = dict[str, Any]  # one box as COCO results have it
+
+
+@torch.inference_mode()
+def detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8) -> Detections:
+    """Boxes, scores and labels, best first, of a uint8 (3, H, W) image of any size."""
+    device = next(model.parameters()).device
+    image = image.to(device).float() / 255
+    if recipe.crop is None:
+        found: Detections = model([image])[0]
+        return {name: value[: recipe.max_detections].cpu() for name, value in found.items()}
+
+    height, width = image.shape[-2:]
+    cover = list(windows(height, width, recipe.crop, min(recipe.window_overlap, recipe.crop // 2)))
+    parts: list[Detections] = []
+    for first in range(0, len(cover), batch_size):
+        batch = cover[first : first + batch_size]
+        outputs = model([image[:, rows, columns] for rows, columns, _ in batch])
+        for (rows, columns, core), output in zip(batch, outputs, strict=True):
+            origin = torch.tensor([columns.start, rows.start] * 2, device=device)
+            boxes = output["boxes"] + origin
+            core = core.to(device)
+            center = (boxes[:, :2] + boxes[:, 2:]) / 2
+            inside = ((center >= core[:2]) & (center < core[2:])).all(dim=1)
+            parts.append(
+                {"boxes": boxes[inside]}
+                | {name: output[name][inside] for name in ("scores", "labels")}
+            )
+    boxes, scores, labels = (
+        torch.cat([part[name] for part in parts]) for name in ("boxes", "scores", "labels")
+    )
+    keep = batched_nms(boxes, scores, labels, recipe.model.nms_threshold)[: recipe.max_detections]
+    return {"boxes": boxes[keep].cpu(), "scores": scores[keep].cpu(), "labels": labels[keep].cpu()}
+
+
+def detect_all(
+    model: RetinaNet, recipe: Recipe, categories: dict[int, str], data: CocoDataset
+) -> list[Result]:
+    """COCO results for a whole split."""
+    missing = sorted(set(data.categories) - set(categories))
+    if missing:
+        raise DataError(
+            f"{data.annotation_file} has categories that the model was not trained on: {missing}"
+        )
+    results: list[Result] = []
+    for index in tqdm(range(len(data)), desc="detect", unit="image", mininterval=1.0):
+        image, _ = data[index]
+        results += to_results(data.image_ids[index], detect(model, recipe, image), list(categories))
+    return results
+
+
+def to_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[Result]:
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": score,
+        }
+        for (x1, y1, x2, y2), score, label in zip(
+            detections["boxes"].tolist(),
+            detections["scores"].tolist(),
+            detections["labels"].tolist(),
+            strict=True,
+        )
+    ]
+
+
+def save_results(path: Path, results: list[Result]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))
+
+
+class Evaluation(COCOeval):
+    """COCOeval whose table also holds for a limit other than 100 detections an image.
+
+    pycocotools' own prints -1 as the first figure there.
+    """
+
+    def summarize(self) -> None:
+        limits = self.params.maxDets
+        lines: list[tuple[str, float | None, str, int]] = [
+            ("precision", None, "all", limits[2]),
+            ("precision", 0.5, "all", limits[2]),
+            ("precision", 0.75, "all", limits[2]),
+            *(("precision", None, size, limits[2]) for size in ("small", "medium", "large")),
+            *(("recall", None, "all", limit) for limit in limits),
+            *(("recall", None, size, limits[2]) for size in ("small", "medium", "large")),
+        ]
+        self.stats = np.array([self._line(*line) for line in lines])
+
+    def _line(self, measure: str, iou: float | None, size: str, limit: int) -> float:
+        p = self.params
+        values = self.eval[measure][..., p.areaRngLbl.index(size), p.maxDets.index(limit)]
+        if iou is not None:
+            values = values[np.isclose(p.iouThrs, iou)]
+        values = values[values > -1]
+        mean = float(values.mean()) if values.size else -1.0
+        ious = f"{p.iouThrs[0]:.2f}:{p.iouThrs[-1]:.2f}" if iou is None else f"{iou:.2f}"
+        title = "Average Precision  (AP)" if measure == "precision" else "Average Recall     (AR)"
+        print(f" {title} @[ IoU={ious:<9} | area={size:>6s} | maxDets={limit:>3d} ] = {mean:0.3f}")
+        return mean
+
+
+def evaluate(coco: COCO, results: list[Result], max_detections: int) -> dict[str, float]:
+    """Prints pycocotools' table and returns its main figures."""
+    # pycocotools writes into the results it is given, and takes no empty list of them.
+    boxes = [
+        {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
+        for i, result in enumerate(results, start=1)
+    ]
+    found = as_coco({**coco.dataset, "annotations": boxes})
+    evaluation = Evaluation(coco, found, "bbox")
+    evaluation.params.maxDets = [1, 10, max_detections]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    evaluation.summarize()
+    return {
+        "AP": float(evaluation.stats[0]),
+        "AP50": float(evaluation.stats[1]),
+        "AP75": float(evaluation.stats[2]),
+    }

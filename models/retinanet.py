@@ -1,0 +1,390 @@
+"""RetinaNet (Lin et al., "Focal Loss for Dense Object Detection") in one file.
+
+The model takes and returns what torchvision's detection models take and return, and its parameters
+carry torchvision's names. Convolutions are torch's; anchors, matching, box coding, the loss and NMS
+are focalops'.
+
+Shapes: B images, L pyramid levels of H x W positions, A anchors a position, K classes, M boxes of
+an image, N = the sum of H * W * A over the levels: the anchors of an image, in the order level,
+row, column, anchor. Labels are class indices 0..K-1 and none is reserved for background, as in
+torchvision's RetinaNet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+from focalops import (
+    AnchorGenerator,
+    batched_nms,
+    class_index_targets,
+    decode_boxes,
+    encode_boxes,
+    match_anchors,
+    sigmoid_focal_loss,
+)
+
+Target = dict[str, Tensor]  # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64
+Detections = dict[str, Tensor]  # "boxes" (D, 4), "scores" (D,), "labels" (D,), best first
+
+
+def octave_sizes(*bases: int) -> tuple[tuple[int, ...], ...]:
+    """Three anchor sizes a level, a third of an octave apart, cut to integers as torchvision's."""
+    return tuple((base, int(base * 2 ** (1 / 3)), int(base * 2 ** (2 / 3))) for base in bases)
+
+
+@dataclass(frozen=True)
+class RetinaNetConfig:
+    """The defaults are torchvision's retinanet_resnet50_fpn."""
+
+    num_classes: int = 91
+    # Network
+    backbone: str = "resnet50"
+    trainable_stages: int = (
+        3  # of the five, counted from the top; the rest keeps its ImageNet weights
+    )
+    frozen_batch_norm: bool = True
+    min_level: int = 3  # the stride of level l is 2**l
+    max_level: int = 7
+    pyramid_channels: int = 256
+    head_depth: int = 4  # 3x3 convolutions before the last one
+    head_group_norm: bool = False  # torchvision's v2 has it
+    prior_probability: float = 0.01
+    # Anchors, one entry a level
+    anchor_sizes: tuple[tuple[int, ...], ...] = octave_sizes(32, 64, 128, 256, 512)
+    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    # Loss
+    fg_iou_threshold: float = 0.5
+    bg_iou_threshold: float = 0.4
+    alpha: float = 0.25
+    gamma: float = 2.0
+    # Detections
+    score_threshold: float = 0.05
+    nms_threshold: float = 0.5
+    topk_candidates: int = 1000  # a level, before NMS
+    detections_per_image: int = 300
+    # Images: the shorter side is resized to min_size unless the longer one would exceed max_size
+    min_size: int = 800
+    max_size: int = 1333
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.min_level <= 5 <= self.max_level <= 7 or self.max_level == 6:
+            raise ValueError(
+                "min_level must be 2..5 and max_level 5 or 7, "
+                f"got min_level={self.min_level}, max_level={self.max_level}"
+            )
+        levels = self.max_level - self.min_level + 1
+        if len(self.anchor_sizes) != levels:
+            raise ValueError(
+                f"anchor_sizes must have one entry for each of the {levels} levels, "
+                f"got {len(self.anchor_sizes)}"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RetinaNetConfig:
+        """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
+        return cls(**{name: _as_tuples(value) for name, value in values.items()})
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+class RetinaNet(nn.Module):
+    def __init__(self, config: RetinaNetConfig, pretrained_backbone: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.transform = GeneralizedRCNNTransform(
+            config.min_size, config.max_size, list(config.image_mean), list(config.image_std)
+        )
+        self.backbone = Backbone(config, pretrained_backbone)
+        self.anchor_generator = AnchorGenerator(
+            config.anchor_sizes, (config.aspect_ratios,) * len(config.anchor_sizes)
+        )
+        self.head = RetinaNetHead(config, self.anchor_generator.num_anchors_per_location()[0])
+
+    def forward(
+        self,
+        images: list[Tensor],  # B of (3, H_i, W_i) in 0..1
+        targets: list[Target] | None = None,
+    ) -> dict[str, Tensor] | list[Detections]:
+        """The losses in training mode, the detections of each image in evaluation mode."""
+        if self.training:
+            check_targets(images, targets)
+        original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        batch, targets = self.transform(images, targets)
+        features = self.backbone(batch.tensors)  # L of (B, C, H, W)
+        cls_logits, bbox_regression = self.head(features)
+        # The batch is padded to one size, so that every image has the same anchors.
+        anchors = self.anchor_generator(batch, features)[0]  # (N, 4)
+        if self.training:
+            assert targets is not None
+            return self.compute_loss(cls_logits, bbox_regression, anchors, targets)
+        detections = self.postprocess_detections(
+            cls_logits, bbox_regression, anchors, batch.image_sizes
+        )
+        return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
+
+    def compute_loss(
+        self,
+        cls_logits: list[Tensor],  # L of (B, A * K, H, W)
+        bbox_regression: list[Tensor],  # L of (B, A * 4, H, W)
+        anchors: Tensor,  # (N, 4)
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
+        """Each image's losses are divided by its number of foreground anchors, then averaged."""
+        config = self.config
+        logits = torch.cat(
+            [rows(level, config.num_classes) for level in cls_logits], dim=1
+        )  # (B, N, K)
+        deltas = torch.cat([rows(level, 4) for level in bbox_regression], dim=1)  # (B, N, 4)
+        matches = match_anchors(
+            anchors, [t["boxes"] for t in targets], config.fg_iou_threshold, config.bg_iou_threshold
+        )  # (B, N)
+        classes = class_index_targets(
+            matches, [t["labels"] for t in targets], config.num_classes
+        )  # (B, N)
+        foreground = matches >= 0
+        counts = foreground.sum(dim=1)  # (B,)
+
+        classification = torch.stack(
+            [
+                sigmoid_focal_loss(
+                    image_logits,
+                    image_classes,
+                    config.alpha,
+                    config.gamma,
+                    reduction="sum",
+                    normalizer=count,
+                )
+                for image_logits, image_classes, count in zip(logits, classes, counts, strict=True)
+            ]
+        )
+        bbox = torch.stack(
+            [
+                F.l1_loss(
+                    image_deltas[is_foreground],
+                    encode_boxes(target["boxes"][match[is_foreground]], anchors[is_foreground]),
+                    reduction="sum",
+                )
+                / count.clamp(min=1)
+                for image_deltas, target, match, is_foreground, count in zip(
+                    deltas, targets, matches, foreground, counts, strict=True
+                )
+            ]
+        )
+        return {"classification": classification.mean(), "bbox_regression": bbox.mean()}
+
+    def postprocess_detections(
+        self,
+        cls_logits: list[Tensor],  # L of (B, A * K, H, W)
+        bbox_regression: list[Tensor],  # L of (B, A * 4, H, W)
+        anchors: Tensor,  # (N, 4)
+        image_sizes: list[tuple[int, int]],  # B of (height, width) before padding
+    ) -> list[Detections]:
+        """Score threshold and top-k a level, boxes of the survivors, NMS per class."""
+        config = self.config
+        logits_levels = [rows(level, config.num_classes) for level in cls_logits]
+        deltas_levels = [rows(level, 4) for level in bbox_regression]
+        anchors_levels = anchors.split([level.shape[1] for level in deltas_levels])
+        detections = []
+        for image, image_size in enumerate(image_sizes):
+            boxes, scores, labels = [], [], []
+            for logits, deltas, level_anchors in zip(
+                logits_levels, deltas_levels, anchors_levels, strict=True
+            ):
+                level_scores = logits[image].sigmoid().flatten()  # (H * W * A * K,)
+                candidates = torch.where(level_scores > config.score_threshold)[0]
+                level_scores, best = level_scores[candidates].topk(
+                    min(len(candidates), config.topk_candidates)
+                )
+                candidates = candidates[best]
+                position = candidates // config.num_classes
+                boxes.append(
+                    decode_boxes(
+                        deltas[image][position], level_anchors[position], image_size=image_size
+                    )
+                )
+                scores.append(level_scores)
+                labels.append(candidates % config.num_classes)
+            image_boxes, image_scores, image_labels = (
+                torch.cat(boxes),
+                torch.cat(scores),
+                torch.cat(labels),
+            )
+            keep = batched_nms(image_boxes, image_scores, image_labels, config.nms_threshold)
+            keep = keep[: config.detections_per_image]
+            detections.append(
+                {
+                    "boxes": image_boxes[keep],
+                    "scores": image_scores[keep],
+                    "labels": image_labels[keep],
+                }
+            )
+        return detections
+
+
+def rows(level: Tensor, columns: int) -> Tensor:
+    """One row an anchor: (B, A * columns, H, W) -> (B, H * W * A, columns)."""
+    batch, _, height, width = level.shape
+    return (
+        level.view(batch, -1, columns, height, width)
+        .permute(0, 3, 4, 1, 2)
+        .reshape(batch, -1, columns)
+    )
+
+
+def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:
+    if targets is None or len(targets) != len(images):
+        got = "none" if targets is None else f"{len(targets)}"
+        raise ValueError(
+            f"training needs one target for each of the {len(images)} images, got {got}"
+        )
+    for index, target in enumerate(targets):
+        boxes = target["boxes"]
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise ValueError(
+                f"targets[{index}]['boxes'] must have shape (M, 4), got {tuple(boxes.shape)}"
+            )
+        degenerate = (boxes[:, 2:] <= boxes[:, :2]).any(dim=1)
+        if degenerate.any():
+            raise ValueError(
+                f"targets[{index}]['boxes'] must have positive width and height, "
+                f"got {boxes[degenerate][0].tolist()}"
+            )
+
+
+# ---- Backbone and pyramid -----------------------------------------------------------------------
+
+# The modules of each stage: stem, C2, C3, C4, C5. The output of a stage is that of its last module.
+RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
+MOBILENET_V2_STAGES = tuple(
+    tuple(f"features.{block}" for block in range(first, last + 1))
+    for first, last in ((0, 1), (2, 3), (4, 6), (7, 13), (14, 18))
+)
+BACKBONES = {f"resnet{depth}": RESNET_STAGES for depth in (18, 34, 50, 101, 152)} | {
+    "mobilenet_v2": MOBILENET_V2_STAGES
+}
+
+
+class Backbone(nn.Module):
+    """A torchvision classifier's stages (`body`) under torchvision's feature pyramid (`fpn`)."""
+
+    def __init__(self, config: RetinaNetConfig, pretrained: bool) -> None:
+        super().__init__()
+        if config.backbone not in BACKBONES:
+            raise ValueError(
+                f"backbone must be one of {', '.join(BACKBONES)}, got {config.backbone!r}"
+            )
+        stages = BACKBONES[config.backbone]
+        classifier = torchvision.models.get_model(
+            config.backbone,
+            weights="IMAGENET1K_V1" if pretrained else None,
+            norm_layer=FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d,
+        )
+        for stage in stages[: len(stages) - config.trainable_stages]:
+            for module in stage:
+                classifier.get_submodule(module).requires_grad_(False)
+        outputs = {
+            stage[-1]: f"c{level}"
+            for level, stage in enumerate(stages, start=1)
+            if level >= config.min_level
+        }
+        self.body = create_feature_extractor(classifier, outputs)
+        channels = [feature.shape[1] for feature in _probe(self.body)]
+        width = config.pyramid_channels
+        self.fpn = FeaturePyramidNetwork(
+            channels,
+            width,
+            extra_blocks=LastLevelP6P7(width, width) if config.max_level == 7 else None,
+        )
+
+    def forward(
+        self, images: Tensor
+    ) -> list[Tensor]:  # (B, 3, H, W) -> L of (B, C, H, W), finest first
+        return list(self.fpn(OrderedDict(self.body(images))).values())
+
+
+@torch.no_grad()
+def _probe(body: nn.Module) -> list[Tensor]:
+    was_training = body.training
+    body.eval()  # batch statistics must not see the probe
+    features = list(body(torch.zeros(1, 3, 64, 64)).values())
+    body.train(was_training)
+    return features
+
+
+# ---- Heads --------------------------------------------------------------------------------------
+
+
+class RetinaNetHead(nn.Module):
+    """The two subnets, shared by all levels; outputs stay per level, as the convolutions wrote them."""
+
+    def __init__(self, config: RetinaNetConfig, num_anchors: int) -> None:
+        super().__init__()
+        self.classification_head = ClassificationHead(config, num_anchors)
+        self.regression_head = RegressionHead(config, num_anchors)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        # L of (B, A * K, H, W), L of (B, A * 4, H, W)
+        return [self.classification_head(f) for f in features], [
+            self.regression_head(f) for f in features
+        ]
+
+
+class ClassificationHead(nn.Module):
+    def __init__(self, config: RetinaNetConfig, num_anchors: int) -> None:
+        super().__init__()
+        self.conv = _tower(config)
+        self.cls_logits = _head_conv(config.pyramid_channels, num_anchors * config.num_classes)
+        # Every anchor starts at sigmoid(bias) = prior: else the many negatives swamp the first steps.
+        prior = config.prior_probability
+        nn.init.constant_(self.cls_logits.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.cls_logits(self.conv(feature))
+
+
+class RegressionHead(nn.Module):
+    def __init__(self, config: RetinaNetConfig, num_anchors: int) -> None:
+        super().__init__()
+        self.conv = _tower(config)
+        self.bbox_reg = _head_conv(config.pyramid_channels, num_anchors * 4)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        return self.bbox_reg(self.conv(feature))
+
+
+def _tower(config: RetinaNetConfig) -> nn.Sequential:
+    width = config.pyramid_channels
+    norm = partial(nn.GroupNorm, 32) if config.head_group_norm else None
+    layers = [Conv2dNormActivation(width, width, norm_layer=norm) for _ in range(config.head_depth)]
+    for layer in layers:
+        _initialise(layer[0])
+    return nn.Sequential(*layers)
+
+
+def _head_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
+    return _initialise(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
+
+
+def _initialise(conv: nn.Conv2d) -> nn.Conv2d:
+    nn.init.normal_(conv.weight, std=0.01)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
