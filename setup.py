@@ -1,11 +1,11 @@
-"""Compiles csrc/ into three libraries inside the package, with one ninja build:
+"""Compiles csrc/ into three libraries inside the package, with ninja.
 
 libfocalops.so       op schemas and CPU kernels; needs libtorch_cpu only
-libfocalops_cuda.so  CUDA kernels; skipped where torch has no CUDA or no nvcc fits it
+libfocalops_cuda.so  CUDA kernels; left out where torch has no CUDA or no nvcc fits it
 _C                   what is not an op (pybind11, the only one tied to this Python)
 
-FOCALOPS_CUDA=0 skips the CUDA kernels, FOCALOPS_CUDA=1 makes it an error if they cannot be built.
-TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CXXFLAGS, NVCC_CCBIN and NVCC_APPEND_FLAGS are honoured.
+FOCALOPS_CUDA=0 leaves the CUDA kernels out, FOCALOPS_CUDA=1 makes it an error if they cannot be
+built. TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CXXFLAGS, NVCC_CCBIN and NVCC_APPEND_FLAGS are honoured.
 """
 
 import os
@@ -14,28 +14,35 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 sys.path.insert(0, str(Path(__file__).parent / "_build_backend"))
-from focalops_backend import find_nvcc, nvcc_wheels  # noqa: E402
+from focalops_backend import find_nvcc, nvcc_wheels
 
 ABI_TARGET = "2.10"  # the oldest torch that the op libraries load on
-DEFAULT_ARCHS = ["8.0", "9.0", "10.0", "12.0+PTX"]
+DEFAULT_ARCHS = ["8.0", "9.0", "10.0", "12.0"]
 
-COMMON = ["-std=c++17", "-O3", f"-DTORCH_TARGET_VERSION=0x{2:02x}{10:02x}{0:012x}"]
+COMMON_FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-DUSE_CUDA", "--expt-relaxed-constexpr", "-Xptxas=-warn-spills"]
+NVCC_FLAGS = [
+    "-DUSE_CUDA",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+    "-Xptxas=-warn-spills",
+]
 
-# Without contraction an IoU has the same bits on every SIMD width and on the GPU. The losses need no
-# such promise, and are twice as fast where the compiler may fuse and ignore the floating-point flags.
-CPU_FLAGS = ["-ffp-contract=off"]
+# Without contraction an IoU has the same bits on every SIMD width and on the GPU. The losses need
+# no such promise, and vectorise only where errno and the floating-point flags may be ignored.
+CPU_FLAGS = ["-fopenmp-simd", "-ffp-contract=off"]
 CPU_FLAGS_OF = {
-    "csrc/cpu/focal_loss.cpp": ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"],
+    "csrc/cpu/focal_loss.cpp": ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"],
 }
 
 CPU = Extension("focalops.libfocalops", ["csrc/library.cpp", *sorted(glob("csrc/cpu/*.cpp"))])
@@ -48,36 +55,37 @@ class CannotBuildCuda(Exception):
 
 
 def nvcc_for(cuda: str | None) -> tuple[str, str]:
+    """The path and version of the nvcc to build with for a torch whose CUDA version is `cuda`."""
     if os.environ.get("FOCALOPS_CUDA") == "0":
-        raise CannotBuildCuda("it was built with FOCALOPS_CUDA=0")
+        raise CannotBuildCuda("focalops was built with FOCALOPS_CUDA=0")
     if cuda is None:
-        raise CannotBuildCuda("it was built with a torch that has no CUDA")
-    if (nvcc := find_nvcc(cuda)) is None:
-        wheels = " ".join(f"pip install '{wheel}'" for wheel in nvcc_wheels(cuda))
-        raise CannotBuildCuda(
-            f"no nvcc {cuda.split('.')[0]}.x was found when it was built with a torch for CUDA {cuda}: "
-            + (wheels or "install that CUDA toolkit and set CUDA_HOME")
-        )
-    return nvcc
+        raise CannotBuildCuda("focalops was built with a torch that has no CUDA")
+    if nvcc := find_nvcc(cuda):
+        return nvcc
+    wheels = [f"`pip install '{wheel}'`" for wheel in nvcc_wheels(cuda)]
+    raise CannotBuildCuda(
+        f"focalops was built with a torch for CUDA {cuda}, but without an nvcc of the same major"
+        f" version: {' '.join(wheels) or 'install that toolkit, set CUDA_HOME'} and build it again"
+    )
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """Compute capabilities to compile for, such as 9.0, 10.0a or 12.0+PTX."""
+def archs_for(nvcc: str) -> list[str]:
+    """The compute capabilities to compile for, such as 9.0, 10.0a or 12.0+PTX."""
     import torch
 
     if requested := os.environ.get("TORCH_CUDA_ARCH_LIST"):
         archs = re.split(r"[;, ]+", requested.strip("; "))
         for arch in archs:
             if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch):
-                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries such as 9.0, got {arch!r}")
+                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0+PTX', got {arch!r}")
         return archs
+    listing = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
     gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    archs = sorted({f"{major}.{minor}" for major, minor in gpus}) or DEFAULT_ARCHS
-    supported = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    usable = [arch for arch in archs if "sm_" + re.sub(r"\D", "", arch) in supported]
-    if not usable:
-        raise CannotBuildCuda(f"{nvcc} cannot compile for compute capability {', '.join(archs)}")
-    return usable
+    wanted = sorted({f"{major}.{minor}" for major, minor in gpus}) or DEFAULT_ARCHS
+    archs = [arch for arch in wanted if f"sm_{arch.replace('.', '')}" in listing.split()]
+    if not archs:
+        raise CannotBuildCuda(f"{nvcc} cannot compile for compute capability {', '.join(wanted)}")
+    return archs if gpus else [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
 def gencode(arch: str) -> list[str]:
@@ -86,95 +94,94 @@ def gencode(arch: str) -> list[str]:
     return [f"-gencode=arch=compute_{number},code={code}" for code in codes]
 
 
-def string_macro(name: str, value: str) -> str:
-    return f'-D{name}="{value}"'
-
-
 class BuildNative(build_ext):
-    def get_ext_filename(self, fullname):
-        if "lib" in fullname.rpartition(".")[2]:
-            return os.path.join(*fullname.split(".")) + ".so"
-        return super().get_ext_filename(fullname)
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_C"):
+            return super().get_ext_filename(fullname)
+        return f"{fullname.replace('.', '/')}.so"
 
-    def run(self):
+    def run(self) -> None:
         import torch
 
         self.torch = Path(torch.__file__).parent
-        self.build_info = {"ABI_TARGET": ABI_TARGET, "TORCH_VERSION": torch.__version__}
+        self.info = {"ABI_TARGET": ABI_TARGET, "TORCH_VERSION": torch.__version__}
         try:
-            self.nvcc, toolkit = nvcc_for(torch.version.cuda)
-            self.archs = cuda_archs(self.nvcc)
-            self.build_info |= {"CUDA_VERSION": toolkit, "CUDA_ARCHS": " ".join(self.archs)}
-            print(f"focalops: CUDA kernels for {', '.join(self.archs)} with nvcc {toolkit} ({self.nvcc})")
+            self.nvcc, version = nvcc_for(torch.version.cuda)
+            self.archs = archs_for(self.nvcc)
+            self.info |= {"CUDA_VERSION": version, "CUDA_ARCHS": " ".join(self.archs)}
+            print(f"CUDA kernels for {' '.join(self.archs)}, by {self.nvcc} (CUDA {version})")
         except CannotBuildCuda as reason:
             if os.environ.get("FOCALOPS_CUDA") == "1":
-                raise SystemExit(f"focalops has no CUDA kernels although FOCALOPS_CUDA=1: {reason}") from None
-            print(f"focalops: no CUDA kernels: {reason}")
-            self.build_info["NO_CUDA_REASON"] = str(reason)
-            self.extensions = [extension for extension in self.extensions if extension is not CUDA]
-            stale = self.get_ext_filename(CUDA.name)
-            for directory in (self.build_lib, "."):
-                Path(directory, stale).unlink(missing_ok=True)
+                raise SystemExit(f"FOCALOPS_CUDA=1, but {reason}") from None
+            print(f"no CUDA kernels: {reason}")
+            self.info["NO_CUDA_REASON"] = str(reason)
+            self.extensions = [CPU, MODULE]
+            # What an earlier build left there would go into the wheel.
+            Path(self.get_ext_fullpath(CUDA.name)).unlink(missing_ok=True)
         super().run()
 
-    def build_extensions(self):
-        temp = Path(self.build_temp)
-        temp.mkdir(parents=True, exist_ok=True)
-        (temp / "build.ninja").write_text(self.ninja_file())
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
-        subprocess.run([*ninja, "-f", str(temp / "build.ninja"), "-j", jobs], check=True)
+    def build_extensions(self) -> None:
+        self.ninja = [f"builddir = {self.build_temp}", "rule run", " command = $cmd"]
+        self.ninja.append(" description = $out")
+        self.add_libraries()
+        path = Path(self.build_temp, "build.ninja")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(self.ninja) + "\n")
 
-    def ninja_file(self) -> str:
+        ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        if subprocess.run([*ninja, "-f", path, "-j", jobs]).returncode:
+            raise CompileError("ninja failed; what it printed above says why")
+
+    def add_libraries(self) -> None:
         import pybind11
 
-        headers = ["-isystem", str(self.torch / "include")]
-        info = [string_macro(f"FOCALOPS_{name}", value) for name, value in self.build_info.items()]
         cxx = shlex.split(os.environ.get("CXX", "g++"))
-        cxx_flags = [*COMMON, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        cxx_flags = [*COMMON_FLAGS, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        headers = ["-isystem", str(self.torch / "include")]
         libtorch = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]
-        defined = "-Wl,-z,defs"
 
-        lines = [f"builddir = {self.build_temp}", "rule run", "  command = $cmd", "  description = $out"]
+        def cpu_flags(source: str) -> list[str]:
+            return [*cxx_flags, *CPU_FLAGS, *CPU_FLAGS_OF.get(source, []), *headers]
 
-        def build(output: str, inputs: list[str], command: list[str], depfile: str = "") -> str:
-            paths = [path.replace(" ", "$ ") for path in (output, *inputs)]
-            lines.append(f"build {paths[0]}: run {' '.join(paths[1:])}")
-            lines.append(f"  cmd = {shlex.join(command).replace('$', '$$')}")
-            if depfile:
-                lines.extend([f"  depfile = {depfile}", "  deps = gcc"])
-            return output
+        self.link(CPU, [*cxx, *self.compile(CPU, cxx, cpu_flags), *libtorch, "-Wl,-z,defs"])
 
-        def objects(extension: Extension, compiler: list[str], flags_of) -> list[str]:
-            outputs = []
-            for source in extension.sources:
-                output = f"{self.build_temp}/{source}.o"
-                command = [*compiler, "-MMD", "-MF", f"{output}.d", *flags_of(source)]
-                command += ["-c", source, "-o", output]
-                outputs.append(build(output, [source], command, f"{output}.d"))
-            return outputs
-
-        def library(extension: Extension, inputs: list[str], linker: list[str], flags: list[str]) -> None:
-            output = self.get_ext_fullpath(extension.name)
-            build(output, inputs, [*linker, "-shared", "-o", output, *inputs, *flags])
-
-        def cpu_flags(source):
-            return [*cxx_flags, *CPU_FLAGS_OF.get(source, CPU_FLAGS), *headers]
-
-        library(CPU, objects(CPU, cxx, cpu_flags), cxx, [*libtorch, defined])
-
+        info = [f'-DFOCALOPS_{name}="{value}"' for name, value in self.info.items()]
         python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
-        module = objects(MODULE, cxx, lambda _: [*cxx_flags, *info, *python])
-        library(MODULE, module, cxx, [])
+        self.link(MODULE, [*cxx, *self.compile(MODULE, cxx, lambda _: cxx_flags + info + python)])
 
         if CUDA in self.extensions:
-            nvcc_flags = [*COMMON, *NVCC_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
-            nvcc_flags += [flag for arch in self.archs for flag in gencode(arch)]
-            cuda = objects(CUDA, [self.nvcc], lambda _: [*nvcc_flags, *info, *headers])
-            # The static CUDA runtime stays private, so that it cannot mix with the one torch has loaded.
-            private = ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-z,defs"]
-            library(CUDA, cuda, [self.nvcc], [*libtorch, "-ltorch_cuda", *private])
-        return "\n".join(lines) + "\n"
+            gencodes = [flag for arch in self.archs for flag in gencode(arch)]
+            flags = [*COMMON_FLAGS, *NVCC_FLAGS, *gencodes, *headers]
+            objects = self.compile(CUDA, [self.nvcc], lambda _: flags)
+            # nvcc links the static CUDA runtime; its symbols are hidden, so that calls cannot end
+            # up in the shared runtime that torch has loaded.
+            hidden = ["-Xlinker=--exclude-libs,ALL", "-Xlinker=-z,defs"]
+            self.link(CUDA, [self.nvcc, *objects, *libtorch, "-ltorch_cuda", *hidden])
+
+    def compile(
+        self, extension: Extension, compiler: list[str], flags_of: Callable[[str], list[str]]
+    ) -> list[str]:
+        objects = [f"{self.build_temp}/{source}.o" for source in extension.sources]
+        for source, output in zip(extension.sources, objects, strict=True):
+            flags = [*flags_of(source), "-MMD", "-MF", f"{output}.d"]
+            self.add_edge(output, [source], [*compiler, *flags, "-c", source, "-o", output])
+            self.ninja += [" deps = gcc", f" depfile = {output}.d"]
+        return objects
+
+    def link(self, extension: Extension, command: list[str]) -> None:
+        output = self.get_ext_fullpath(extension.name)
+        objects = [argument for argument in command if argument.endswith(".o")]
+        self.add_edge(output, objects, [*command, "-shared", "-o", output])
+
+    def add_edge(self, output: str, inputs: list[str], command: list[str]) -> None:
+        output, *inputs = (re.sub(r"([$ :])", r"$\1", path) for path in (output, *inputs))
+        self.ninja.append(f"build {output}: run {' '.join(inputs)}")
+        self.ninja.append(f" cmd = {shlex.join(command).replace('$', '$$')}")
 
 
-setup(ext_modules=[CPU, CUDA, MODULE], cmdclass={"build_ext": BuildNative})
+setup(
+    license="BSD-3-Clause",  # pyproject.toml cannot say it in a form that suits old and new setuptools
+    ext_modules=[CPU, CUDA, MODULE],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -15,12 +15,16 @@ from setuptools.build_meta import *  # noqa: F403
 
 
 def find_nvcc(cuda: str) -> tuple[str, str] | None:
-    """The path and version of an nvcc whose major version is that of `cuda`, system toolkits first."""
+    """The path and version of an nvcc of the same major version as `cuda`, system toolkits first."""
     major = cuda.split(".")[0]
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    wheels = [Path(path, "nvidia", f"cu{major}") for path in sys.path]
-    found = [shutil.which("nvcc"), *(Path(home, "bin/nvcc") for home in (*homes, *wheels) if home)]
-    for nvcc in filter(None, found):
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [
+        *(Path(home, "bin/nvcc") for home in homes if home),
+        shutil.which("nvcc"),
+        *sorted(Path("/usr/local").glob("cuda*/bin/nvcc")),
+        *(Path(path, f"nvidia/cu{major}/bin/nvcc") for path in sys.path),
+    ]
+    for nvcc in filter(None, candidates):
         try:
             banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
         except OSError:

@@ -22,11 +22,15 @@ build_info = _C.build_info()
 def _load_cpu() -> None:
     required = build_info["abi_target"]
     if _release(torch.__version__) < _release(required):
-        raise ImportError(f"focalops needs torch {required} or newer, and this is {torch.__version__}")
+        raise ImportError(
+            f"focalops needs torch {required} or newer, and this is {torch.__version__}"
+        )
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
-        raise ImportError(f"{LIBRARY} does not load on torch {torch.__version__}: {error}") from None
+        raise ImportError(
+            f"{LIBRARY} does not load on torch {torch.__version__}: {error}"
+        ) from None
 
 
 def _load_cuda() -> str | None:

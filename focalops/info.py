@@ -9,44 +9,52 @@ from focalops._version import __version__
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code compiled for `archs` ("8.0 9.0 12.0+PTX") runs on a device of this compute capability."""
-    for arch in archs.split():
-        major, minor = (int(part) for part in re.match(r"(\d+)\.(\d+)", arch).groups())
-        same_major = capability[0] == major and capability[1] >= minor
-        if arch.endswith("+PTX") and capability >= (major, minor) or same_major:
+    """Whether code compiled for `archs`, such as "9.0 12.0+PTX", runs on a device of `capability`."""
+    for arch, ptx in re.findall(r"([\d.]+)[af]?(\+PTX)?", archs):
+        compiled = tuple(int(part) for part in arch.split("."))
+        if capability >= compiled and (ptx or capability[0] == compiled[0]):
             return True
     return False
 
 
 def ops() -> dict[str, list[str]]:
-    """The backends each focalops op has a kernel for."""
-    names = sorted(n for n in torch._C._dispatch_get_all_op_names() if n.startswith("focalops::"))
+    """The backends that each focalops op has a kernel for."""
+    names = torch._C._dispatch_get_all_op_names()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name: [key for key in ("CPU", "CUDA") if has_kernel(name, key)] for name in names}
+    return {
+        name.removeprefix("focalops::"): [key for key in ("CPU", "CUDA") if has_kernel(name, key)]
+        for name in sorted(names)
+        if name.startswith("focalops::")
+    }
 
 
 def main() -> None:
-    def line(name: str, value: object) -> None:
-        print(f"{name:<16}{value}")
-
-    line("focalops", __version__)
-    line("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
-    line("built with", f"torch {build_info['torch_version']}, {build_info['compiler']}")
-    line("runs on", f"torch {build_info['abi_target']} and newer")
-    line("CPU kernels", "loaded")
+    rows = [
+        ("focalops", __version__),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda}"),
+        ("built with", f"torch {build_info['torch_version']}, {build_info['compiler']}"),
+        ("runs on", f"torch {build_info['abi_target']} and newer"),
+        ("CPU kernels", "loaded"),
+    ]
     if no_cuda_reason:
-        line("CUDA kernels", f"not loaded: {no_cuda_reason}")
+        rows.append(("CUDA kernels", f"not loaded: {no_cuda_reason}"))
     else:
-        line("CUDA kernels", f"loaded, CUDA {build_info['cuda_version']}, {build_info['cuda_archs']}")
-        for index in range(torch.cuda.device_count()):
-            capability = torch.cuda.get_device_capability(index)
-            fits = "" if covers(build_info["cuda_archs"], capability) else ", NOT compiled for it"
-            name = torch.cuda.get_device_name(index)
-            line(f"device {index}", f"{name}, {capability[0]}.{capability[1]}{fits}")
+        archs = build_info["cuda_archs"] or ""
+        rows.append(("CUDA kernels", f"loaded, CUDA {build_info['cuda_version']}, for {archs}"))
+        for i in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(i)
+            note = (
+                "" if covers(archs, capability) else ": the CUDA kernels were not compiled for it"
+            )
+            name = torch.cuda.get_device_name(i)
+            rows.append((f"GPU {i}", f"{name}, {capability[0]}.{capability[1]}{note}"))
         if not torch.cuda.is_available():
-            line("device", "no GPU")
-    for name, backends in ops().items():
-        line("op", f"{name.removeprefix('focalops::')}: {', '.join(backends) or 'no kernel'}")
+            rows.append(("GPU", "none"))
+    rows += [(op, " ".join(backends) or "no kernel") for op, backends in ops().items()]
+
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
 
 
 if __name__ == "__main__":

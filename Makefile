@@ -1,0 +1,64 @@
+# `make demo` and `make test` set everything up in .venv, build in place, and run; what is done is not repeated.
+# `make test PYTHON=python3 VENV=` uses that interpreter as it is and installs nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(VENV),)
+PY := $(shell command -v $(PYTHON))
+else
+PY := $(abspath $(VENV))/bin/python
+INSTALLED := $(VENV)/.installed
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+
+# Without a GPU the kernels are compiled only to see that they compile: one architecture is enough.
+ifeq ($(TORCH_CUDA_ARCH_LIST)$(shell nvidia-smi -L 2>/dev/null),)
+export TORCH_CUDA_ARCH_LIST := 9.0
+endif
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+BUILT := build/native.stamp
+
+.PHONY: demo test bench build lint format clean FORCE
+
+demo: $(BUILT)
+	$(PY) -m models demo
+
+test: $(BUILT)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(BUILT)
+	$(PY) -m benchmarks $(ARGS)
+
+build: $(BUILT)
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	clang-format --dry-run -Werror $(NATIVE)
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	clang-format -i $(NATIVE)
+
+clean:
+	rm -rf build dist *.egg-info focalops/*.so .venv .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --group dev --group models
+	nvcc=$$($(PY) _build_backend/focalops_backend.py) && { [ -z "$$nvcc" ] || $(PY) -m pip install $$nvcc; }
+	touch $@
+
+$(BUILT): $(INSTALLED) $(NATIVE) setup.py _build_backend/focalops_backend.py build/configuration
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# Changes only when the libraries in the package would have to be others.
+build/configuration: FORCE
+	@mkdir -p build
+	@echo '$(PY) $(TORCH_CUDA_ARCH_LIST) $(FOCALOPS_CUDA)' | cmp -s - $@ || echo '$(PY) $(TORCH_CUDA_ARCH_LIST) $(FOCALOPS_CUDA)' > $@
