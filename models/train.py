@@ -135,6 +135,7 @@ def train(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=device.startswith("cuda"),
+        generator=torch.Generator(),  # of its own: a resumed run must not draw twice
     )
     model.train()
     progress = tqdm(

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from models_fixtures import DISC, SQUARE, make_coco_folder
+from PIL import Image
+
+from models import evaluate as evaluation
+from models.__main__ import main
+from models.data import CocoDataset
+from models.draw import draw_comparison, draw_detections
+from models.retinanet import RetinaNetConfig
+from models.train import Recipe, load_checkpoint, load_model, lr_factor, save_checkpoint, train
+
+RECIPE = Recipe(
+    model=RetinaNetConfig(
+        num_classes=2,
+        backbone="resnet18",
+        trainable_stages=2,
+        max_level=5,
+        pyramid_channels=32,
+        head_depth=1,
+        anchor_sizes=((16,), (32,), (64,)),
+        aspect_ratios=(1.0,),
+        min_size=64,
+        max_size=128,
+    ),
+    steps=4,
+    batch_size=2,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    warmup_steps=2,
+    schedule="cosine",
+    ema_decay=0.9,
+    crop=64,
+)
+
+
+@pytest.fixture
+def coco_folder(tmp_path: Path) -> Path:
+    return make_coco_folder(tmp_path / "coco")
+
+
+@pytest.fixture
+def checkpoint(coco_folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "checkpoint.pt"
+    train(RECIPE, CocoDataset(coco_folder, "train"), path, pretrained=False)
+    return path
+
+
+def assert_same(a: object, b: object) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    coco_folder: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = CocoDataset(coco_folder, "train")
+    resumed = tmp_path / "resumed.pt"
+
+    def save_and_die(path: Path, state: dict) -> None:
+        save_checkpoint(path, state)
+        raise Interrupted
+
+    monkeypatch.setattr("models.train.save_checkpoint", save_and_die)
+    with pytest.raises(Interrupted):
+        train(RECIPE, data, resumed, pretrained=False, checkpoint_every=2)
+    monkeypatch.undo()
+    assert load_checkpoint(resumed)["step"] == 2
+    torch.manual_seed(999)
+    train(RECIPE, data, resumed, pretrained=False, resume=True)
+    assert_same(load_checkpoint(resumed), load_checkpoint(checkpoint))
+
+
+def test_checkpoints_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    content = {"model": {}, "recipe": {}, "categories": {}}
+    save_checkpoint(path, {**content, "step": 1})
+
+    def broken(state: dict, file) -> None:
+        file.write(b"half a check")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {**content, "step": 2})
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_load_model_takes_the_averaged_weights(checkpoint: Path) -> None:
+    model, recipe, categories = load_model(checkpoint)
+    assert recipe == RECIPE
+    assert categories == {DISC: "disc", SQUARE: "square"}
+    saved = load_checkpoint(checkpoint)
+    name = "head.regression_head.bbox_reg.weight"
+    assert torch.equal(model.state_dict()[name], saved["average"][f"module.{name}"])
+    assert not torch.equal(model.state_dict()[name], saved["model"][name])
+
+
+def test_learning_rate() -> None:
+    paper = Recipe()
+    assert lr_factor(paper, 0) == pytest.approx(1 / 500)
+    assert lr_factor(paper, 499) == lr_factor(paper, 59_999) == 1
+    assert lr_factor(paper, 60_000) == pytest.approx(0.1)
+    assert lr_factor(paper, 89_999) == pytest.approx(0.01)
+    cosine = dataclasses.replace(paper, schedule="cosine")
+    factors = [lr_factor(cosine, step) for step in range(500, 90_000, 100)]
+    assert factors == sorted(factors, reverse=True)
+    assert factors[0] == 1 and factors[-1] < 1e-4
+
+
+def test_evaluate_writes_results_for_pycocotools(
+    coco_folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "out" / "results.json"
+    arguments = ["evaluate", str(checkpoint), "--data", str(coco_folder), "--out", str(path)]
+    assert main([*arguments, "--device", "cpu", "--max-detections", "250"]) == 0
+    table = capsys.readouterr().out
+    assert table.count("Average Precision") == table.count("Average Recall") == 6
+    assert "| maxDets=250 ] = " in table
+    json.loads(path.read_text())
+
+
+def test_perfect_results_score_one(coco_folder: Path, tmp_path: Path) -> None:
+    """Category ids and boxes come back as they were, and pycocotools reads the file."""
+    data = CocoDataset(coco_folder, "val")
+    results = []
+    for index, image_id in enumerate(data.image_ids):
+        _, target = data[index]
+        found = {**target, "scores": torch.ones(len(target["boxes"]))}
+        results += evaluation.to_results(image_id, found, list(data.categories))
+    figures = evaluation.evaluate(data.coco, results, 100)
+    assert figures == {"AP": 1.0, "AP50": 1.0, "AP75": 1.0}
+    assert evaluation.evaluate(data.coco, [], 100)["AP"] == 0
+
+    path = tmp_path / "results.json"
+    evaluation.save_results(path, results)
+    loaded = data.coco.loadRes(str(path))
+    assert {a["category_id"] for a in loaded.anns.values()} == {DISC, SQUARE}
+
+
+def test_crowd_regions_excuse_detections(coco_folder: Path) -> None:
+    data = CocoDataset(coco_folder, "train")
+    results = []
+    for index, image_id in enumerate(data.image_ids):
+        _, target = data[index]
+        found = {**target, "scores": torch.ones(len(target["boxes"]))}
+        results += evaluation.to_results(image_id, found, list(data.categories))
+    in_crowd = {"image_id": 120, "category_id": DISC, "bbox": [62, 62, 9, 9], "score": 1.0}
+    assert evaluation.evaluate(data.coco, [in_crowd, *results], 100)["AP"] == 1.0
+
+
+def test_table_is_pycocotools_own(
+    coco_folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """With the usual limit of 100 detections, figures and lines are those of COCOeval itself."""
+    model, recipe, categories = load_model(checkpoint)
+    data = CocoDataset(coco_folder, "val")
+    recipe = dataclasses.replace(recipe, max_detections=100)
+    results = evaluation.detect_all(model, recipe, categories, data)
+    for index, image_id in enumerate(data.image_ids):
+        _, target = data[index]
+        found = {**target, "scores": torch.linspace(0.9, 0.1, len(target["boxes"]))}
+        results += evaluation.to_results(image_id, found, list(data.categories))[1:]
+    evaluation.evaluate(data.coco, results, 100)
+    ours = capsys.readouterr().out
+    theirs = evaluation.COCOeval(data.coco, data.coco.loadRes(results), "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    capsys.readouterr()
+    theirs.summarize()
+    assert ours == capsys.readouterr().out
+
+
+def test_windows_find_what_the_whole_image_shows(checkpoint: Path) -> None:
+    """A model that sees bright pixels as boxes: each object is found once, wherever windows meet."""
+
+    class Bright(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+            outputs = []
+            for image in images:
+                y, x = torch.where(image[0] > 0.5)
+                boxes = torch.stack((x, y, x + 1, y + 1), dim=1).float()
+                labels = torch.zeros(len(boxes), dtype=torch.int64)
+                outputs.append({"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": labels})
+            return outputs
+
+    image = torch.zeros(3, 150, 170, dtype=torch.uint8)
+    points = torch.randperm(150 * 170, generator=torch.Generator().manual_seed(0))[:300]
+    image.view(3, -1)[:, points] = 255
+    recipe = dataclasses.replace(RECIPE, max_detections=1000, window_overlap=16)
+    boxes = evaluation.detect(Bright(), recipe, image)["boxes"]
+    found = boxes[:, 1] * 170 + boxes[:, 0]
+    assert sorted(found.tolist()) == sorted(points.tolist())
+
+
+def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(coco_folder), "--out", str(out), "--device", "cpu"]
+    recipe = "--recipe trees --backbone resnet18 --no-pretrained --steps 2 --batch-size 2 --crop 64"
+    assert main([*arguments, *recipe.split(), "--min-size", "64"]) == 0
+    saved = load_checkpoint(out / "checkpoint.pt")
+    assert saved["step"] == 2
+    assert saved["recipe"]["model"]["num_classes"] == 2
+    assert main([*arguments, "--resume"]) == 0
+
+    image = str(coco_folder / "val2017" / "000000000100.png")
+    pictures = tmp_path / "pictures"
+    predict = ["predict", str(out / "checkpoint.pt"), image, "--out", str(pictures)]
+    assert main([*predict, "--min-score", "0", "--device", "cpu"]) == 0
+    with Image.open(pictures / "000000000100.png") as picture:
+        assert min(picture.size) >= 900
+
+
+def test_pictures(tmp_path: Path) -> None:
+    image = torch.zeros(3, 200, 300, dtype=torch.uint8)
+    truth = {
+        "boxes": torch.tensor([[10.0, 10, 50, 50], [100, 100, 150, 150]]),
+        "labels": torch.zeros(2, dtype=torch.int64),
+    }
+    found = {
+        "boxes": torch.tensor([[12.0, 10, 52, 50], [200, 20, 240, 60], [0, 0, 5, 5]]),
+        "scores": torch.tensor([0.9, 0.8, 0.1]),
+        "labels": torch.zeros(3, dtype=torch.int64),
+    }
+    none = {name: value[:0] for name, value in found.items()}
+    for index, detections in enumerate((found, none)):
+        path = tmp_path / f"{index}.png"
+        draw_comparison(path, "title", image, detections, truth)
+        assert path.stat().st_size > 0
+        draw_detections(path, "title", image, detections, ["tree"])
+        assert path.stat().st_size > 0
+
+
+def test_errors_are_one_sentence(
+    coco_folder: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"not a checkpoint")
+    folder, run, nowhere = str(coco_folder), str(tmp_path / "run"), str(tmp_path / "nowhere")
+    cases = {
+        f"evaluate {nowhere} --data {folder}": "nowhere does not exist",
+        f"evaluate {broken} --data {folder}": "broken.pt is not a checkpoint",
+        f"evaluate {checkpoint} --data {nowhere}": "nowhere is not a folder",
+        f"predict {checkpoint} {nowhere}": "the image .*nowhere does not exist",
+        f"predict {checkpoint} {broken}": "the image .*broken.pt cannot be read",
+        f"train --data {folder} --out {run} --backbone vgg16": "backbone must be one of .* 'vgg16'",
+        f"train --data {folder} --out {run} --resume --steps 9": "no option of the recipe",
+        f"train --data {folder} --out {nowhere} --resume": "checkpoint.pt does not exist",
+    }
+    for command, message in cases.items():
+        assert main([*command.split(), "--device", "cpu"]) == 1, command
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and "\n" not in error, error
+        assert re.search(message, error), error
