@@ -1,0 +1,7 @@
+"""CUDA and C++ kernels for the parts of dense object detection that are not convolutions."""
+
+from focalops._version import __version__
+from focalops.anchors import AnchorGenerator
+from focalops.focal_loss import sigmoid_focal_loss
+
+__all__ = ["AnchorGenerator", "__version__", "sigmoid_focal_loss"]

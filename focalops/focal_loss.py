@@ -1,0 +1,300 @@
+"""The sigmoid focal loss (Lin et al., "Focal Loss for Dense Object Detection", arXiv 1708.02002)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focalops import reference
+from focalops._ops import (
+    call,
+    check,
+    check_floating,
+    check_same_device,
+    compute_dtype,
+    ops,
+    runs_reference,
+)
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+) -> Tensor:
+    r"""The focal loss of logits, :math:`-\alpha_t (1 - p_t)^\gamma \log(p_t)`.
+
+    A drop-in for ``torchvision.ops.sigmoid_focal_loss`` that also takes class indices, which spares the one-hot matrix.
+
+    Args:
+        inputs: logits, float16, bfloat16, float32 or float64, of any shape, ``(..., K)`` with class indices.
+        targets: either dense, of the shape of ``inputs``, with values in [0, 1]; or class indices, int32 or int64, of
+            shape ``inputs.shape[:-1]``: ``0..K-1`` a class, ``K`` background, ``ignore_index`` neither loss nor gradient.
+            An index that is none of these is an error on the CPU; on CUDA, where looking would stop the device, the
+            losses of its row are NaN.
+        alpha: weight of the positives, ``1 - alpha`` that of the negatives; a negative number weights nothing.
+        gamma: exponent of the modulating factor, >= 0.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``. ``"mean"`` divides by the number of elements that are not ignored
+            (the mean of none is 0).
+        ignore_index: class index of rows to leave out.
+        normalizer: with ``"sum"``, a number or 0-d tensor that divides the sum, such as the number of positive anchors;
+            as a tensor it is read on the device.
+        min_normalizer: least value of the divisor.
+
+    Returns:
+        ``"none"``: the losses, in the shape and dtype of ``inputs``. Otherwise a 0-d tensor, float64 for float64 inputs,
+        else float32.
+
+    With ``"sum"`` and ``"mean"`` the logits are read once: where they require a gradient, it is written in the same pass,
+    and takes the only extra memory, one tensor of the size of ``inputs``. Computed in float32 (float64 for float64), two
+    runs give the same bits. Time O(inputs).
+
+    >>> sigmoid_focal_loss(logits, labels, reduction="sum", normalizer=num_positives)  # (N, K), (N,)
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    if normalizer is not None and reduction != "sum":
+        raise ValueError(
+            f"normalizer must be None unless reduction is 'sum', got reduction {reduction!r}"
+        )
+    for name, tensor in (("targets", targets), ("normalizer", normalizer)):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+    if runs_reference(inputs):
+        return reference.sigmoid_focal_loss(
+            inputs,
+            targets,
+            alpha,
+            gamma,
+            reduction,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            min_normalizer=min_normalizer,
+        )
+
+    dtype = compute_dtype(inputs.dtype)
+    is_dense = targets.dim() == inputs.dim()
+    if is_dense and targets.dtype not in (inputs.dtype, dtype):
+        targets = targets.to(dtype if targets.is_floating_point() else inputs.dtype)
+    if reduction == "none":
+        return call(ops.sigmoid_focal_loss, inputs, targets, alpha, gamma, ignore_index)
+
+    if reduction == "mean":
+        if is_dense:
+            normalizer = inputs.numel()
+        else:
+            normalizer = (targets != ignore_index).sum() * inputs.shape[-1]
+        min_normalizer = 1
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(dtype)
+    elif normalizer is not None:
+        normalizer, min_normalizer = None, max(normalizer, min_normalizer)
+    compute_grad = inputs.requires_grad and torch.is_grad_enabled()
+    loss, _ = call(
+        ops.sigmoid_focal_loss_sum,
+        inputs,
+        targets,
+        alpha,
+        gamma,
+        ignore_index,
+        normalizer,
+        min_normalizer,
+        compute_grad,
+    )
+    return loss
+
+
+# ---- fake kernels -------------------------------------------------------------------------------
+
+
+def _check(inputs: Tensor, targets: Tensor, gamma: float) -> None:
+    op = "sigmoid_focal_loss"
+    check_floating(op, "inputs", inputs)
+    check_same_device(op, "targets", targets, "inputs", inputs)
+    is_dense = targets.dim() == inputs.dim()
+    check(
+        targets.dim() in (inputs.dim(), inputs.dim() - 1)
+        and targets.shape == inputs.shape[: targets.dim()],
+        lambda: (
+            f"{op}: targets must have the shape of inputs, {tuple(inputs.shape)}, "
+            f"or that shape without its last dimension, got {tuple(targets.shape)}"
+        ),
+    )
+    check(
+        not is_dense or targets.dtype in (inputs.dtype, compute_dtype(inputs.dtype)),
+        lambda: (
+            f"{op}: dense targets must have the dtype of inputs, {inputs.dtype}, or float32, "
+            f"got {targets.dtype}"
+        ),
+    )
+    check(
+        is_dense or targets.dtype in (torch.int32, torch.int64),
+        lambda: f"{op}: class-index targets must be int32 or int64, got {targets.dtype}",
+    )
+    check(
+        is_dense or inputs.shape[-1] < 2**30,
+        lambda: f"{op}: inputs must have fewer than 2^30 classes, got {inputs.shape[-1]}",
+    )
+    check(gamma >= 0, lambda: f"{op}: gamma must be >= 0, got {gamma:g}")
+
+
+def _contiguous_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("focalops::sigmoid_focal_loss")
+def _(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, ignore_index: int) -> Tensor:
+    _check(inputs, targets, gamma)
+    return _contiguous_like(inputs)
+
+
+@torch.library.register_fake("focalops::_sigmoid_focal_loss_backward")
+def _(
+    grad_output: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    ignore_index: int,
+) -> Tensor:
+    op = "sigmoid_focal_loss"
+    _check(inputs, targets, gamma)
+    check_same_device(op, "grad_output", grad_output, "inputs", inputs)
+    check(
+        grad_output.shape == inputs.shape and grad_output.dtype == inputs.dtype,
+        lambda: (
+            f"{op}: grad_output must have the shape and dtype of inputs, "
+            f"{tuple(inputs.shape)} and {inputs.dtype}, "
+            f"got {tuple(grad_output.shape)} and {grad_output.dtype}"
+        ),
+    )
+    return _contiguous_like(inputs)
+
+
+@torch.library.register_fake("focalops::sigmoid_focal_loss_sum")
+def _(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    ignore_index: int,
+    normalizer: Tensor | None,
+    min_normalizer: float,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    op = "sigmoid_focal_loss"
+    _check(inputs, targets, gamma)
+    dtype = compute_dtype(inputs.dtype)
+    if normalizer is not None:
+        shape, given = tuple(normalizer.shape), normalizer.dtype
+        check_same_device(op, "normalizer", normalizer, "inputs", inputs)
+        check(
+            normalizer.dim() == 0,
+            lambda: (
+                f"{op}: normalizer must be a number or a 0-d tensor, got a tensor of shape {shape}"
+            ),
+        )
+        check(
+            given == dtype,
+            lambda: f"{op}: normalizer must be float32 (float64 for float64 inputs), got {given}",
+        )
+    loss = inputs.new_empty((), dtype=dtype)
+    return loss, _contiguous_like(inputs) if compute_grad else inputs.new_empty(0)
+
+
+@torch.library.register_fake("focalops::_scale_")
+def _(tensor: Tensor, scale: Tensor) -> None:
+    pass
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+def _setup_elementwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, targets, *ctx.arguments = inputs
+    ctx.save_for_backward(logits, targets)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_elementwise(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad = None
+    if grad_output is not None:
+        inputs, targets = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grad = _differentiable_backward(grad_output, inputs, targets, *ctx.arguments)
+        else:
+            arguments = (grad_output, inputs, targets, *ctx.arguments)
+            grad = call(ops._sigmoid_focal_loss_backward, *arguments)
+    return grad, None, None, None, None
+
+
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, alpha, gamma, ignore_index, normalizer, ctx.min_normalizer, _ = inputs
+    ctx.arguments = (alpha, gamma, ignore_index)
+    ctx.save_for_backward(logits, targets, normalizer, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_sum(
+    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 7
+    if grad_loss is None:
+        return None, *nothing
+    inputs, targets, normalizer, grad = ctx.saved_tensors
+    has_grad = grad.numel() == inputs.numel()
+    if torch.is_grad_enabled() or not has_grad or inputs.dtype == torch.float16:
+        least = grad_loss.new_tensor(ctx.min_normalizer)
+        factor = grad_loss / (least if normalizer is None else torch.maximum(normalizer, least))
+    else:
+        factor = grad_loss  # the saved gradient has been divided by the normalizer
+    if torch.is_grad_enabled() or not has_grad:
+        return _differentiable_backward(factor, inputs, targets, *ctx.arguments, "sum"), *nothing
+    if _owns(grad):
+        call(ops._scale_, grad, factor)
+        return grad, *nothing
+    return grad * factor, *nothing
+
+
+def _owns(saved: Tensor) -> bool:
+    """Whether a backward may overwrite what its forward saved: not if it can run again, nor under a tracer."""
+    is_traced = torch.compiler.is_compiling() or type(saved) is not Tensor
+    return not is_traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _differentiable_backward(
+    grad_output: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    ignore_index: int,
+    reduction: str = "none",
+) -> Tensor:
+    """The gradient through formulas that autograd can differentiate again."""
+    with torch.enable_grad():
+        x = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+        loss = reference.sigmoid_focal_loss(
+            x, targets, alpha, gamma, reduction, ignore_index=ignore_index
+        )
+        (grad,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
+    return grad
+
+
+torch.library.register_autograd(
+    "focalops::sigmoid_focal_loss", _backward_elementwise, setup_context=_setup_elementwise
+)
+torch.library.register_autograd(
+    "focalops::sigmoid_focal_loss_sum", _backward_sum, setup_context=_setup_sum
+)
