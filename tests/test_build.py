@@ -1,0 +1,152 @@
+"""The build and the loading of the native libraries, as far as they can be tested without compiling."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from focalops import _library
+from focalops.info import covers
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+def fake_nvcc(home, version):
+    nvcc = home / "bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {version}, V{version}.88'\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(ROOT / "_build_backend")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    import focalops_backend
+
+    return focalops_backend
+
+
+def test_import_without_libraries_says_how_to_build_them(tmp_path):
+    (tmp_path / "focalops").mkdir()
+    for source in (ROOT / "focalops").glob("*.py"):
+        shutil.copy(source, tmp_path / "focalops")
+    result = run_python("-c", "import focalops", cwd=tmp_path)
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError: focalops is not compiled for this Python")
+    assert "pip install --no-build-isolation ." in last_line
+
+
+def test_too_old_torch_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(ImportError, match=r"needs torch 2\.10 or newer, and this is 2\.9\.1"):
+        _library._load_cpu()
+
+
+@pytest.mark.parametrize(
+    ("built", "running", "reason"),
+    [
+        (None, "13.2", "built with FOCALOPS_CUDA=0"),
+        ("13.0", None, "has no CUDA"),
+        ("13.0", "12.8", "focalops was built for CUDA 13.0, and this torch is for CUDA 12.8"),
+    ],
+)
+def test_cuda_library_is_left_alone_where_it_does_not_fit(monkeypatch, built, running, reason):
+    monkeypatch.setitem(_library.build_info, "cuda_version", built)
+    monkeypatch.setitem(_library.build_info, "no_cuda_reason", "built with FOCALOPS_CUDA=0")
+    monkeypatch.setattr(torch.version, "cuda", running)
+    assert reason in _library._load_cuda()
+
+
+def test_info():
+    result = run_python("-m", "focalops.info")
+    assert result.returncode == 0, result.stderr
+    rows = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert "CPU" in rows["sigmoid_focal_loss"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("8.0 9.0", (8, 0), True),
+        ("8.0 9.0", (8, 9), True),
+        ("8.6 9.0", (8, 0), False),
+        ("8.0 9.0", (12, 0), False),
+        ("8.0 9.0+PTX", (12, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0 12.0+PTX", (9, 0), False),
+    ],
+)
+def test_covers(archs, capability, runs):
+    assert covers(archs, capability) is runs
+
+
+# CUDA 99, so that no toolkit of the machine can be meant.
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_nvcc_of_an_environment_variable(backend, monkeypatch, tmp_path, variable):
+    nvcc = fake_nvcc(tmp_path, "99.1")
+    monkeypatch.setenv(variable, str(tmp_path))
+    assert backend.find_nvcc("99.2") == (nvcc, "99.1")
+    assert backend.find_nvcc("98.2") is None
+
+
+def test_nvcc_on_the_path(backend, monkeypatch, tmp_path):
+    nvcc = fake_nvcc(tmp_path, "99.1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    assert backend.find_nvcc("99.2") == (nvcc, "99.1")
+
+
+def test_nvcc_of_wheels(backend, monkeypatch, tmp_path):
+    nvcc = fake_nvcc(tmp_path / "nvidia/cu99", "99.1")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert backend.find_nvcc("99.1") == (nvcc, "99.1")
+
+
+def test_nvcc_wheels_are_asked_for_only_where_nothing_fits(backend, monkeypatch, tmp_path):
+    monkeypatch.delenv("FOCALOPS_CUDA", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "99.2")
+    assert backend.missing_nvcc_wheels() == ["cuda-toolkit[nvcc,cccl]==99.2.*"]
+    monkeypatch.setenv("FOCALOPS_CUDA", "0")
+    assert backend.missing_nvcc_wheels() == []
+    monkeypatch.delenv("FOCALOPS_CUDA")
+    fake_nvcc(tmp_path, "99.1")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert backend.missing_nvcc_wheels() == []
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backend.missing_nvcc_wheels() == []
+
+
+def test_sdist_holds_what_the_build_needs(tmp_path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    for directory in ("csrc", "_build_backend", "focalops"):
+        shutil.copytree(ROOT / directory, source / directory, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    needed = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    needed -= {path.name for path in source.iterdir() if path.name.startswith(".")} | {"Makefile"}
+
+    result = run_python("setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path), cwd=source)
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("focalops-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {name.partition("/")[2] for name in tar.getnames()}
+    assert needed <= held, needed - held
