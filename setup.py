@@ -101,8 +101,16 @@ class BuildNative(build_ext):
         return f"{fullname.replace('.', '/')}.so"
 
     def run(self) -> None:
-        import torch
+        try:
+            import pybind11
+            import torch
+        except ImportError as error:
+            needed = "pip install torch pybind11 ninja"
+            raise SystemExit(f"building focalops needs {error.name}: {needed}") from None
+        if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 10]:
+            raise SystemExit(f"focalops needs torch 2.10 or newer, got {torch.__version__}")
 
+        self.pybind11 = pybind11.get_include()
         self.torch = Path(torch.__file__).parent
         self.info = {"ABI_TARGET": ABI_TARGET, "TORCH_VERSION": torch.__version__}
         try:
@@ -134,8 +142,6 @@ class BuildNative(build_ext):
             raise CompileError("ninja failed; what it printed above says why")
 
     def add_libraries(self) -> None:
-        import pybind11
-
         cxx = shlex.split(os.environ.get("CXX", "g++"))
         cxx_flags = [*COMMON_FLAGS, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         headers = ["-isystem", str(self.torch / "include")]
@@ -147,7 +153,7 @@ class BuildNative(build_ext):
         self.link(CPU, [*cxx, *self.compile(CPU, cxx, cpu_flags), *libtorch, "-Wl,-z,defs"])
 
         info = [f'-DFOCALOPS_{name}="{value}"' for name, value in self.info.items()]
-        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        python = ["-isystem", sysconfig.get_path("include"), "-isystem", self.pybind11]
         self.link(MODULE, [*cxx, *self.compile(MODULE, cxx, lambda _: cxx_flags + info + python)])
 
         if CUDA in self.extensions:
