@@ -54,18 +54,21 @@ class CannotBuildCuda(Exception):
     pass
 
 
-def nvcc_for(cuda: str | None) -> tuple[str, str]:
-    """The path and version of the nvcc to build with for a torch whose CUDA version is `cuda`."""
+def nvcc_for_torch() -> tuple[str, str]:
+    """The path and version of the nvcc to build with."""
+    import torch
+
     if os.environ.get("FOCALOPS_CUDA") == "0":
-        raise CannotBuildCuda("focalops was built with FOCALOPS_CUDA=0")
+        raise CannotBuildCuda("FOCALOPS_CUDA=0 was set")
+    cuda = torch.version.cuda
     if cuda is None:
-        raise CannotBuildCuda("focalops was built with a torch that has no CUDA")
+        raise CannotBuildCuda(f"torch {torch.__version__} has no CUDA")
     if nvcc := find_nvcc(cuda):
         return nvcc
     wheels = [f"`pip install '{wheel}'`" for wheel in nvcc_wheels(cuda)]
     raise CannotBuildCuda(
-        f"focalops was built with a torch for CUDA {cuda}, but without an nvcc of the same major"
-        f" version: {' '.join(wheels) or 'install that toolkit, set CUDA_HOME'} and build it again"
+        f"torch {torch.__version__} is for CUDA {cuda}, and no nvcc of the same major version was"
+        f" found: {' '.join(wheels) or 'install that toolkit, set CUDA_HOME'} and build again"
     )
 
 
@@ -114,14 +117,15 @@ class BuildNative(build_ext):
         self.torch = Path(torch.__file__).parent
         self.info = {"ABI_TARGET": ABI_TARGET, "TORCH_VERSION": torch.__version__}
         try:
-            self.nvcc, version = nvcc_for(torch.version.cuda)
+            self.nvcc, version = nvcc_for_torch()
             self.archs = archs_for(self.nvcc)
             self.info |= {"CUDA_VERSION": version, "CUDA_ARCHS": " ".join(self.archs)}
             print(f"CUDA kernels for {' '.join(self.archs)}, by {self.nvcc} (CUDA {version})")
         except CannotBuildCuda as reason:
             if os.environ.get("FOCALOPS_CUDA") == "1":
-                raise SystemExit(f"FOCALOPS_CUDA=1, but {reason}") from None
-            print(f"no CUDA kernels: {reason}")
+                needed = "a torch with CUDA and an nvcc that fits it"
+                raise SystemExit(f"FOCALOPS_CUDA=1 needs {needed}, but {reason}") from None
+            print(f"CUDA kernels left out: {reason}")
             self.info["NO_CUDA_REASON"] = str(reason)
             self.extensions = [CPU, MODULE]
             # What an earlier build left there would go into the wheel.

@@ -37,7 +37,7 @@ def _load_cuda() -> str | None:
     """Loads the CUDA kernels; if they cannot be loaded, returns why."""
     built, running = build_info["cuda_version"], torch.version.cuda
     if built is None:
-        return build_info["no_cuda_reason"]
+        return f"focalops was built without CUDA kernels, because {build_info['no_cuda_reason']}"
     if running is None:
         return f"this torch ({torch.__version__}) has no CUDA"
     if built.split(".")[0] != running.split(".")[0]:
