@@ -17,7 +17,8 @@ ifeq ($(TORCH_CUDA_ARCH_LIST)$(shell nvidia-smi -L 2>/dev/null),)
 export TORCH_CUDA_ARCH_LIST := 9.0
 endif
 
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 
 .PHONY: demo test bench build lint format clean FORCE
@@ -36,13 +37,13 @@ build: $(BUILT)
 lint: $(INSTALLED)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	clang-format --dry-run -Werror $(NATIVE)
+	clang-format --dry-run -Werror $(CXX_FILES)
 	$(PY) -m mypy
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
-	clang-format -i $(NATIVE)
+	clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf build dist *.egg-info focalops/*.so .venv .mypy_cache .pytest_cache .ruff_cache
@@ -58,7 +59,8 @@ $(BUILT): $(INSTALLED) $(NATIVE) setup.py _build_backend/focalops_backend.py bui
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
-# Changes only when the libraries in the package would have to be others.
+# Rewritten only when the build would come out differently.
 build/configuration: FORCE
 	@mkdir -p build
-	@echo '$(PY) $(TORCH_CUDA_ARCH_LIST) $(FOCALOPS_CUDA)' | cmp -s - $@ || echo '$(PY) $(TORCH_CUDA_ARCH_LIST) $(FOCALOPS_CUDA)' > $@
+	@echo '$(PY) $(TORCH_CUDA_ARCH_LIST) $(FOCALOPS_CUDA)' > $@.new
+	@cmp -s $@.new $@ && rm $@.new || mv $@.new $@
