@@ -1,0 +1,59 @@
+"""The command, and the short table that the demo ends with."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import boxes, focal_loss, matching, nms
+from benchmarks.harness import OURS, Case, copy_gb_per_s, describe, run_all, run_case, write_record
+
+OPS = {
+    "focal_loss": focal_loss.cases,
+    "box_iou": boxes.iou_cases,
+    "box_coding": boxes.coding_cases,
+    "matching": matching.cases,
+    "nms": nms.cases,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all by default")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record as JSON")
+    parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
+    arguments = parser.parse_args()
+    for op in arguments.ops:
+        if op not in OPS:
+            parser.error(f"OP must be one of {', '.join(OPS)}, got {op!r}")
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU, and torch sees none")
+    record = run_all(cases(arguments.ops or list(OPS), device, arguments.quick), device)
+    if arguments.out:
+        write_record(record, arguments.out)
+
+
+def cases(ops: list[str], device: torch.device, quick: bool) -> Iterator[Case]:
+    torch.manual_seed(0)
+    for op in ops:
+        yield from OPS[op](device, quick)
+
+
+def quick_table() -> None:
+    """One line an op: milliseconds here and in plain PyTorch."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    copy = copy_gb_per_s(device)
+    print(f"{describe(device)['device']}: focalops and the same in plain PyTorch, milliseconds")
+    print(f"{'':46}{OURS:>10}{'PyTorch':>10}{'':>9}")
+    for case in cases(list(OPS), device, quick=True):
+        row = run_case(case, device, copy)
+        ours, theirs = row.timings[OURS], row.timings["reference"]
+        name = f"{row.op}, {row.size}"
+        print(
+            f"{name:46}{ours.median_ms:10.2f}{theirs.median_ms:10.2f}{row.speedup('reference'):8.1f}x"
+        )
