@@ -10,6 +10,7 @@
 
 #include "../checks.h"
 #include "../math/focal.h"
+#include "memory.h"
 #include "simd.h"
 
 namespace focalops {
@@ -201,11 +202,16 @@ void for_each_block(Targets& targets, int64_t numel, double gamma, const Consume
   targets.finish();
 }
 
+// Uninitialised, of the shape and dtype of contiguous inputs.
+Tensor new_like(const Tensor& inputs) {
+  return on_huge_pages(torch::stable::empty_like(inputs), inputs.element_size());
+}
+
 Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
                               int64_t ignore_index) {
   check_focal_loss(inputs_, targets_, gamma);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
-  Tensor output = torch::stable::empty_like(inputs);
+  Tensor output = new_like(inputs);
   dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
@@ -220,7 +226,7 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor&
   check_focal_loss_backward(grad_output_, inputs_, targets_, gamma);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
-  Tensor grad_inputs = torch::stable::empty_like(inputs);
+  Tensor grad_inputs = new_like(inputs);
   dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
@@ -239,7 +245,7 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, con
   check_focal_loss_sum(inputs_, targets_, gamma, normalizer);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
-  Tensor grad = compute_grad ? torch::stable::empty_like(inputs) : torch::stable::new_empty(inputs, {0});
+  Tensor grad = compute_grad ? new_like(inputs) : torch::stable::new_empty(inputs, {0});
   const int64_t numel = inputs.numel();
   std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
 

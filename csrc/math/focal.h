@@ -105,13 +105,14 @@ FOCALOPS_HOST_DEVICE float reciprocal(float x) {
 #endif
 }
 
-// q^gamma, log_q = log(q): a product where gamma is a small integer. The default, 2, is a compile-time constant.
+// q^gamma, log_q = log(q): a product for the default, gamma = 2, a compile-time constant; an exponential for any other.
 template <int Gamma, typename T>
 FOCALOPS_HOST_DEVICE T modulate(T q, T log_q, T gamma) {
   if constexpr (Gamma == 2) {
     return q * q;
   } else {
-    return gamma == 0 ? T(1) : gamma == 1 ? q : gamma == 3 ? q * q * q : exp_nonpositive(gamma * log_q);
+    const T most = largest(T());
+    return exp_nonpositive(gamma * (log_q < -most ? -most : log_q));  // 0 * -inf would be a NaN
   }
 }
 
