@@ -1,19 +1,32 @@
 """Devices are a property of the test run: every test that takes `device` runs on each one present."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from cuda_emulation import emulated_cuda
 
 from focalops._library import no_cuda_reason
 
 
-def devices() -> list[str]:
+def backends() -> list[str]:
     has_cuda = torch.cuda.is_available() and no_cuda_reason is None
-    return ["cpu", "cuda"] if has_cuda else ["cpu"]
+    return ["cpu", "cuda-emulated", *(["cuda"] if has_cuda else [])]
 
 
-@pytest.fixture(params=devices())
-def device(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=backends())
+def backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> Iterator[str]:
+    """Where to put tensors; the emulated CUDA kernels take those of the CPU."""
+    if backend == "cuda-emulated":
+        with emulated_cuda():
+            yield "cpu"
+    else:
+        yield backend
 
 
 @pytest.fixture(autouse=True)
