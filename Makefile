@@ -52,10 +52,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --group dev --group models
-	nvcc=$$($(PY) _build_backend/focalops_backend.py) && { [ -z "$$nvcc" ] || $(PY) -m pip install $$nvcc; }
 	touch $@
 
-$(BUILT): $(INSTALLED) $(NATIVE) setup.py _build_backend/focalops_backend.py build/configuration
+$(BUILT): $(INSTALLED) $(NATIVE) setup.py build/configuration
 	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 

@@ -11,6 +11,7 @@ built. TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CXXFLAGS, NVCC_CCBIN and NVCC_APPEND
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,9 +23,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-
-sys.path.insert(0, str(Path(__file__).parent / "_build_backend"))
-from focalops_backend import find_nvcc, nvcc_wheels
 
 ABI_TARGET = "2.10"  # the oldest torch that the op libraries load on
 DEFAULT_ARCHS = ["8.0", "9.0", "10.0", "12.0"]
@@ -54,6 +52,27 @@ class CannotBuildCuda(Exception):
     pass
 
 
+def find_nvcc(cuda: str) -> tuple[str, str] | None:
+    """The path and version of an nvcc of the same major version as `cuda`, system toolkits first."""
+    major = cuda.split(".")[0]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [
+        *(Path(home, "bin/nvcc") for home in homes if home),
+        shutil.which("nvcc"),
+        *sorted(Path("/usr/local").glob("cuda*/bin/nvcc")),
+        *(Path(path, f"nvidia/cu{major}/bin/nvcc") for path in sys.path),  # from wheels
+    ]
+    for nvcc in filter(None, candidates):
+        try:
+            banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        except OSError:
+            continue
+        release = re.search(r"release (\d+)\.(\d+)", banner)
+        if release and release[1] == major:
+            return str(nvcc), f"{release[1]}.{release[2]}"
+    return None
+
+
 def nvcc_for_torch() -> tuple[str, str]:
     """The path and version of the nvcc to build with."""
     import torch
@@ -65,10 +84,11 @@ def nvcc_for_torch() -> tuple[str, str]:
         raise CannotBuildCuda(f"torch {torch.__version__} has no CUDA")
     if nvcc := find_nvcc(cuda):
         return nvcc
-    wheels = [f"`pip install '{wheel}'`" for wheel in nvcc_wheels(cuda)]
+    has_wheels = int(cuda.split(".")[0]) >= 13
+    wheels = f"`pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'`"
     raise CannotBuildCuda(
         f"torch {torch.__version__} is for CUDA {cuda}, and no nvcc of the same major version was"
-        f" found: {' '.join(wheels) or 'install that toolkit, set CUDA_HOME'} and build again"
+        f" found: {wheels if has_wheels else 'install that toolkit, set CUDA_HOME'} and build again"
     )
 
 
@@ -190,8 +210,10 @@ class BuildNative(build_ext):
         self.ninja.append(f" cmd = {shlex.join(command).replace('$', '$$')}")
 
 
-setup(
-    license="BSD-3-Clause",  # pyproject.toml cannot say it in a form that suits old and new setuptools
-    ext_modules=[CPU, CUDA, MODULE],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":
+    setup(
+        # pyproject.toml has no form of it that suits both old and new setuptools.
+        license="BSD-3-Clause",
+        ext_modules=[CPU, CUDA, MODULE],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -1,6 +1,7 @@
 """The build and the loading of the native libraries, as far as they can be tested without compiling."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -31,14 +32,11 @@ def fake_nvcc(home, version):
 
 
 @pytest.fixture
-def backend(monkeypatch):
+def find_nvcc(monkeypatch):
     pytest.importorskip("setuptools")
-    monkeypatch.syspath_prepend(ROOT / "_build_backend")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    import focalops_backend
-
-    return focalops_backend
+    return runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]
 
 
 def test_import_without_libraries_says_how_to_build_them(tmp_path):
@@ -99,44 +97,30 @@ def test_covers(archs, capability, runs):
 
 
 @pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
-def test_nvcc_of_an_environment_variable(backend, monkeypatch, tmp_path, variable):
+def test_nvcc_of_an_environment_variable(find_nvcc, monkeypatch, tmp_path, variable):
     nvcc = fake_nvcc(tmp_path, "99.1")
     monkeypatch.setenv(variable, str(tmp_path))
-    assert backend.find_nvcc("99.2") == (nvcc, "99.1")
-    assert backend.find_nvcc("98.2") is None
+    assert find_nvcc("99.2") == (nvcc, "99.1")
+    assert find_nvcc("98.2") is None
 
 
-def test_nvcc_on_the_path(backend, monkeypatch, tmp_path):
+def test_nvcc_on_the_path(find_nvcc, monkeypatch, tmp_path):
     nvcc = fake_nvcc(tmp_path, "99.1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    assert backend.find_nvcc("99.2") == (nvcc, "99.1")
+    assert find_nvcc("99.2") == (nvcc, "99.1")
 
 
-def test_nvcc_of_wheels(backend, monkeypatch, tmp_path):
+def test_nvcc_of_wheels(find_nvcc, monkeypatch, tmp_path):
     nvcc = fake_nvcc(tmp_path / "nvidia/cu99", "99.1")
     monkeypatch.syspath_prepend(tmp_path)
-    assert backend.find_nvcc("99.1") == (nvcc, "99.1")
-
-
-def test_nvcc_wheels_are_asked_for_only_where_nothing_fits(backend, monkeypatch, tmp_path):
-    monkeypatch.delenv("FOCALOPS_CUDA", raising=False)
-    monkeypatch.setattr(torch.version, "cuda", "99.2")
-    assert backend.missing_nvcc_wheels() == ["cuda-toolkit[nvcc,cccl]==99.2.*"]
-    monkeypatch.setenv("FOCALOPS_CUDA", "0")
-    assert backend.missing_nvcc_wheels() == []
-    monkeypatch.delenv("FOCALOPS_CUDA")
-    fake_nvcc(tmp_path, "99.1")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert backend.missing_nvcc_wheels() == []
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert backend.missing_nvcc_wheels() == []
+    assert find_nvcc("99.1") == (nvcc, "99.1")
 
 
 def test_sdist_holds_what_the_build_needs(tmp_path):
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for directory in ("csrc", "_build_backend", "focalops"):
+    for directory in ("csrc", "focalops"):
         shutil.copytree(ROOT / directory, source / directory, ignore=ignored)
     for path in ROOT.iterdir():
         if path.is_file():
