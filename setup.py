@@ -84,11 +84,12 @@ def nvcc_for_torch() -> tuple[str, str]:
         raise CannotBuildCuda(f"torch {torch.__version__} has no CUDA")
     if nvcc := find_nvcc(cuda):
         return nvcc
-    has_wheels = int(cuda.split(".")[0]) >= 13
+    major = int(cuda.split(".")[0])
     wheels = f"`pip install 'cuda-toolkit[nvcc,cccl]=={cuda}.*'`"
+    remedy = wheels if major >= 13 else f"install a CUDA {major} toolkit, set CUDA_HOME to it"
     raise CannotBuildCuda(
-        f"torch {torch.__version__} is for CUDA {cuda}, and no nvcc of the same major version was"
-        f" found: {wheels if has_wheels else 'install that toolkit, set CUDA_HOME'} and build again"
+        f"torch {torch.__version__} needs an nvcc of CUDA {major} and none was found: {remedy} and"
+        " build again"
     )
 
 
