@@ -7,6 +7,7 @@
 #include <string>
 
 #include "dtypes.h"
+#include "math/focal.h"
 
 namespace focalops {
 
@@ -93,8 +94,12 @@ inline bool targets_are_dense(const Tensor& inputs, const Tensor& targets) {
   return inputs.dim() == targets.dim();
 }
 
-inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, double gamma) {
-  const char* op = "sigmoid_focal_loss";
+inline const char* focal_loss_name(const FocalParams& params) {
+  return params.beta.has_value() ? "sigmoid_focal_loss_star" : "sigmoid_focal_loss";
+}
+
+inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const FocalParams& params) {
+  const char* op = focal_loss_name(params);
   check_floating(op, "inputs", inputs);
   check_same_device(op, "targets", targets, "inputs", inputs);
   const bool dense = targets_are_dense(inputs, targets);
@@ -112,14 +117,17 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, double
   if (!dense && inputs.size(inputs.dim() - 1) >= int64_t{1} << 30) {
     fail(op, ": inputs must have fewer than 2^30 classes, got ", inputs.size(inputs.dim() - 1));
   }
-  if (!(gamma >= 0)) {
-    fail(op, ": gamma must be >= 0, got ", gamma);
+  if (params.beta.has_value() && !(params.gamma > 0)) {
+    fail(op, ": gamma must be > 0, got ", params.gamma);
+  }
+  if (!(params.gamma >= 0)) {
+    fail(op, ": gamma must be >= 0, got ", params.gamma);
   }
 }
 
-inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs, const Tensor& targets, double gamma) {
-  check_focal_loss(inputs, targets, gamma);
-  const char* op = "sigmoid_focal_loss";
+inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs, const Tensor& targets, const FocalParams& params) {
+  check_focal_loss(inputs, targets, params);
+  const char* op = focal_loss_name(params);
   check_same_device(op, "grad_output", grad_output, "inputs", inputs);
   if (grad_output.dim() != inputs.dim() || !same_shape(grad_output, inputs, inputs.dim()) ||
       grad_output.scalar_type() != inputs.scalar_type()) {
@@ -128,11 +136,11 @@ inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& i
   }
 }
 
-inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets, double gamma,
+inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets, const FocalParams& params,
                                  const std::optional<Tensor>& normalizer) {
-  check_focal_loss(inputs, targets, gamma);
+  check_focal_loss(inputs, targets, params);
   if (normalizer.has_value()) {
-    const char* op = "sigmoid_focal_loss";
+    const char* op = focal_loss_name(params);
     check_same_device(op, "normalizer", *normalizer, "inputs", inputs);
     if (normalizer->dim() != 0) {
       fail(op, ": normalizer must be a number or a 0-d tensor, got a tensor of shape ", shape_of(*normalizer));

@@ -3,14 +3,14 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(focalops, m) {
-  // focal_loss
-  m.def("sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, int ignore_index) -> Tensor");
+  // focal_loss: FL, or FL* where there is a beta
+  m.def("sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, float? beta, int ignore_index) -> Tensor");
   m.def(
       "_sigmoid_focal_loss_backward(Tensor grad_output, Tensor inputs, Tensor targets, float alpha, float gamma,"
-      " int ignore_index) -> Tensor");
+      " float? beta, int ignore_index) -> Tensor");
   // loss: 0-d, divided by max(normalizer, min_normalizer); grad: d loss / d inputs, empty unless compute_grad.
   m.def(
-      "sigmoid_focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, int ignore_index,"
+      "sigmoid_focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, float? beta, int ignore_index,"
       " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor grad)");
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 

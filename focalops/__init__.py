@@ -2,6 +2,6 @@
 
 from focalops._version import __version__
 from focalops.anchors import AnchorGenerator
-from focalops.focal_loss import sigmoid_focal_loss
+from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star
 
-__all__ = ["AnchorGenerator", "__version__", "sigmoid_focal_loss"]
+__all__ = ["AnchorGenerator", "__version__", "sigmoid_focal_loss", "sigmoid_focal_loss_star"]

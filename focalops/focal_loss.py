@@ -61,6 +61,46 @@ def sigmoid_focal_loss(
 
     >>> sigmoid_focal_loss(logits, labels, reduction="sum", normalizer=num_positives)  # (N, K), (N,)
     """
+    return _focal_loss(
+        inputs, targets, alpha, gamma, None, reduction, ignore_index, normalizer, min_normalizer
+    )
+
+
+def sigmoid_focal_loss_star(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    beta: float = 0.0,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+) -> Tensor:
+    r"""FL*, the alternate form of the focal loss: :math:`-\alpha_t \log(\sigma(\gamma x_t + \beta)) / \gamma`.
+
+    :math:`x_t` is the logit of the true answer: ``inputs`` for a positive, ``-inputs`` for a negative; a soft target ``t``
+    weights it, ``(2 t - 1) * inputs``. ``gamma`` must be > 0 and ``beta`` shifts the loss; everything else is as in
+    :func:`sigmoid_focal_loss`. Source: the appendix of the paper; for ``beta=0``, ``fvcore.nn.sigmoid_focal_loss_star``
+    (whose defaults are ``alpha=-1, gamma=1``).
+    """
+    return _focal_loss(
+        inputs, targets, alpha, gamma, beta, reduction, ignore_index, normalizer, min_normalizer
+    )
+
+
+def _focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    beta: float | None,  # None: FL, else FL*
+    reduction: str,
+    ignore_index: int,
+    normalizer: Tensor | float | None,
+    min_normalizer: float,
+) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
     if normalizer is not None and reduction != "sum":
@@ -71,11 +111,12 @@ def sigmoid_focal_loss(
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
     if runs_reference(inputs):
-        return reference.sigmoid_focal_loss(
+        return _reference(
             inputs,
             targets,
             alpha,
             gamma,
+            beta,
             reduction,
             ignore_index=ignore_index,
             normalizer=normalizer,
@@ -86,8 +127,9 @@ def sigmoid_focal_loss(
     is_dense = targets.dim() == inputs.dim()
     if is_dense and targets.dtype not in (inputs.dtype, dtype):
         targets = targets.to(dtype if targets.is_floating_point() else inputs.dtype)
+    arguments = (inputs, targets, alpha, gamma, beta, ignore_index)
     if reduction == "none":
-        return call(ops.sigmoid_focal_loss, inputs, targets, alpha, gamma, ignore_index)
+        return call(ops.sigmoid_focal_loss, *arguments)
 
     if reduction == "mean":
         if is_dense:
@@ -100,25 +142,35 @@ def sigmoid_focal_loss(
     elif normalizer is not None:
         normalizer, min_normalizer = None, max(normalizer, min_normalizer)
     compute_grad = inputs.requires_grad and torch.is_grad_enabled()
-    loss, _ = call(
-        ops.sigmoid_focal_loss_sum,
-        inputs,
-        targets,
-        alpha,
-        gamma,
-        ignore_index,
-        normalizer,
-        min_normalizer,
-        compute_grad,
-    )
+    loss, _ = call(ops.sigmoid_focal_loss_sum, *arguments, normalizer, min_normalizer, compute_grad)
     return loss
+
+
+def _reference(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    beta: float | None,
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    if beta is None:
+        return reference.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction, **options)
+    return reference.sigmoid_focal_loss_star(
+        inputs, targets, alpha, gamma, reduction, beta=beta, **options
+    )
 
 
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
-def _check(inputs: Tensor, targets: Tensor, gamma: float) -> None:
-    op = "sigmoid_focal_loss"
+def _name(beta: float | None) -> str:
+    return "sigmoid_focal_loss" if beta is None else "sigmoid_focal_loss_star"
+
+
+def _check(inputs: Tensor, targets: Tensor, gamma: float, beta: float | None) -> None:
+    op = _name(beta)
     check_floating(op, "inputs", inputs)
     check_same_device(op, "targets", targets, "inputs", inputs)
     is_dense = targets.dim() == inputs.dim()
@@ -145,6 +197,10 @@ def _check(inputs: Tensor, targets: Tensor, gamma: float) -> None:
         is_dense or inputs.shape[-1] < 2**30,
         lambda: f"{op}: inputs must have fewer than 2^30 classes, got {inputs.shape[-1]}",
     )
+    check(
+        beta is None or gamma > 0,
+        lambda: f"{op}: gamma must be > 0, got {gamma:g}",
+    )
     check(gamma >= 0, lambda: f"{op}: gamma must be >= 0, got {gamma:g}")
 
 
@@ -153,8 +209,15 @@ def _contiguous_like(tensor: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("focalops::sigmoid_focal_loss")
-def _(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, ignore_index: int) -> Tensor:
-    _check(inputs, targets, gamma)
+def _(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    beta: float | None,
+    ignore_index: int,
+) -> Tensor:
+    _check(inputs, targets, gamma, beta)
     return _contiguous_like(inputs)
 
 
@@ -165,10 +228,11 @@ def _(
     targets: Tensor,
     alpha: float,
     gamma: float,
+    beta: float | None,
     ignore_index: int,
 ) -> Tensor:
-    op = "sigmoid_focal_loss"
-    _check(inputs, targets, gamma)
+    op = _name(beta)
+    _check(inputs, targets, gamma, beta)
     check_same_device(op, "grad_output", grad_output, "inputs", inputs)
     check(
         grad_output.shape == inputs.shape and grad_output.dtype == inputs.dtype,
@@ -187,13 +251,14 @@ def _(
     targets: Tensor,
     alpha: float,
     gamma: float,
+    beta: float | None,
     ignore_index: int,
     normalizer: Tensor | None,
     min_normalizer: float,
     compute_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = "sigmoid_focal_loss"
-    _check(inputs, targets, gamma)
+    op = _name(beta)
+    _check(inputs, targets, gamma, beta)
     dtype = compute_dtype(inputs.dtype)
     if normalizer is not None:
         shape, given = tuple(normalizer.shape), normalizer.dtype
@@ -235,12 +300,11 @@ def _backward_elementwise(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor 
         else:
             arguments = (grad_output, inputs, targets, *ctx.arguments)
             grad = call(ops._sigmoid_focal_loss_backward, *arguments)
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, alpha, gamma, ignore_index, normalizer, ctx.min_normalizer, _ = inputs
-    ctx.arguments = (alpha, gamma, ignore_index)
+    logits, targets, *ctx.arguments, normalizer, ctx.min_normalizer, _ = inputs
     ctx.save_for_backward(logits, targets, normalizer, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -249,7 +313,7 @@ def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 def _backward_sum(
     ctx: Any, grad_loss: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if grad_loss is None:
         return None, *nothing
     inputs, targets, normalizer, grad = ctx.saved_tensors
@@ -279,15 +343,14 @@ def _differentiable_backward(
     targets: Tensor,
     alpha: float,
     gamma: float,
+    beta: float | None,
     ignore_index: int,
     reduction: str = "none",
 ) -> Tensor:
     """The gradient through formulas that autograd can differentiate again."""
     with torch.enable_grad():
         x = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
-        loss = reference.sigmoid_focal_loss(
-            x, targets, alpha, gamma, reduction, ignore_index=ignore_index
-        )
+        loss = _reference(x, targets, alpha, gamma, beta, reduction, ignore_index=ignore_index)
         (grad,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
     return grad
 

@@ -32,51 +32,88 @@ def sigmoid_focal_loss(
     min_normalizer: float = 1,
 ) -> Tensor:
     x = inputs.to(compute_dtype(inputs.dtype))
-    count: Tensor | int = x.numel()
     if targets.shape == inputs.shape:
-        loss = _focal_dense(x, targets.to(x.dtype), alpha, gamma)
+        loss = _focal_dense(x, targets.to(x.dtype), gamma)
     else:
+        loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), gamma)
+    loss = _balance(loss, targets, alpha)
+    return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
+
+
+def sigmoid_focal_loss_star(
+    inputs: Tensor,  # [...]  or [..., K] with class-index targets
+    targets: Tensor,  # [...] in [0, 1], or integer [...] = inputs.shape[:-1]
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    beta: float = 0.0,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+) -> Tensor:
+    x = inputs.to(compute_dtype(inputs.dtype))
+    is_dense = targets.shape == inputs.shape
+    t = targets.to(x.dtype) if is_dense else one_hot(targets, inputs.shape[-1]).to(x.dtype)
+    sign = 2 * t - 1
+    x_t = torch.where(sign == 0, 0, sign * torch.where(sign == 0, 0, x))
+    loss = _balance(-F.logsigmoid(gamma * x_t + beta) / gamma, targets, alpha)
+    return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
+
+
+def one_hot(targets: Tensor, num_classes: int) -> Tensor:  # [...] -> bool [..., K]
+    return targets.unsqueeze(-1) == torch.arange(num_classes, device=targets.device)
+
+
+def _focal_hard(x: Tensor, positive: Tensor, gamma: float) -> Tensor:
+    s = torch.where(positive, -x, x)
+    cross_entropy = -F.logsigmoid(-s)
+    return torch.exp(gamma * F.logsigmoid(s)) * cross_entropy if gamma else cross_entropy
+
+
+def _focal_dense(x: Tensor, t: Tensor, gamma: float) -> Tensor:
+    hard = _focal_hard(x, t == 1, gamma)
+    # Where t is 0 or 1 the other branch is not taken; 0.5 keeps the gradient of its power finite there.
+    is_soft = (t != 0) & (t != 1)
+    t = torch.where(is_soft, t, 0.5)
+    q = t * torch.sigmoid(-x) + (1 - t) * torch.sigmoid(x)  # 1 - p_t
+    cross_entropy = -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
+    return torch.where(is_soft, q.pow(gamma) * cross_entropy, hard)
+
+
+def _balance(loss: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    if alpha < 0:
+        return loss
+    is_dense = targets.shape == loss.shape
+    t = (targets if is_dense else one_hot(targets, loss.shape[-1])).to(loss.dtype)
+    return (alpha * t + (1 - alpha) * (1 - t)) * loss
+
+
+def _reduce(
+    loss: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    reduction: str,
+    ignore_index: int,
+    normalizer: Tensor | float | None,
+    min_normalizer: float,
+) -> Tensor:
+    count = torch.tensor(loss.numel(), device=loss.device)
+    if targets.shape != inputs.shape:
         num_classes = inputs.shape[-1]
         ignored = targets == ignore_index
         valid = (targets >= 0) & (targets <= num_classes)
-        positive = targets.unsqueeze(-1) == torch.arange(num_classes, device=targets.device)
-        loss = _focal_hard(x, positive, alpha, gamma)
         loss = loss.masked_fill(ignored.unsqueeze(-1), 0)
         loss = loss.masked_fill((~valid & ~ignored).unsqueeze(-1), math.nan)
         count = (~ignored).sum() * num_classes
     if reduction == "none":
         return loss.to(inputs.dtype)
-    total = loss.sum()
     if reduction == "mean":
-        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+        return loss.sum() / count.clamp(min=1)
     if normalizer is None:
-        return total
-    return total / torch.as_tensor(normalizer, dtype=x.dtype, device=x.device).clamp(min=min_normalizer)
-
-
-def _focal_hard(x: Tensor, positive: Tensor, alpha: float, gamma: float) -> Tensor:
-    s = torch.where(positive, -x, x)
-    log_q = F.logsigmoid(s)  # q = 1 - p_t
-    loss = -F.logsigmoid(-s)
-    if gamma:
-        loss = torch.exp(gamma * log_q) * loss
-    if alpha >= 0:
-        loss = torch.where(positive, alpha * loss, (1 - alpha) * loss)
-    return loss
-
-
-def _focal_dense(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
-    hard = _focal_hard(x, t == 1, alpha, gamma)
-    # Where t is 0 or 1 the other branch is not taken; 0.5 keeps the gradient of its power finite there.
-    is_soft = (t != 0) & (t != 1)
-    t = torch.where(is_soft, t, 0.5)
-    p = torch.sigmoid(x)
-    q = t * torch.sigmoid(-x) + (1 - t) * p
-    cross_entropy = -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
-    soft = q.pow(gamma) * cross_entropy
-    if alpha >= 0:
-        soft = (alpha * t + (1 - alpha) * (1 - t)) * soft
-    return torch.where(is_soft, soft, hard)
+        return loss.sum()
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return loss.sum() / divisor.clamp(min=min_normalizer)
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -87,7 +124,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
     a = boxes1.to(dtype).unsqueeze(-2)  # [..., N, 1, 4]
     b = boxes2.to(dtype).unsqueeze(-3)  # [..., 1, M, 4]
-    width_height = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(min=0)
+    width_height = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(
+        min=0
+    )
     intersection = width_height[..., 0] * width_height[..., 1]
     union = box_area(a) + box_area(b) - intersection
     empty = union == 0
@@ -99,7 +138,8 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1, 
     (x, y, w, h), (ax, ay, aw, ah) = _center_size(boxes.to(dtype)), _center_size(anchors.to(dtype))
     wx, wy, ww, wh = weights
     return torch.stack(
-        (wx * (x - ax) / aw, wy * (y - ay) / ah, ww * torch.log(w / aw), wh * torch.log(h / ah)), dim=-1
+        (wx * (x - ax) / aw, wy * (y - ay) / ah, ww * torch.log(w / aw), wh * torch.log(h / ah)),
+        dim=-1,
     )
 
 
@@ -143,7 +183,9 @@ def match_anchors(
     if counts is not None:
         gt_boxes = [boxes[:count] for boxes, count in zip(gt_boxes, counts.tolist(), strict=True)]
     matches = [
-        _match_one_image(anchors, boxes, fg_iou_threshold, bg_iou_threshold, allow_low_quality_matches)
+        _match_one_image(
+            anchors, boxes, fg_iou_threshold, bg_iou_threshold, allow_low_quality_matches
+        )
         for boxes in gt_boxes
     ]
     if not matches:
@@ -152,7 +194,11 @@ def match_anchors(
 
 
 def _match_one_image(
-    anchors: Tensor, gt_boxes: Tensor, fg_iou_threshold: float, bg_iou_threshold: float, allow_low_quality: bool
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    fg_iou_threshold: float,
+    bg_iou_threshold: float,
+    allow_low_quality: bool,
 ) -> Tensor:
     if len(gt_boxes) == 0 or len(anchors) == 0:
         return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
@@ -177,7 +223,9 @@ def class_index_targets(
 ) -> Tensor:
     rows = []
     for row, labels in zip(matches, gt_labels, strict=True):
-        padded = torch.cat((labels.to(torch.int64), labels.new_full((1,), num_classes, dtype=torch.int64)))
+        padded = torch.cat(
+            (labels.to(torch.int64), labels.new_full((1,), num_classes, dtype=torch.int64))
+        )
         target = padded[torch.where(row < 0, len(labels), row)]
         rows.append(torch.where(row == -2, ignore_index, target))
     return torch.stack(rows) if rows else torch.empty_like(matches, dtype=torch.int64)

@@ -377,11 +377,12 @@ def test_dense_targets_of_other_dtypes(device):
     torch.testing.assert_close(sigmoid_focal_loss(x, soft).double(), exact, rtol=2**-8, atol=0)
 
 
+@pytest.mark.parametrize("beta", [None, 0.5])
 @pytest.mark.parametrize("kind", ["classes", "soft"])
-def test_opcheck(kind, device):
+def test_opcheck(kind, beta, device):
     x = logits(9, 5, dtype=torch.float32, device=device).requires_grad_()
     targets = class_indices(9, 5, device) if kind == "classes" else torch.rand_like(x).detach()
-    arguments = (x, targets, 0.25, 2.0, -100)
+    arguments = (x, targets, 0.25, 2.0, beta, -100)
     ops = torch.ops.focalops
     torch.library.opcheck(ops.sigmoid_focal_loss.default, arguments)
     upstream = torch.rand_like(x).detach()

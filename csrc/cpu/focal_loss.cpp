@@ -19,11 +19,11 @@ namespace {
 constexpr int64_t kBlock = 1024;         // logits in the buffers of one thread; they stay in the L1 cache
 constexpr int64_t kChunk = 16 * kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
 
-template <int Gamma, bool WithGrad, typename T>
-FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, T alpha, T gamma) {
+template <bool WithGrad, typename T, typename Loss>
+FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, Loss formula) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const LossAndGrad<T> value = focal_loss_and_grad<Gamma>(s[i], alpha, gamma);
+    const LossAndGrad<T> value = formula.hard(s[i], formula.alpha.negative);
     loss[i] = value.loss;
     if (WithGrad) {
       grad[i] = value.grad;
@@ -31,11 +31,11 @@ FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, T
   }
 }
 
-template <int Gamma, bool WithGrad, typename T>
-FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n, FocalParams<T> params) {
+template <bool WithGrad, typename T, typename Loss>
+FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n, Loss formula) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const LossAndGrad<T> value = soft_focal_loss_and_grad<Gamma>(x[i], t[i], params);
+    const LossAndGrad<T> value = formula.soft(x[i], t[i]);
     loss[i] = value.loss;
     if (WithGrad) {
       grad[i] = value.grad;
@@ -88,13 +88,12 @@ struct DenseTargets {
 
   const scalar_t* inputs;
   const target_t* targets;
-  FocalParams<T> params;
 
-  template <int Gamma, bool WithGrad>
-  void evaluate(int64_t begin, int64_t n, Block<T>& block) {
+  template <bool WithGrad, typename Loss>
+  void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
     convert(inputs + begin, block.logits, n);
     convert(targets + begin, block.targets, n);
-    evaluate_soft<Gamma, WithGrad>(block.logits, block.targets, block.loss, block.grad, n, params);
+    evaluate_soft<WithGrad>(block.logits, block.targets, block.loss, block.grad, n, formula);
   }
 
   void finish() const {}
@@ -107,13 +106,12 @@ struct ClassIndexTargets {
 
   const scalar_t* inputs;
   const index_t* targets;
-  FocalParams<T> params;
   int64_t num_classes;
   int64_t ignore_index;
   std::atomic<int64_t> invalid{kNone};
 
-  template <int Gamma, bool WithGrad>
-  void evaluate(int64_t begin, int64_t n, Block<T>& block) {
+  template <bool WithGrad, typename Loss>
+  void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
     constexpr T kNoLoss = -std::numeric_limits<T>::infinity();
     struct Positive {
       int64_t at;
@@ -139,10 +137,10 @@ struct ClassIndexTargets {
         invalid.store(target, std::memory_order_relaxed);
       }
     }
-    evaluate_negatives<Gamma, WithGrad>(block.logits, block.loss, block.grad, n, params.alpha_negative, params.gamma);
+    evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
     for (int64_t i = 0; i < num_positives; ++i) {
       const auto [at, logit] = positives[i];
-      const LossAndGrad<T> value = focal_loss_and_grad<Gamma>(-logit, params.alpha_positive, params.gamma);
+      const LossAndGrad<T> value = formula.hard(-logit, formula.alpha.positive);
       block.loss[at] = value.loss;
       block.grad[at] = -value.grad;
     }
@@ -159,24 +157,23 @@ struct ClassIndexTargets {
 
 // Calls f(scalar type tag, targets) with a DenseTargets or a ClassIndexTargets.
 template <typename F>
-void dispatch_targets(const Tensor& inputs, const Tensor& targets, double alpha, double gamma, int64_t ignore_index, F&& f) {
+void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignore_index, F&& f) {
   dispatch_floating(inputs.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
-    const auto params = focal_params<T>(alpha, gamma);
     if (!targets_are_dense(inputs, targets)) {
       dispatch_index(targets.scalar_type(), [&](auto index_tag) {
         using index_t = tag_t<decltype(index_tag)>;
         ClassIndexTargets<scalar_t, index_t> classes{
-            logits, static_cast<const index_t*>(targets.const_data_ptr()), params, inputs.size(inputs.dim() - 1), ignore_index};
+            logits, static_cast<const index_t*>(targets.const_data_ptr()), inputs.size(inputs.dim() - 1), ignore_index};
         f(tag, classes);
       });
     } else if (targets.scalar_type() == inputs.scalar_type()) {
-      DenseTargets<scalar_t, scalar_t> dense{logits, static_cast<const scalar_t*>(targets.const_data_ptr()), params};
+      DenseTargets<scalar_t, scalar_t> dense{logits, static_cast<const scalar_t*>(targets.const_data_ptr())};
       f(tag, dense);
     } else {
-      DenseTargets<scalar_t, T> dense{logits, static_cast<const T*>(targets.const_data_ptr()), params};
+      DenseTargets<scalar_t, T> dense{logits, static_cast<const T*>(targets.const_data_ptr())};
       f(tag, dense);
     }
   });
@@ -184,17 +181,16 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, double alpha,
 
 // Evaluates the loss (and the gradient) of every logit and hands each block to consume(begin, n, block).
 template <bool WithGrad, typename Targets, typename Consume>
-void for_each_block(Targets& targets, int64_t numel, double gamma, const Consume& consume) {
+void for_each_block(Targets& targets, int64_t numel, const FocalParams& params, const Consume& consume) {
   using T = typename Targets::T;
   const int64_t num_chunks = (numel + kChunk - 1) / kChunk;
-  dispatch_gamma(gamma, [&](auto gamma_constant) {
-    constexpr int Gamma = decltype(gamma_constant)::value;
+  dispatch_focal_loss<T>(params, [&](const auto& formula) {
     torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
       Block<T> block;
       const int64_t end = std::min(last_chunk * kChunk, numel);
       for (int64_t begin = first_chunk * kChunk; begin < end; begin += kBlock) {
         const int64_t n = std::min(kBlock, end - begin);
-        targets.template evaluate<Gamma, WithGrad>(begin, n, block);
+        targets.template evaluate<WithGrad>(begin, n, formula, block);
         consume(begin, n, block);
       }
     });
@@ -208,30 +204,32 @@ Tensor new_like(const Tensor& inputs) {
 }
 
 Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
-                              int64_t ignore_index) {
-  check_focal_loss(inputs_, targets_, gamma);
+                              std::optional<double> beta, int64_t ignore_index) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss(inputs_, targets_, params);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   Tensor output = new_like(inputs);
-  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
+  dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
-    for_each_block<false>(evaluator, inputs.numel(), gamma,
+    for_each_block<false>(evaluator, inputs.numel(), params,
                           [&](int64_t begin, int64_t n, const auto& block) { convert(block.loss, out + begin, n); });
   });
   return output;
 }
 
 Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                       double gamma, int64_t ignore_index) {
-  check_focal_loss_backward(grad_output_, inputs_, targets_, gamma);
+                                       double gamma, std::optional<double> beta, int64_t ignore_index) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_backward(grad_output_, inputs_, targets_, params);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   Tensor grad_inputs = new_like(inputs);
-  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
+  dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    for_each_block<true>(evaluator, inputs.numel(), gamma, [&](int64_t begin, int64_t n, const auto& block) {
+    for_each_block<true>(evaluator, inputs.numel(), params, [&](int64_t begin, int64_t n, const auto& block) {
       multiply_and_convert(block.grad, upstream + begin, out + begin, n);
     });
   });
@@ -239,17 +237,18 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor&
 }
 
 std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                                      double gamma, int64_t ignore_index,
+                                                      double gamma, std::optional<double> beta, int64_t ignore_index,
                                                       const std::optional<Tensor>& normalizer, double min_normalizer,
                                                       bool compute_grad) {
-  check_focal_loss_sum(inputs_, targets_, gamma, normalizer);
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_sum(inputs_, targets_, params, normalizer);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
   Tensor grad = compute_grad ? new_like(inputs) : torch::stable::new_empty(inputs, {0});
   const int64_t numel = inputs.numel();
   std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
 
-  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](auto tag, auto& evaluator) {
+  dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     T divisor = static_cast<T>(min_normalizer);
@@ -261,12 +260,12 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, con
     const T grad_scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
     auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
     if (compute_grad) {
-      for_each_block<true>(evaluator, numel, gamma, [&](int64_t begin, int64_t n, const auto& block) {
+      for_each_block<true>(evaluator, numel, params, [&](int64_t begin, int64_t n, const auto& block) {
         block_sums[begin / kBlock] = sum_of(block.loss, n);
         scale_and_convert(block.grad, grad_scale, out + begin, n);
       });
     } else {
-      for_each_block<false>(evaluator, numel, gamma, [&](int64_t begin, int64_t n, const auto& block) {
+      for_each_block<false>(evaluator, numel, params, [&](int64_t begin, int64_t n, const auto& block) {
         block_sums[begin / kBlock] = sum_of(block.loss, n);
       });
     }

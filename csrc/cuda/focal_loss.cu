@@ -15,9 +15,9 @@ namespace focalops {
 namespace {
 
 constexpr int kThreads = 256;
-// Vectors in flight: 64 bytes a thread. Values of float64 take two registers each, so fewer.
+// Vectors in flight: 64 bytes a thread. float64 is bound by arithmetic, and its values take two registers each.
 template <typename scalar_t>
-constexpr int kUnroll = std::is_same_v<scalar_t, double> ? 2 : 4;
+constexpr int kUnroll = std::is_same_v<scalar_t, double> ? 1 : 4;
 
 template <typename scalar_t>
 constexpr int64_t kChunk = int64_t{kThreads} * kUnroll<scalar_t> * kVectorSize<scalar_t>;
@@ -54,7 +54,6 @@ struct ClassIndexTargets {
   int64_t num_classes;
   int64_t ignore_index;
   FastDivisor rows_of;
-  FocalParams<T> params;
 
   struct Chunk {
     int64_t row;
@@ -67,9 +66,9 @@ struct ClassIndexTargets {
   }
 
   // `offset` is the first logit's place in the chunk.
-  template <int Gamma>
+  template <typename Loss>
   __device__ __forceinline__ Values<T, N> evaluate(const Chunk& chunk, int64_t, int64_t, uint32_t offset,
-                                                   const Vector<scalar_t, N>& logits) const {
+                                                   const Vector<scalar_t, N>& logits, const Loss& formula) const {
     const uint32_t from_row = chunk.column + offset;
     const uint32_t rows = rows_of.divide(from_row);
     int64_t row = chunk.row + rows;
@@ -92,7 +91,7 @@ struct ClassIndexTargets {
     if ((positive | ignored | invalid) == 0) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const auto value = focal_loss_and_grad<Gamma>(static_cast<T>(logits.data[j]), params.alpha_negative, params.gamma);
+        const auto value = formula.hard(static_cast<T>(logits.data[j]), formula.alpha.negative);
         values.loss[j] = value.loss;
         values.grad[j] = value.grad;
       }
@@ -103,8 +102,8 @@ struct ClassIndexTargets {
       const uint32_t bit = 1u << j;
       const T sign = positive & bit ? T(-1) : T(1);
       const T s = invalid & bit ? quiet_nan<T>() : sign * static_cast<T>(logits.data[j]);
-      const T alpha_t = positive & bit ? params.alpha_positive : params.alpha_negative;
-      const auto value = focal_loss_and_grad<Gamma>(s, alpha_t, params.gamma);
+      const T alpha_t = positive & bit ? formula.alpha.positive : formula.alpha.negative;
+      const auto value = formula.hard(s, alpha_t);
       values.loss[j] = ignored & bit ? T(0) : value.loss;
       values.grad[j] = ignored & bit ? T(0) : sign * value.grad;
     }
@@ -120,21 +119,19 @@ struct DenseTargets {
 
   const target_t* targets;
   bool aligned;
-  FocalParams<T> params;
 
   struct Chunk {};
 
   __device__ __forceinline__ Chunk begin_chunk(int64_t) const { return {}; }
 
-  template <int Gamma>
+  template <typename Loss>
   __device__ __forceinline__ Values<T, N> evaluate(const Chunk&, int64_t i, int64_t size, uint32_t,
-                                                   const Vector<scalar_t, N>& logits) const {
+                                                   const Vector<scalar_t, N>& logits, const Loss& formula) const {
     const auto t = load_vector<N>(targets, i, size, aligned);
     Values<T, N> values;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const auto value =
-          soft_focal_loss_and_grad<Gamma>(static_cast<T>(logits.data[j]), static_cast<T>(t.data[j]), params);
+      const auto value = formula.soft(static_cast<T>(logits.data[j]), static_cast<T>(t.data[j]));
       values.loss[j] = value.loss;
       values.grad[j] = value.grad;
     }
@@ -236,9 +233,10 @@ struct SumLoss {
   }
 };
 
-template <int Gamma, typename Targets, typename Sink>
+template <typename Loss, typename Targets, typename Sink>
 __global__ void __launch_bounds__(kThreads) focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
-                                                              int64_t size, bool aligned, Targets targets, Sink sink) {
+                                                              int64_t size, bool aligned, Targets targets, Loss formula,
+                                                              Sink sink) {
   using scalar_t = typename Targets::scalar_t;
   constexpr int N = kVectorSize<scalar_t>;
   for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size; begin += gridDim.x * kChunk<scalar_t>) {
@@ -253,7 +251,7 @@ __global__ void __launch_bounds__(kThreads) focal_loss_kernel(const typename Tar
       const uint32_t offset = (u * kThreads + threadIdx.x) * N;
       const int64_t i = begin + offset;
       if (i < size) {
-        sink.take(targets.template evaluate<Gamma>(chunk, i, size, offset, logits[u]), i, size);
+        sink.take(targets.evaluate(chunk, i, size, offset, logits[u], formula), i, size);
       }
     }
   }
@@ -298,58 +296,60 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* data, int64_t
 
 // Calls f(targets) with the DenseTargets or ClassIndexTargets of these tensors, which are contiguous.
 template <typename F>
-void dispatch_targets(const Tensor& inputs, const Tensor& targets, double alpha, double gamma, int64_t ignore_index, F&& f) {
+void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignore_index, F&& f) {
   dispatch_floating(inputs.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    const auto params = focal_params<T>(alpha, gamma);
     const void* data = targets.const_data_ptr();
     if (!targets_are_dense(inputs, targets)) {
       const int64_t num_classes = inputs.size(inputs.dim() - 1);
       f(ClassIndexTargets<scalar_t>{{data, targets.scalar_type() == ScalarType::Long}, targets.numel(), num_classes,
-                                    ignore_index, FastDivisor(num_classes), params});
+                                    ignore_index, FastDivisor(num_classes)});
     } else if (targets.scalar_type() == inputs.scalar_type()) {
-      f(DenseTargets<scalar_t, scalar_t>{static_cast<const scalar_t*>(data), is_aligned(data), params});
+      f(DenseTargets<scalar_t, scalar_t>{static_cast<const scalar_t*>(data), is_aligned(data)});
     } else {
-      f(DenseTargets<scalar_t, T>{static_cast<const T*>(data), is_aligned(data), params});
+      f(DenseTargets<scalar_t, T>{static_cast<const T*>(data), is_aligned(data)});
     }
   });
 }
 
 template <typename Targets, typename MakeSink>
-void launch_focal_loss(const Tensor& inputs, const Targets& targets, double gamma, const LaunchScope& scope,
+void launch_focal_loss(const Tensor& inputs, const Targets& targets, const FocalParams& params, const LaunchScope& scope,
                        const MakeSink& make_sink) {
   using scalar_t = typename Targets::scalar_t;
   const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
-  dispatch_gamma(gamma, [&](auto gamma_constant) {
+  dispatch_focal_loss<typename Targets::T>(params, [&](const auto& formula) {
     using Sink = decltype(make_sink(int64_t{}));
-    auto* kernel = &focal_loss_kernel<decltype(gamma_constant)::value, Targets, Sink>;
+    auto* kernel = &focal_loss_kernel<std::decay_t<decltype(formula)>, Targets, Sink>;
     const int64_t chunks = ceil_div(inputs.numel(), kChunk<scalar_t>);
     const int64_t grid = resident_grid(kernel, kThreads, 0, chunks, scope);
-    launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits), targets, make_sink(grid));
+    launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits), targets, formula,
+           make_sink(grid));
   });
 }
 
 Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
-                               int64_t ignore_index) {
-  check_focal_loss(inputs_, targets_, gamma);
+                               std::optional<double> beta, int64_t ignore_index) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss(inputs_, targets_, params);
   const LaunchScope scope(inputs_);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::empty_like(inputs);
   if (inputs.numel() == 0) {
     return loss;
   }
-  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](const auto& evaluator) {
+  dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     auto* out = static_cast<scalar_t*>(loss.mutable_data_ptr());
-    launch_focal_loss(inputs, evaluator, gamma, scope, [&](int64_t) { return StoreLoss<scalar_t>{out}; });
+    launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t) { return StoreLoss<scalar_t>{out}; });
   });
   return loss;
 }
 
 Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                        double gamma, int64_t ignore_index) {
-  check_focal_loss_backward(grad_output_, inputs_, targets_, gamma);
+                                        double gamma, std::optional<double> beta, int64_t ignore_index) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_backward(grad_output_, inputs_, targets_, params);
   const LaunchScope scope(inputs_);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
@@ -357,21 +357,22 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor
   if (inputs.numel() == 0) {
     return grad_inputs;
   }
-  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](const auto& evaluator) {
+  dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    launch_focal_loss(inputs, evaluator, gamma, scope,
+    launch_focal_loss(inputs, evaluator, params, scope,
                       [&](int64_t) { return StoreGradient<scalar_t>{upstream, is_aligned(upstream), out}; });
   });
   return grad_inputs;
 }
 
 std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                                       double gamma, int64_t ignore_index,
+                                                       double gamma, std::optional<double> beta, int64_t ignore_index,
                                                        const std::optional<Tensor>& normalizer_, double min_normalizer,
                                                        bool compute_grad) {
-  check_focal_loss_sum(inputs_, targets_, gamma, normalizer_);
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_sum(inputs_, targets_, params, normalizer_);
   const LaunchScope scope(inputs_);
   const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
@@ -379,7 +380,7 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, co
   if (inputs.numel() == 0) {
     return {torch::stable::zero_(loss), grad};
   }
-  dispatch_targets(inputs, targets, alpha, gamma, ignore_index, [&](const auto& evaluator) {
+  dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     using T = compute_t<scalar_t>;
     const Normalizer<T> normalizer{
@@ -394,10 +395,10 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, co
     };
     if (compute_grad) {
       auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
-      launch_focal_loss(inputs, evaluator, gamma, scope,
+      launch_focal_loss(inputs, evaluator, params, scope,
                         [&](int64_t grid) { return SumLoss<scalar_t, true>{new_partials(grid), out, normalizer}; });
     } else {
-      launch_focal_loss(inputs, evaluator, gamma, scope,
+      launch_focal_loss(inputs, evaluator, params, scope,
                         [&](int64_t grid) { return SumLoss<scalar_t, false>{new_partials(grid), nullptr, normalizer}; });
     }
     launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), static_cast<const double*>(partials->const_data_ptr()),

@@ -1,42 +1,17 @@
-// The sigmoid focal loss of one logit, and its derivative (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+// The focal losses of one logit, and their derivatives (Lin et al., "Focal Loss for Dense Object Detection", 2017).
 //
-// With s = -x for a positive and s = x for a negative element, q = sigmoid(s) = 1 - p_t and a = alpha_t:
-//     L(s)  = a q^gamma softplus(s)
-//     dL/ds = a q^gamma (gamma (1 - q) softplus(s) + q)
-// Everything comes from e = exp(-|s|): one exp, one log1p, one reciprocal, finite for every finite s. A soft target t has
-// its own form below, which equals this one where t is 0 or 1.
+// Everything comes from e = exp(-|x|): one exp, one log1p, one reciprocal, finite for every finite logit x. A loss is a struct
+// with two functions: `hard` for a target of 0 or 1, in s = -x for a positive and s = x for a negative element, and `soft` for a
+// target t in [0, 1], which equals `hard` where t is 0 or 1. A negative of s = -inf has neither loss nor gradient.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
-#include <type_traits>
+#include <optional>
 
 #include "host_device.h"
 
 namespace focalops {
-
-constexpr int kAnyGamma = -1;
-
-// Calls f with gamma as a compile-time constant.
-template <typename F>
-void dispatch_gamma(double gamma, F&& f) {
-  if (gamma == 2) {
-    return f(std::integral_constant<int, 2>{});
-  }
-  return f(std::integral_constant<int, kAnyGamma>{});
-}
-
-template <typename T>
-struct FocalParams {
-  T alpha_positive;  // 1 where alpha < 0
-  T alpha_negative;
-  T gamma;
-};
-
-template <typename T>
-FocalParams<T> focal_params(double alpha, double gamma) {
-  return {T(alpha < 0 ? 1 : alpha), T(alpha < 0 ? 1 : 1 - alpha), T(gamma)};
-}
 
 template <typename T>
 struct LossAndGrad {
@@ -118,51 +93,112 @@ FOCALOPS_HOST_DEVICE T modulate(T q, T log_q, T gamma) {
 
 }  // namespace detail
 
-// A target of 0 or 1. `s` is the logit, negated for a positive; the gradient is with respect to s.
-template <int Gamma, typename T>
-FOCALOPS_HOST_DEVICE LossAndGrad<T> focal_loss_and_grad(T s, T alpha_t, T gamma) {
-  const T magnitude = s < 0 ? -s : s;
-  const T e = detail::exp_nonpositive(-magnitude);
-  const T r = detail::reciprocal(1 + e);
-  const T l = detail::log1p_unit(e);
-  const T er = e * r;
-  const T q = s < 0 ? er : r;
-  const T one_minus_q = s < 0 ? r : er;
-  const T softplus = (s < 0 ? T(0) : s) + l;
-  const T scale = alpha_t * detail::modulate<Gamma>(q, (s < 0 ? s : T(0)) - l, gamma);
-  // At s = inf the product (1 - q) softplus is 0 * inf; its limit is 0.
-  const T most = detail::largest(T());
-  const T finite_softplus = softplus > most ? most : softplus;
-  return {scale * softplus, scale * (gamma * one_minus_q * finite_softplus + q)};
-}
+template <typename T>
+struct AlphaBalance {
+  T positive;  // both are 1 where alpha < 0
+  T negative;
 
-// A target in [0, 1]: 1 - p_t = t (1 - p) + (1 - t) p, loss alpha_t (1 - p_t)^gamma BCE(x, t), alpha_t linear in t, as
-// torchvision means it. Mirrored so that |x| is the only logit: u = t for x >= 0, else 1 - t.
-template <int Gamma, typename T>
-FOCALOPS_HOST_DEVICE LossAndGrad<T> soft_focal_loss_and_grad(T x, T t, const FocalParams<T>& params) {
-  const T magnitude = x < 0 ? -x : x;
-  const T u = x < 0 ? 1 - t : t;
-  const T v = x < 0 ? t : 1 - t;
-  const T e = detail::exp_nonpositive(-magnitude);
-  const T r = detail::reciprocal(1 + e);
-  const T l = detail::log1p_unit(e);
-  const T q_over_r = u * e + v;
-  const T q = q_over_r * r;
-  // v = 0 where the element is classified rightly with full confidence; v |x| is 0 there for an infinite x too.
-  const T cross_entropy = (v > 0 ? v * magnitude : T(0)) + l;
-  const T alpha_t = params.alpha_positive * t + params.alpha_negative * (1 - t);
-  T log_q = 0;
-  if constexpr (Gamma == kAnyGamma) {
-    // Where u = 1, q_over_r is e, whose logarithm is known also where e has underflowed.
-    log_q = (v > 0 ? T(log(q_over_r)) : -magnitude) - l;
+  explicit AlphaBalance(double alpha)
+      : positive(T(alpha < 0 ? 1 : alpha)), negative(T(alpha < 0 ? 1 : 1 - alpha)) {}
+
+  FOCALOPS_HOST_DEVICE T at(T t) const { return positive * t + negative * (1 - t); }
+};
+
+constexpr int kAnyGamma = -1;
+
+// With q = sigmoid(s) = 1 - p_t and a = alpha_t:
+//     L(s)  = a q^gamma softplus(s)
+//     dL/ds = a q^gamma (gamma (1 - q) softplus(s) + q)
+template <typename T, int Gamma>
+struct FocalLoss {
+  AlphaBalance<T> alpha;
+  T gamma;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> hard(T s, T alpha_t) const {
+    const T magnitude = s < 0 ? -s : s;
+    const T e = detail::exp_nonpositive(-magnitude);
+    const T r = detail::reciprocal(1 + e);
+    const T l = detail::log1p_unit(e);
+    const T er = e * r;
+    const T q = s < 0 ? er : r;
+    const T one_minus_q = s < 0 ? r : er;
+    const T softplus = (s < 0 ? T(0) : s) + l;
+    const T scale = alpha_t * detail::modulate<Gamma>(q, (s < 0 ? s : T(0)) - l, gamma);
+    // At s = inf the product (1 - q) softplus is 0 * inf; its limit is 0.
+    const T most = detail::largest(T());
+    const T finite_softplus = softplus > most ? most : softplus;
+    return {scale * softplus, scale * (gamma * one_minus_q * finite_softplus + q)};
   }
-  const T scale = alpha_t * detail::modulate<Gamma>(q, log_q, params.gamma);
-  const T least = detail::smallest_normal(T()), most = detail::largest(T());
-  const T finite_cross_entropy = cross_entropy > most ? most : cross_entropy;
-  // p (1 - p) / q; the denominator underflows only together with e.
-  const T slope = e * r * detail::reciprocal(q_over_r < least ? least : q_over_r);
-  const T grad = scale * (params.gamma * slope * (1 - 2 * u) * finite_cross_entropy + r * (v - u * e));
-  return {scale * cross_entropy, x < 0 ? -grad : grad};
+
+  // 1 - p_t = t (1 - p) + (1 - t) p, loss alpha_t (1 - p_t)^gamma BCE(x, t), alpha_t linear in t, as torchvision means it.
+  // Mirrored so that |x| is the only logit: u = t and v = 1 - t for x >= 0, the reverse below.
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> soft(T x, T t) const {
+    const T magnitude = x < 0 ? -x : x;
+    const T u = x < 0 ? 1 - t : t;
+    const T v = x < 0 ? t : 1 - t;
+    const T e = detail::exp_nonpositive(-magnitude);
+    const T r = detail::reciprocal(1 + e);
+    const T l = detail::log1p_unit(e);
+    const T q_over_r = u * e + v;
+    // v = 0 where the element is classified rightly with full confidence; v |x| is 0 there for an infinite x too.
+    const T cross_entropy = (v > 0 ? v * magnitude : T(0)) + l;
+    T log_q = 0;
+    if constexpr (Gamma == kAnyGamma) {
+      // Where u = 1, q_over_r is e, whose logarithm is known also where e has underflowed.
+      log_q = (v > 0 ? T(log(q_over_r)) : -magnitude) - l;
+    }
+    const T scale = alpha.at(t) * detail::modulate<Gamma>(q_over_r * r, log_q, gamma);
+    const T least = detail::smallest_normal(T()), most = detail::largest(T());
+    const T finite_cross_entropy = cross_entropy > most ? most : cross_entropy;
+    // p (1 - p) / q; the denominator underflows only together with e.
+    const T slope = e * r * detail::reciprocal(q_over_r < least ? least : q_over_r);
+    const T grad = scale * (gamma * slope * (1 - 2 * u) * finite_cross_entropy + r * (v - u * e));
+    return {scale * cross_entropy, x < 0 ? -grad : grad};
+  }
+};
+
+// FL* of the paper's appendix, in x_t = -s: L = -a log(sigmoid(gamma x_t + beta)) / gamma. A soft target weights x_t = (2 t - 1) x,
+// as in fvcore.
+template <typename T>
+struct FocalLossStar {
+  AlphaBalance<T> alpha;
+  T gamma;
+  T beta;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> hard(T s, T alpha_t) const {
+    const T y = gamma * s - beta;
+    const T e = detail::exp_nonpositive(y < 0 ? y : -y);
+    const T r = detail::reciprocal(1 + e);
+    const T softplus = (y < 0 ? T(0) : y) + detail::log1p_unit(e);
+    return {alpha_t * softplus / gamma, alpha_t * (y < 0 ? e * r : r)};
+  }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> soft(T x, T t) const {
+    const T sign = 1 - 2 * t;
+    // At t = 0.5 the logit does not count, not even an infinite one.
+    const LossAndGrad<T> value = hard(sign == 0 ? T(0) : sign * x, alpha.at(t));
+    return {value.loss, sign * value.grad};
+  }
+};
+
+// What the user passes: FL, or FL* where there is a beta.
+struct FocalParams {
+  double alpha;
+  double gamma;
+  std::optional<double> beta;
+};
+
+// Calls f with the loss.
+template <typename T, typename F>
+void dispatch_focal_loss(const FocalParams& params, F&& f) {
+  const AlphaBalance<T> alpha(params.alpha);
+  if (params.beta.has_value()) {
+    return f(FocalLossStar<T>{alpha, T(params.gamma), T(*params.beta)});
+  }
+  if (params.gamma == 2) {
+    return f(FocalLoss<T, 2>{alpha, T(params.gamma)});
+  }
+  return f(FocalLoss<T, kAnyGamma>{alpha, T(params.gamma)});
 }
 
 }  // namespace focalops
