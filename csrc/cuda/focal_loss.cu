@@ -233,8 +233,9 @@ struct SumLoss {
   }
 };
 
+// At least 3 blocks a multiprocessor: without a bound, ptxas settles on fewer registers and spills float64.
 template <typename Loss, typename Targets, typename Sink>
-__global__ void __launch_bounds__(kThreads) focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
+__global__ void __launch_bounds__(kThreads, 3) focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
                                                               int64_t size, bool aligned, Targets targets, Loss formula,
                                                               Sink sink) {
   using scalar_t = typename Targets::scalar_t;
