@@ -16,7 +16,7 @@ from models.data import DataError, open_data, prepare_backbone_weights, read_ima
 from models.draw import draw_comparison, draw_detections
 from models.evaluate import detect, detect_all, evaluate, save_results, to_results
 from models.retinanet import BACKBONES
-from models.train import RECIPES, Recipe, load_checkpoint, load_model, train
+from models.train import RECIPES, Recipe, keep_freed_memory, load_checkpoint, load_model, train
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -108,9 +108,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    keep_freed_memory()
     checkpoint_file = options.out / CHECKPOINT
     if options.resume:
-        recipe = Recipe.from_dict(load_checkpoint(checkpoint_file)["recipe"])
+        recipe = load_checkpoint(checkpoint_file)["recipe"]
     else:
         recipe = RECIPES[options.recipe or ("trees" if options.data == "trees" else "coco")]
     given = {name: value for name, value in vars(options).items() if value is not None}
@@ -123,6 +124,8 @@ def run_train(options: argparse.Namespace) -> None:
     data = open_data(options.data, options.split)
     if not options.resume:
         model["num_classes"] = len(data.categories)
+        if crop := training.get("crop"):
+            model.setdefault("min_size", crop)  # crops are not resized unless asked to be
         recipe = dataclasses.replace(
             recipe, **training, model=dataclasses.replace(recipe.model, **model)
         )
@@ -171,6 +174,7 @@ def run_predict(options: argparse.Namespace) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     from benchmarks import quick_table
 
+    keep_freed_memory()
     start = time.monotonic()
     recipe = dataclasses.replace(RECIPES["trees"], seed=options.seed)
     prepare_backbone_weights(recipe.model.backbone)

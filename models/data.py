@@ -220,17 +220,23 @@ def random_crop(
     labels: Tensor,
     size: int,
     zoom: tuple[float, float],
+    around_box: float = 0.8,
     min_visible: float = 0.4,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A square of size / zoom pixels anywhere in the image, resized to size x size.
+    """A square of size / zoom pixels, resized to size x size; zoom is drawn log-uniformly.
 
-    zoom is drawn log-uniformly. A box stays if at least min_visible of its area does.
+    The square lies around the centre of a random box with probability around_box, else anywhere:
+    large photographs are mostly empty. A box stays if at least min_visible of its area does.
     """
     low, high = (math.log(z) for z in zoom)
     side = round(size / math.exp(low + (high - low) * torch.rand(()).item()))
     height, width = min(side, image.shape[-2]), min(side, image.shape[-1])
-    top = int(torch.randint(image.shape[-2] - height + 1, ()))
-    left = int(torch.randint(image.shape[-1] - width + 1, ()))
+    free = torch.tensor([image.shape[-1] - width, image.shape[-2] - height])  # of left, top
+    corner = torch.rand(2) * (free + 1)
+    if len(boxes) and torch.rand(()) < around_box:
+        box = boxes[torch.randint(len(boxes), ())]
+        corner = (box[:2] + box[2:]) / 2 - torch.rand(2) * torch.tensor([width, height])
+    left, top = torch.minimum(corner.clamp(min=0).long(), free).tolist()
     clipped = (boxes - boxes.new_tensor([left, top, left, top])).clamp(min=0)
     clipped = torch.minimum(clipped, boxes.new_tensor([width, height, width, height]))
     keep = area(clipped) >= min_visible * area(boxes)

@@ -18,6 +18,7 @@ from models.retinanet import Detections
 TRUTH, CORRECT, WRONG, MISSED = "#00d5ff", "#7dff3a", "#ff4fd8", "#ff9d00"
 MATCH_IOU = 0.5
 DPI = 100
+MARGIN, TOP, BOTTOM = 10, 75, 45  # pixels
 
 
 def draw_detections(
@@ -103,17 +104,22 @@ def _match(detections: Detections, truth: dict[str, Tensor]) -> tuple[Tensor, Te
 
 
 def _canvas(image: Tensor, columns: int) -> tuple[Figure, list[Axes]]:
-    height, width = image.shape[-2:]
+    """Panels side by side with room for a title above and a legend below, all laid out in pixels."""
     # One image pixel is at least one of the picture, and never so few that scores cannot be read.
-    scale = max(1.0, 900 / max(height, width))
-    figure = Figure(
-        figsize=(columns * (width * scale + 20) / DPI, (height * scale + 130) / DPI), dpi=DPI
-    )
+    scale = max(1.0, 900 / max(image.shape[-2:]))
+    height, width = (round(side * scale) for side in image.shape[-2:])
+    total_width = columns * width + (columns + 1) * MARGIN
+    total_height = height + TOP + BOTTOM
+    figure = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
     FigureCanvasAgg(figure)
-    panels = list(figure.subplots(1, columns, squeeze=False)[0])
-    for axes in panels:
+    panels = []
+    for column in range(columns):
+        left = (MARGIN + column * (width + MARGIN)) / total_width
+        bounds = (left, BOTTOM / total_height, width / total_width, height / total_height)
+        axes = figure.add_axes(bounds)
         axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
         axes.set_axis_off()
+        panels.append(axes)
     return figure, panels
 
 
@@ -141,13 +147,10 @@ def _boxes(
 
 def _finish(figure: Figure, path: Path, title: str, handles: list[Line2D]) -> None:
     height = figure.get_size_inches()[1] * DPI
-    figure.suptitle(title, fontsize=16, y=1 - 8 / height, va="top")
+    figure.suptitle(title, fontsize=16, y=1 - MARGIN / height, va="top")
     if handles:
         figure.legend(
             handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=12
         )
-    figure.subplots_adjust(
-        left=0.004, right=0.996, bottom=40 / height, top=1 - 75 / height, wspace=0.008
-    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

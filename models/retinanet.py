@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class RetinaNetConfig:
     max_level: int = 7
     pyramid_channels: int = 256
     head_depth: int = 4  # 3x3 convolutions before the last one
-    head_group_norm: bool = False  # torchvision's v2 has it
+    head_std: float | None = 0.01  # of their first weights; None keeps the variance (He et al.)
     prior_probability: float = 0.01
     # Anchors, one entry a level
     anchor_sizes: tuple[tuple[int, ...], ...] = octave_sizes(32, 64, 128, 256, 512)
@@ -83,9 +82,9 @@ class RetinaNetConfig:
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if not 2 <= self.min_level <= 5 <= self.max_level <= 7 or self.max_level == 6:
+        if not 2 <= self.min_level <= self.max_level or self.max_level not in (2, 3, 4, 5, 7):
             raise ValueError(
-                "min_level must be 2..5 and max_level 5 or 7, "
+                "min_level must be 2 or more and max_level at least min_level and 2..5 or 7, "
                 f"got min_level={self.min_level}, max_level={self.max_level}"
             )
         levels = self.max_level - self.min_level + 1
@@ -308,6 +307,7 @@ class Backbone(nn.Module):
         self.body = create_feature_extractor(classifier, outputs)
         channels = [feature.shape[1] for feature in _probe(self.body)]
         width = config.pyramid_channels
+        self.num_levels = config.max_level - config.min_level + 1
         self.fpn = FeaturePyramidNetwork(
             channels,
             width,
@@ -317,7 +317,8 @@ class Backbone(nn.Module):
     def forward(
         self, images: Tensor
     ) -> list[Tensor]:  # (B, 3, H, W) -> L of (B, C, H, W), finest first
-        return list(self.fpn(OrderedDict(self.body(images))).values())
+        pyramid = self.fpn(OrderedDict(self.body(images)))
+        return list(pyramid.values())[: self.num_levels]  # what is left out still gave context
 
 
 @torch.no_grad()
@@ -372,19 +373,21 @@ class RegressionHead(nn.Module):
 
 def _tower(config: RetinaNetConfig) -> nn.Sequential:
     width = config.pyramid_channels
-    norm = partial(nn.GroupNorm, 32) if config.head_group_norm else None
-    layers = [Conv2dNormActivation(width, width, norm_layer=norm) for _ in range(config.head_depth)]
+    layers = [Conv2dNormActivation(width, width, norm_layer=None) for _ in range(config.head_depth)]
     for layer in layers:
-        _initialise(layer[0])
+        _initialise(layer[0], config.head_std)
     return nn.Sequential(*layers)
 
 
 def _head_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
-    return _initialise(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1))
+    return _initialise(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1), std=0.01)
 
 
-def _initialise(conv: nn.Conv2d) -> nn.Conv2d:
-    nn.init.normal_(conv.weight, std=0.01)
+def _initialise(conv: nn.Conv2d, std: float | None) -> nn.Conv2d:
+    if std is None:
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+    else:
+        nn.init.normal_(conv.weight, std=std)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv

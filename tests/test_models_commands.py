@@ -94,7 +94,8 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(
 
 def test_checkpoints_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
-    content = {"model": {}, "recipe": {}, "categories": {}}
+    recipe = dataclasses.asdict(RECIPE)
+    content = {"model": {}, "recipe": recipe, "categories": {}}
     save_checkpoint(path, {**content, "step": 1})
 
     def broken(state: dict, file) -> None:
@@ -222,10 +223,11 @@ def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["train", "--data", str(coco_folder), "--out", str(out), "--device", "cpu"]
     recipe = "--recipe trees --backbone resnet18 --no-pretrained --steps 2 --batch-size 2 --crop 64"
-    assert main([*arguments, *recipe.split(), "--min-size", "64"]) == 0
+    assert main([*arguments, *recipe.split()]) == 0
     saved = load_checkpoint(out / "checkpoint.pt")
     assert saved["step"] == 2
-    assert saved["recipe"]["model"]["num_classes"] == 2
+    assert saved["recipe"].model.num_classes == 2
+    assert saved["recipe"].model.min_size == saved["recipe"].crop == 64
     assert main([*arguments, "--resume"]) == 0
 
     image = str(coco_folder / "val2017" / "000000000100.png")
@@ -261,10 +263,13 @@ def test_errors_are_one_sentence(
 ) -> None:
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"not a checkpoint")
+    other = tmp_path / "other.pt"
+    torch.save({"model": {}, "recipe": {"model": {}, "momentum": 1}, "categories": {}}, other)
     folder, run, nowhere = str(coco_folder), str(tmp_path / "run"), str(tmp_path / "nowhere")
     cases = {
         f"evaluate {nowhere} --data {folder}": "nowhere does not exist",
         f"evaluate {broken} --data {folder}": "broken.pt is not a checkpoint",
+        f"evaluate {other} --data {folder}": "other.pt was written by another version",
         f"evaluate {checkpoint} --data {nowhere}": "nowhere is not a folder",
         f"predict {checkpoint} {nowhere}": "the image .*nowhere does not exist",
         f"predict {checkpoint} {broken}": "the image .*broken.pt cannot be read",

@@ -96,7 +96,7 @@ def test_outputs_are_torchvisions() -> None:
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
-@pytest.mark.parametrize("max_level", [5, 7])
+@pytest.mark.parametrize("max_level", [4, 5, 7])
 def test_pyramid_strides(backbone: str, max_level: int) -> None:
     config = dataclasses.replace(
         TINY, backbone=backbone, max_level=max_level, anchor_sizes=((16,),) * (max_level - 2)
@@ -136,7 +136,7 @@ def test_config_survives_json() -> None:
     ("changes", "message"),
     [
         ({"backbone": "vgg16"}, "backbone must be one of resnet18, .*, got 'vgg16'"),
-        ({"max_level": 6}, "max_level 5 or 7, got min_level=3, max_level=6"),
+        ({"max_level": 6}, "2..5 or 7, got min_level=3, max_level=6"),
         ({"anchor_sizes": ((8,),)}, "one entry for each of the 3 levels, got 1"),
     ],
 )
