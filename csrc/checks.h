@@ -163,4 +163,26 @@ inline void check_scale(const Tensor& tensor, const Tensor& scale) {
   }
 }
 
+inline void check_nms(const Tensor& boxes, const Tensor& scores,
+                      const std::optional<Tensor>& idxs) {
+  const char* op = idxs.has_value() ? "batched_nms" : "nms";
+  check_boxes(op, "boxes", boxes);
+  check_floating(op, "scores", scores);
+  check_same_device(op, "scores", scores, "boxes", boxes);
+  if (scores.dim() != 1 || scores.size(0) != boxes.size(0)) {
+    fail(op, ": scores must have shape (", boxes.size(0), ",), one for each box, got ",
+         shape_of(scores));
+  }
+  if (idxs.has_value()) {
+    if (!is_index(idxs->scalar_type())) {
+      fail(op, ": idxs must be int32 or int64, got ", dtype_of(*idxs));
+    }
+    check_same_device(op, "idxs", *idxs, "boxes", boxes);
+    if (idxs->dim() != 1 || idxs->size(0) != boxes.size(0)) {
+      fail(op, ": idxs must have shape (", boxes.size(0), ",), one for each box, got ",
+           shape_of(*idxs));
+    }
+  }
+}
+
 }  // namespace focalops

@@ -3,5 +3,13 @@
 from focalops._version import __version__
 from focalops.anchors import AnchorGenerator
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star
+from focalops.nms import batched_nms, nms
 
-__all__ = ["AnchorGenerator", "__version__", "sigmoid_focal_loss", "sigmoid_focal_loss_star"]
+__all__ = [
+    "AnchorGenerator",
+    "__version__",
+    "batched_nms",
+    "nms",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_star",
+]

@@ -1,0 +1,295 @@
+// NMS on the CPU. The boxes of a class are taken in order of score, and each is compared with the
+// boxes that its class has kept so far, 64 at a time, until one suppresses it. That is the same
+// pairs as "each kept box removes the rest", but only kept boxes are stored, and nothing has to be
+// compacted. Classes are independent; a class of many boxes takes its candidates in tiles: all
+// threads compare a tile with what was kept before it, then one thread settles the tile itself.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../checks.h"
+#include "../math/nms.h"
+#include "simd.h"
+
+namespace focalops {
+namespace {
+
+constexpr int kLanes = 64;
+constexpr int64_t kSmallestTile = 256;
+constexpr int64_t kPairsWorthAThread = 1 << 18;
+constexpr int64_t kLargeClass = 2048;
+
+// ---- order
+// ---------------------------------------------------------------------------------------------------------
+
+struct Item {
+  uint64_t key;
+  int64_t index;
+};
+
+// Stable and ascending. A byte in which all keys agree costs no pass: float32 scores take 4, the
+// ids of 80 classes one.
+void radix_sort(std::vector<Item>& items) {
+  constexpr int kBytes = 8, kValues = 256;
+  std::vector<std::array<int64_t, kValues>> counts(kBytes);
+  for (const Item& item : items) {
+    for (int byte = 0; byte < kBytes; ++byte) {
+      ++counts[byte][item.key >> (8 * byte) & 0xff];
+    }
+  }
+  std::vector<Item> sorted(items.size());
+  for (int byte = 0; byte < kBytes; ++byte) {
+    auto& count = counts[byte];
+    if (items.empty() ||
+        count[items[0].key >> (8 * byte) & 0xff] == static_cast<int64_t>(items.size())) {
+      continue;
+    }
+    int64_t begin = 0;
+    for (int64_t& place : count) {
+      begin += std::exchange(place, begin);
+    }
+    for (const Item& item : items) {
+      sorted[count[item.key >> (8 * byte) & 0xff]++] = item;
+    }
+    items.swap(sorted);
+  }
+}
+
+// Ascending keys for descending scores; 0 and -0 are equal.
+uint64_t descending_key(float score) {
+  uint32_t bits;
+  score += 0.0f;
+  std::memcpy(&bits, &score, sizeof(bits));
+  return bits >> 31 ? bits : bits ^ 0x7fffffffu;
+}
+
+uint64_t descending_key(double score) {
+  uint64_t bits;
+  score += 0.0;
+  std::memcpy(&bits, &score, sizeof(bits));
+  return bits >> 63 ? bits : bits ^ 0x7fffffffffffffffu;
+}
+
+// Indices in order of score, without those whose score is a NaN.
+std::vector<Item> order_by_score(const Tensor& scores) {
+  std::vector<Item> order;
+  order.reserve(scores.numel());
+  dispatch_floating(scores.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    const auto* data = static_cast<const scalar_t*>(scores.const_data_ptr());
+    for (int64_t i = 0; i < scores.numel(); ++i) {
+      const auto score = static_cast<compute_t<scalar_t>>(data[i]);
+      if (score == score) {
+        order.push_back({descending_key(score), i});
+      }
+    }
+  });
+  radix_sort(order);
+  return order;
+}
+
+// The order sorted by class, inside a class by score; an item's index becomes its place in `order`.
+std::vector<Item> group_by_class(const std::vector<Item>& order, const Tensor& idxs) {
+  std::vector<Item> grouped(order.size());
+  dispatch_index(idxs.scalar_type(), [&](auto tag) {
+    const auto* classes = static_cast<const tag_t<decltype(tag)>*>(idxs.const_data_ptr());
+    for (size_t i = 0; i < order.size(); ++i) {
+      grouped[i] = {static_cast<uint64_t>(classes[order[i].index]), static_cast<int64_t>(i)};
+    }
+  });
+  radix_sort(grouped);
+  return grouped;
+}
+
+// ---- suppression
+// ---------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct alignas(64) BoxBlock {
+  T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes];
+};
+
+// Counts are T, so that their lanes are as wide as those of the boxes.
+template <typename T>
+FOCALOPS_SIMD bool is_suppressed(const Box<T>& box, const BoxBlock<T>* blocks, int64_t num_blocks,
+                                 T threshold) {
+  const T box_area = area(box);
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const BoxBlock<T>& block = blocks[i];
+    T candidates = 0;
+#pragma omp simd reduction(+ : candidates)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Box<T> kept = {block.x1[lane], block.y1[lane], block.x2[lane], block.y2[lane]};
+      candidates += may_suppress(kept, box, block.area[lane], box_area, threshold) ? T(1) : T(0);
+    }
+    if (candidates == 0 && threshold >= 0) {
+      continue;
+    }
+    T suppressors = 0;
+#pragma omp simd reduction(+ : suppressors)
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Box<T> kept = {block.x1[lane], block.y1[lane], block.x2[lane], block.y2[lane]};
+      suppressors += iou(kept, box, block.area[lane], box_area) > threshold ? T(1) : T(0);
+    }
+    if (suppressors > 0) {
+      return true;
+    }
+  }
+  return false;
+}
+
+template <typename T>
+class KeptBoxes {
+ public:
+  int64_t size() const { return size_; }
+
+  void append(const Box<T>& box) {
+    const int lane = static_cast<int>(size_ % kLanes);
+    if (lane == 0) {
+      blocks_.emplace_back();
+      // A NaN area makes the IoU a NaN, which is above no threshold.
+      std::fill(std::begin(blocks_.back().area), std::end(blocks_.back().area),
+                std::numeric_limits<T>::quiet_NaN());
+    }
+    BoxBlock<T>& block = blocks_.back();
+    block.x1[lane] = box.x1;
+    block.y1[lane] = box.y1;
+    block.x2[lane] = box.x2;
+    block.y2[lane] = box.y2;
+    block.area[lane] = area(box);
+    ++size_;
+  }
+
+  // By the kept boxes from place `first` on; some before it are looked at again.
+  bool suppress(const Box<T>& box, T threshold, int64_t first = 0) const {
+    const int64_t block = first / kLanes;
+    return is_suppressed(box, blocks_.data() + block, static_cast<int64_t>(blocks_.size()) - block,
+                         threshold);
+  }
+
+ private:
+  std::vector<BoxBlock<T>> blocks_;
+  int64_t size_ = 0;
+};
+
+// boxes: [size], those of one class in order of score; keep: [size].
+template <typename T>
+void suppress_class(const Box<T>* boxes, int64_t size, T threshold, uint8_t* keep) {
+  KeptBoxes<T> kept;
+  for (int64_t begin = 0, end = 0; begin < size; begin = end) {
+    const int64_t before = kept.size();
+    end = std::min(begin + std::max(kSmallestTile, before / 4), size);
+    const auto compare_with_kept = [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        keep[i] = !has_nan(boxes[i]) && !kept.suppress(boxes[i], threshold);
+      }
+    };
+    const int64_t grain = kPairsWorthAThread / std::max<int64_t>(before, 1) + 1;
+    torch::stable::parallel_for(begin, end, grain, compare_with_kept);
+    for (int64_t i = begin; i < end; ++i) {
+      if (keep[i] && kept.suppress(boxes[i], threshold, before)) {
+        keep[i] = false;
+      }
+      if (keep[i]) {
+        kept.append(boxes[i]);
+      }
+    }
+  }
+}
+
+// Places in `grouped` at which a class begins, and its size.
+std::vector<int64_t> class_begins(const std::vector<Item>& grouped) {
+  std::vector<int64_t> begins;
+  for (size_t i = 0; i < grouped.size(); ++i) {
+    if (i == 0 || grouped[i].key != grouped[i - 1].key) {
+      begins.push_back(i);
+    }
+  }
+  begins.push_back(grouped.size());
+  return begins;
+}
+
+// begins: [classes + 1]. Large classes one after another, each with all threads; then a thread
+// takes one small class at a time.
+template <typename T>
+void suppress_classes(const Box<T>* boxes, const std::vector<int64_t>& begins, T threshold,
+                      uint8_t* keep) {
+  const auto num_classes = static_cast<int64_t>(begins.size()) - 1;
+  const auto suppress = [&](int64_t c) {
+    suppress_class(boxes + begins[c], begins[c + 1] - begins[c], threshold, keep + begins[c]);
+  };
+  const auto is_large = [&](int64_t c) { return begins[c + 1] - begins[c] >= kLargeClass; };
+  for (int64_t c = 0; c < num_classes; ++c) {
+    if (is_large(c)) {
+      suppress(c);
+    }
+  }
+  std::atomic<int64_t> next{0};
+  const auto take_small_classes = [&](int64_t, int64_t) {
+    for (int64_t c; (c = next.fetch_add(1)) < num_classes;) {
+      if (!is_large(c)) {
+        suppress(c);
+      }
+    }
+  };
+  const int64_t threads = begins.back() < kLargeClass ? 1 : torch::stable::get_num_threads();
+  torch::stable::parallel_for(0, threads, 1, take_small_classes);
+}
+
+Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs,
+               double iou_threshold) {
+  check_nms(boxes_, scores_, idxs);
+  const Tensor boxes = torch::stable::contiguous(boxes_),
+               scores = torch::stable::contiguous(scores_);
+  const std::vector<Item> order = order_by_score(scores);
+  const auto size = static_cast<int64_t>(order.size());
+  const auto grouped = idxs.has_value() ? group_by_class(order, torch::stable::contiguous(*idxs))
+                                        : std::vector<Item>();
+  const auto place = [&](int64_t i) { return idxs.has_value() ? grouped[i].index : i; };
+
+  std::vector<uint8_t> keep(size);
+  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const auto* data = static_cast<const scalar_t*>(boxes.const_data_ptr());
+    std::vector<Box<T>> sorted(size);
+    torch::stable::parallel_for(0, size, kLargeClass, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const scalar_t* box = data + 4 * order[place(i)].index;
+        sorted[i] = {static_cast<T>(box[0]), static_cast<T>(box[1]), static_cast<T>(box[2]),
+                     static_cast<T>(box[3])};
+      }
+    });
+    const T threshold = round_down<T>(iou_threshold);
+    if (idxs.has_value()) {
+      suppress_classes(sorted.data(), class_begins(grouped), threshold, keep.data());
+    } else {
+      suppress_class(sorted.data(), size, threshold, keep.data());
+    }
+  });
+
+  std::vector<uint8_t> is_kept(size);  // by place in `order`
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    is_kept[place(i)] = keep[i];
+    count += keep[i];
+  }
+  Tensor indices = torch::stable::new_empty(boxes, {count}, ScalarType::Long);
+  auto* out = static_cast<int64_t*>(indices.mutable_data_ptr());
+  for (int64_t i = 0; i < size; ++i) {
+    if (is_kept[i]) {
+      *out++ = order[i].index;
+    }
+  }
+  return indices;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) { m.impl("nms", TORCH_BOX(&nms_cpu)); }
+
+}  // namespace focalops
