@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,18 +16,25 @@ Sizes = tuple[tuple[float, ...], ...]
 
 
 class AnchorGenerator(nn.Module):
-    """A drop-in for ``torchvision.models.detection.anchor_utils.AnchorGenerator``.
+    """A drop-in for ``torchvision.models.detection.anchor_utils.AnchorGenerator``, with the conventions of other detectors.
 
     Args:
         sizes: for each pyramid level, the anchors' scales: the square roots of their areas, in pixels.
-        aspect_ratios: for each pyramid level, height / width.
+        aspect_ratios: for each pyramid level (one entry serves all), height / width.
+        convention: whose anchors these are, to the bit:
 
-    At every position of a feature map lie ``len(aspect_ratios) * len(sizes)`` anchors, ratio outer, scale inner, rounded
-    to whole pixels (half to even) around a centre at ``(column * stride, row * stride)``. A stride is
-    ``image size // feature map size`` for each axis, so that for sizes that do not divide it is not a power of two.
-    Anchors are float32 whatever the dtype of the feature maps: half precision loses whole pixels above 256.
+            - ``"torchvision"``: ratio outer, scale inner; rounded to whole pixels (half to even); a level's stride is
+              ``image size // feature map size`` for each axis, which for sizes that do not divide is not a power of two.
+            - ``"detectron2"``: scale outer, ratio inner; not rounded; ``strides`` as given.
+            - ``"mmdet"``: ratio outer, scale inner; not rounded; ``strides`` as given.
+        strides: for each pyramid level, the pixels from one position to the next; None with ``"torchvision"``, which
+            derives them.
 
-    >>> anchors = AnchorGenerator(((32, 64), (128, 256)), ((0.5, 1, 2),) * 2)
+    At every position of a feature map lie ``len(aspect_ratios) * len(sizes)`` anchors around a centre at
+    ``(column * stride, row * stride)``. Anchors are float32 whatever the dtype of the feature maps: half precision loses
+    whole pixels above 256.
+
+    >>> anchors = AnchorGenerator(((32, 64), (128, 256)), ((0.5, 1, 2),))
     >>> anchors.grid((800, 1344), [(100, 168), (50, 84)])  # (100 * 168 * 6 + 50 * 84 * 6, 4)
     """
 
@@ -34,8 +42,13 @@ class AnchorGenerator(nn.Module):
         self,
         sizes: Sequence[Sequence[float]] = ((128, 256, 512),),
         aspect_ratios: Sequence[Sequence[float]] = ((0.5, 1.0, 2.0),),
+        convention: str = "torchvision",
+        strides: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if convention not in CELL_ANCHORS:
+            names = ", ".join(repr(name) for name in CELL_ANCHORS)
+            raise ValueError(f"convention must be one of {names}, got {convention!r}")
         self.sizes = _one_tuple_a_level(sizes)
         self.aspect_ratios = _one_tuple_a_level(aspect_ratios)
         if len(self.aspect_ratios) == 1:
@@ -45,8 +58,18 @@ class AnchorGenerator(nn.Module):
                 "aspect_ratios must have an entry for each level of sizes, "
                 f"{len(self.sizes)}, got {len(self.aspect_ratios)}"
             )
-        for i, level in enumerate(zip(self.sizes, self.aspect_ratios, strict=True)):
-            self.register_buffer(f"_cell_{i}", _cell_anchors(*level), persistent=False)
+        self.convention = convention
+        self.strides = None if strides is None else tuple(strides)
+        if convention == "torchvision" and strides is not None:
+            raise ValueError(f"strides must be None for torchvision's convention, got {strides}")
+        if convention != "torchvision" and len(strides or ()) != len(self.sizes):
+            raise ValueError(
+                f"strides must have an entry for each level of sizes, {len(self.sizes)}, got {strides}"
+            )
+        for i in range(len(self.sizes)):
+            stride = self.strides[i] if self.strides else None
+            cell = CELL_ANCHORS[convention](self.sizes[i], self.aspect_ratios[i], stride)
+            self.register_buffer(f"_cell_{i}", cell, persistent=False)
 
     @property
     def cell_anchors(self) -> list[Tensor]:
@@ -80,11 +103,16 @@ class AnchorGenerator(nn.Module):
                 f"feature_sizes must have an entry for each level, {len(self.cell_anchors)}, "
                 f"got {len(feature_sizes)}"
             )
-        image_height, image_width = image_size
         levels = []
-        for (height, width), cell in zip(feature_sizes, self.cell_anchors, strict=True):
-            y = torch.arange(height, device=device, dtype=torch.int32) * (image_height // height)
-            x = torch.arange(width, device=device, dtype=torch.int32) * (image_width // width)
+        for i, ((height, width), cell) in enumerate(
+            zip(feature_sizes, self.cell_anchors, strict=True)
+        ):
+            if self.strides is None:
+                stride_y, stride_x = image_size[0] // height, image_size[1] // width
+            else:
+                stride_y = stride_x = self.strides[i]
+            y = torch.arange(height, device=device, dtype=torch.int32) * stride_y
+            x = torch.arange(width, device=device, dtype=torch.int32) * stride_x
             y, x = torch.meshgrid(y, x, indexing="ij")
             centers = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
             levels.append((centers + cell.to(device)).reshape(-1, 4))
@@ -103,10 +131,46 @@ def _one_tuple_a_level(values: Sequence[Sequence[float]]) -> Sizes:
     return tuple(tuple(level) if isinstance(level, Sequence) else (level,) for level in values)
 
 
-def _cell_anchors(scales: Sequence[float], aspect_ratios: Sequence[float]) -> Tensor:
-    """Anchors around (0, 0): (len(aspect_ratios) * len(scales), 4)."""
-    scale = torch.as_tensor(scales, dtype=torch.float32)
+# ---- anchors around (0, 0): float32 (A, 4) -------------------------------------------------------
+# Each in the very operations of its origin, because their roundings are what "to the bit" means.
+
+
+def _torchvision_cell(
+    sizes: Sequence[float], aspect_ratios: Sequence[float], stride: int | None
+) -> Tensor:
+    scale = torch.as_tensor(sizes, dtype=torch.float32)
     height_ratio = torch.sqrt(torch.as_tensor(aspect_ratios, dtype=torch.float32))
     width = ((1 / height_ratio)[:, None] * scale).reshape(-1)
     height = (height_ratio[:, None] * scale).reshape(-1)
     return (torch.stack((-width, -height, width, height), dim=1) / 2).round()
+
+
+def _detectron2_cell(
+    sizes: Sequence[float], aspect_ratios: Sequence[float], stride: int | None
+) -> Tensor:
+    cell = []
+    for size in sizes:
+        for ratio in aspect_ratios:
+            width = math.sqrt(size**2.0 / ratio)
+            height = ratio * width
+            cell.append((-width / 2, -height / 2, width / 2, height / 2))
+    return torch.tensor(cell, dtype=torch.float32)
+
+
+def _mmdet_cell(
+    sizes: Sequence[float], aspect_ratios: Sequence[float], stride: int | None
+) -> Tensor:
+    # mmdet knows scales, multiples of the stride
+    assert stride is not None
+    scale = torch.tensor([size / stride for size in sizes], dtype=torch.float32)
+    height_ratio = torch.sqrt(torch.as_tensor(aspect_ratios, dtype=torch.float32))
+    width = (stride * (1 / height_ratio)[:, None] * scale).reshape(-1)
+    height = (stride * height_ratio[:, None] * scale).reshape(-1)
+    return torch.stack((-width, -height, width, height), dim=1) / 2
+
+
+CELL_ANCHORS = {
+    "torchvision": _torchvision_cell,
+    "detectron2": _detectron2_cell,
+    "mmdet": _mmdet_cell,
+}

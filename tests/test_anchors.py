@@ -1,5 +1,8 @@
 """AnchorGenerator: torchvision's anchors to the bit."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchorGenerator
@@ -37,6 +40,16 @@ def test_one_size_a_level_and_uneven_levels():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("convention", ["detectron2", "mmdet"])
+def test_is_the_peers(convention, device):
+    golden = json.loads((Path(__file__).parent / "golden" / "anchors.json").read_text())
+    generator = AnchorGenerator(
+        golden["sizes"], [golden["aspect_ratios"]], convention, golden["strides"]
+    ).to(device)
+    anchors = generator.grid(golden["image_size"], golden["feature_sizes"], device)
+    assert torch.equal(anchors.cpu(), torch.tensor(golden[convention]["anchors"]))
+
+
 def test_stays_float32():
     anchors = AnchorGenerator().half()
     assert anchors.grid((512, 512), [(16, 16)]).dtype == torch.float32
@@ -50,3 +63,9 @@ def test_level_counts_must_agree():
         ValueError, match="feature_sizes must have an entry for each level, 1, got 2"
     ):
         AnchorGenerator().grid((64, 64), [(8, 8), (4, 4)])
+    with pytest.raises(ValueError, match="strides must have an entry for each level of sizes, 2"):
+        AnchorGenerator(((32,), (64,)), ((1.0,),), "mmdet", (8,))
+    with pytest.raises(ValueError, match="strides must be None for torchvision's"):
+        AnchorGenerator(((32,),), ((1.0,),), strides=(8,))
+    with pytest.raises(ValueError, match="convention must be one of 'torchvision', 'detectron2'"):
+        AnchorGenerator(convention="keras")
