@@ -325,16 +325,20 @@ def _backward_sum(
         factor = grad_loss  # the saved gradient has been divided by the normalizer
     if torch.is_grad_enabled() or not has_grad:
         return _differentiable_backward(factor, inputs, targets, *ctx.arguments, "sum"), *nothing
-    if _owns(grad):
+    if _may_overwrite(grad, factor):
         call(ops._scale_, grad, factor)
         return grad, *nothing
     return grad * factor, *nothing
 
 
-def _owns(saved: Tensor) -> bool:
-    """Whether a backward may overwrite what its forward saved: not if it can run again, nor under a tracer."""
-    is_traced = torch.compiler.is_compiling() or type(saved) is not Tensor
-    return not is_traced and not torch._C._autograd._get_current_graph_task_keep_graph()
+def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
+    """Whether this backward may scale what its forward saved: not if it can run again, nor under a tracer or vmap."""
+    if torch.compiler.is_compiling() or type(saved) is not Tensor:
+        return False
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _differentiable_backward(
@@ -361,3 +365,57 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "focalops::sigmoid_focal_loss_sum", _backward_sum, setup_context=_setup_sum
 )
+
+
+# ---- vmap ---------------------------------------------------------------------------------------
+
+
+def _batched(info: Any, tensor: Tensor, dim: int | None) -> Tensor:
+    """The batch dimension first."""
+    if dim is None:
+        return tensor.expand(info.batch_size, *tensor.shape)
+    return tensor.movedim(dim, 0)
+
+
+@torch.library.register_vmap("focalops::sigmoid_focal_loss")
+def _(
+    info: Any, in_dims: tuple[Any, ...], inputs: Tensor, targets: Tensor, *options: Any
+) -> tuple[Tensor, int]:
+    inputs, targets = _batched(info, inputs, in_dims[0]), _batched(info, targets, in_dims[1])
+    return ops.sigmoid_focal_loss(inputs, targets, *options), 0
+
+
+@torch.library.register_vmap("focalops::_sigmoid_focal_loss_backward")
+def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
+    tensors = (_batched(info, arguments[i], in_dims[i]) for i in range(3))
+    return ops._sigmoid_focal_loss_backward(*tensors, *arguments[3:]), 0
+
+
+@torch.library.register_vmap("focalops::sigmoid_focal_loss_sum")
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float,
+    gamma: float,
+    beta: float | None,
+    ignore_index: int,
+    normalizer: Tensor | None,
+    min_normalizer: float,
+    compute_grad: bool,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """A sum for each sample, which the fused kernel does not know: from the losses of the elements."""
+    x, targets = _batched(info, inputs, in_dims[0]), _batched(info, targets, in_dims[1])
+    x32 = x.to(compute_dtype(x.dtype))
+    options = (alpha, gamma, beta, ignore_index)
+    divisor = x32.new_tensor(min_normalizer)
+    if normalizer is not None:
+        divisor = torch.maximum(_batched(info, normalizer, in_dims[6]), divisor)
+    loss = ops.sigmoid_focal_loss(x32, targets, *options).flatten(1).sum(1) / divisor
+    if not compute_grad:
+        return (loss, x.new_empty((info.batch_size, 0))), (0, 0)
+    grad = ops._sigmoid_focal_loss_backward(torch.ones_like(x32), x32, targets, *options)
+    if x.dtype != torch.float16:
+        grad = grad / divisor.reshape(-1, *[1] * (grad.dim() - 1))
+    return (loss, grad.to(x.dtype)), (0, 0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from focalops import reference, sigmoid_focal_loss
+from focalops import reference, sigmoid_focal_loss, sigmoid_focal_loss_star
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 GAMMAS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
@@ -408,6 +408,94 @@ def test_compiles_whole(reduction, device):
         sigmoid_focal_loss(x * 2, targets, reduction=reduction).sum() * 3, x
     )
     torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("kind", ["classes", "soft"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_vmap(reduction, kind, device):
+    x = logits(6, 5, 3, dtype=torch.float32, device=device).requires_grad_()
+    targets = torch.randint(0, 4, (6, 5), device=device)
+    if kind == "soft":
+        targets = torch.rand(6, 5, 3, device=device)
+
+    def f(x, t):
+        return sigmoid_focal_loss(x, t, reduction=reduction)
+
+    loss = torch.vmap(f)(x, targets)
+    expected = torch.stack([f(*sample) for sample in zip(x, targets, strict=True)])
+    torch.testing.assert_close(loss, expected)
+    shared = torch.vmap(f, in_dims=(0, None))(x, targets[0])
+    torch.testing.assert_close(shared, torch.stack([f(sample, targets[0]) for sample in x]))
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("retain_graph", [True, False])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_batched_gradients(reduction, retain_graph, device):
+    x = logits(5, 3, dtype=torch.float32, device=device).requires_grad_()
+    loss = sigmoid_focal_loss(x, class_indices(5, 3, device), reduction=reduction)
+    upstream = torch.randn(4, *loss.shape, device=device)
+    rows = [torch.autograd.grad(loss, x, row, retain_graph=True)[0] for row in upstream]
+    (batched,) = torch.autograd.grad(
+        loss, x, upstream, is_grads_batched=True, retain_graph=retain_graph
+    )
+    torch.testing.assert_close(batched, torch.stack(rows))
+
+
+# ---- FL* ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("gamma", "beta"), [(2.0, 0.0), (2.0, 1.0), (4.0, 0.0), (0.5, -1.5)])
+def test_star_matches_the_reference(gamma, beta, reduction, dtype, device):
+    x = logits(50, 13, dtype=dtype, device=device).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    for targets in (class_indices(50, 13, device), soft_targets(50, 13, device=device)):
+        exact = reference.sigmoid_focal_loss_star(
+            exact_x, targets, 0.25, gamma, reduction, beta=beta
+        )
+        loss = sigmoid_focal_loss_star(x, targets, 0.25, gamma, reduction, beta=beta)
+        # gamma x + beta rounds by an ulp of its size, which softplus passes on
+        tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 2e-5}.get(
+            dtype, 1e-12
+        )
+        tiny = torch.finfo(dtype).tiny
+        torch.testing.assert_close(loss.double(), exact, rtol=tolerance, atol=tiny)
+        upstream = torch.rand(loss.shape, device=device)
+        (grad,) = torch.autograd.grad(loss, x, upstream.to(loss.dtype))
+        (expected,) = torch.autograd.grad(exact, exact_x, upstream.to(loss.dtype).double())
+        torch.testing.assert_close(grad.double(), expected, rtol=2 * tolerance, atol=2 * tiny)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_star_gradcheck(reduction, device):
+    x = logits(4, 3, dtype=torch.float64, device=device, scale=2).requires_grad_()
+    for targets in (torch.tensor([0, 3, -100, 2], device=device), torch.rand(4, 3, device=device)):
+
+        def f(x, targets=targets):
+            return sigmoid_focal_loss_star(x, targets, reduction=reduction, beta=0.5)
+
+        assert torch.autograd.gradcheck(f, x)
+        assert torch.autograd.gradgradcheck(f, x)
+
+
+def test_star_at_the_limits(device):
+    inf = math.inf
+    x = torch.tensor([inf, -inf, 1e4, -1e4, math.nan], device=device).unsqueeze(1).requires_grad_()
+    negative = torch.ones(5, device=device).long()
+    loss = sigmoid_focal_loss_star(x, negative, beta=1.0)
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    assert loss[0] == inf and loss[1] == 0 and loss[2].isfinite() and loss[4].isnan()
+    assert grad[0] == 0.75 and grad[1] == 0 and grad[4].isnan() and grad[:4].isfinite().all()
+
+
+def test_star_errors(device):
+    with pytest.raises(RuntimeError, match="sigmoid_focal_loss_star: gamma must be > 0, got 0"):
+        x = torch.zeros(2, 2, device=device)
+        sigmoid_focal_loss_star(x, x, gamma=0)
 
 
 LOGITS = st.floats(-60, 60, width=32)
