@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dtypes.h"
 #include "math/focal.h"
@@ -87,6 +88,133 @@ inline bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
     }
   }
   return true;
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && same_shape(a, b, a.dim());
+}
+
+inline void check_coordinates(const char* op, const char* name, const Tensor& tensor) {
+  if (compute_dtype(tensor.scalar_type()) != tensor.scalar_type()) {
+    fail(op, ": ", name, " must be float32 or float64, got ", dtype_of(tensor));
+  }
+}
+
+// What follows a tensor that has passed: `tensor` must have the dtype of `like` and be on its device.
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name,
+                       const Tensor& like) {
+  check_same_device(op, name, tensor, like_name, like);
+  if (tensor.scalar_type() != like.scalar_type()) {
+    fail(op, ": ", name, " must be ", dtype_of(like), " like ", like_name, ", got ", dtype_of(tensor));
+  }
+}
+
+inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2) {
+  const char* op = "box_iou";
+  check_coordinates(op, "boxes1", boxes1);
+  const int64_t dim = boxes1.dim();
+  if ((dim != 2 && dim != 3) || boxes1.size(dim - 1) != 4) {
+    fail(op, ": boxes1 must have shape (N, 4) or (B, N, 4), got ", shape_of(boxes1));
+  }
+  check_like(op, "boxes2", boxes2, "boxes1", boxes1);
+  if (boxes2.dim() != dim || boxes2.size(dim - 1) != 4 || !same_shape(boxes1, boxes2, dim - 2)) {
+    if (dim == 2) {
+      fail(op, ": boxes2 must have shape (M, 4), got ", shape_of(boxes2));
+    }
+    fail(op, ": boxes2 must have shape (", boxes1.size(0), ", M, 4) as boxes1 is batched, got ", shape_of(boxes2));
+  }
+}
+
+inline void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxes1, const Tensor& boxes2) {
+  check_box_iou(boxes1, boxes2);
+  const char* op = "box_iou";
+  check_like(op, "grad_output", grad_output, "boxes1", boxes1);
+  const int64_t dim = boxes1.dim();
+  if (grad_output.dim() != dim || !same_shape(grad_output, boxes1, dim - 1) ||
+      grad_output.size(dim - 1) != boxes2.size(dim - 2)) {
+    fail(op, ": grad_output must have the shape of the output, got ", shape_of(grad_output));
+  }
+}
+
+inline void check_rows_of_4(const char* op, const char* name, const Tensor& tensor) {
+  if (tensor.dim() == 0 || tensor.size(tensor.dim() - 1) != 4) {
+    fail(op, ": ", name, " must have shape (..., 4), got ", shape_of(tensor));
+  }
+}
+
+inline void check_anchors(const char* op, const Tensor& anchors, const char* like_name, const Tensor& like) {
+  check_rows_of_4(op, "anchors", anchors);
+  if (!same_shape(anchors, like)) {
+    fail(op, ": anchors must have a shape that broadcasts with that of ", like_name, ", ", shape_of(like), ", got ",
+         shape_of(anchors));
+  }
+}
+
+inline void check_weights(const char* op, const std::vector<double>& weights) {
+  if (weights.size() != 4) {
+    fail(op, ": weights must be 4 numbers, got ", weights.size());
+  }
+}
+
+inline void check_encode_boxes(const Tensor& boxes, const Tensor& anchors, const std::vector<double>& weights) {
+  const char* op = "encode_boxes";
+  check_coordinates(op, "boxes", boxes);
+  check_rows_of_4(op, "boxes", boxes);
+  check_like(op, "anchors", anchors, "boxes", boxes);
+  check_anchors(op, anchors, "boxes", boxes);
+  check_weights(op, weights);
+}
+
+inline void check_decode_boxes(const Tensor& deltas, const Tensor& anchors, const std::vector<double>& weights,
+                               const std::vector<double>& image_size) {
+  const char* op = "decode_boxes";
+  check_floating(op, "deltas", deltas);
+  check_rows_of_4(op, "deltas", deltas);
+  check_same_device(op, "anchors", anchors, "deltas", deltas);
+  if (anchors.scalar_type() != compute_dtype(deltas.scalar_type())) {
+    fail(op, ": anchors must be float32 (float64 for float64 deltas), got ", dtype_of(anchors));
+  }
+  check_anchors(op, anchors, "deltas", deltas);
+  check_weights(op, weights);
+  if (!image_size.empty() && image_size.size() != 2) {
+    fail(op, ": image_size must be 2 numbers, height and width, got ", image_size.size());
+  }
+}
+
+// The gradient of encoded or decoded boxes, which are as many as the anchors and have their dtype.
+inline void check_coder_gradient(const char* op, const Tensor& grad_output, const Tensor& anchors) {
+  check_like(op, "grad_output", grad_output, "anchors", anchors);
+  if (!same_shape(grad_output, anchors)) {
+    fail(op, ": grad_output must have the shape of the output, ", shape_of(anchors), ", got ", shape_of(grad_output));
+  }
+}
+
+inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes, const std::optional<Tensor>& counts,
+                                double fg_iou_threshold, double bg_iou_threshold) {
+  const char* op = "match_anchors";
+  check_coordinates(op, "anchors", anchors);
+  if (anchors.dim() != 2 || anchors.size(1) != 4) {
+    fail(op, ": anchors must have shape (A, 4), got ", shape_of(anchors));
+  }
+  check_like(op, "gt_boxes", gt_boxes, "anchors", anchors);
+  if (gt_boxes.dim() != 3 || gt_boxes.size(2) != 4) {
+    fail(op, ": gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), got ", shape_of(gt_boxes));
+  }
+  if (gt_boxes.size(1) >= int64_t{1} << 31) {
+    fail(op, ": gt_boxes must have fewer than 2^31 boxes an image, got ", gt_boxes.size(1));
+  }
+  if (counts.has_value()) {
+    check_same_device(op, "counts", *counts, "anchors", anchors);
+    if (!is_index(counts->scalar_type())) {
+      fail(op, ": counts must be int32 or int64, got ", dtype_of(*counts));
+    }
+    if (counts->dim() != 1 || counts->size(0) != gt_boxes.size(0)) {
+      fail(op, ": counts must have shape (", gt_boxes.size(0), ",), one for each image, got ", shape_of(*counts));
+    }
+  }
+  if (!(bg_iou_threshold <= fg_iou_threshold)) {
+    fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", fg_iou_threshold, ", got ", bg_iou_threshold);
+  }
 }
 
 // targets of the shape of inputs are dense, of the shape of inputs without its last dimension are class indices.

@@ -18,16 +18,20 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
   m.def("_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2) -> Tensor grad_boxes1");
   m.def("encode_boxes(Tensor boxes, Tensor anchors, float[] weights) -> Tensor");
-  m.def("_encode_boxes_backward(Tensor grad_output, Tensor boxes, Tensor anchors, float[] weights) -> (Tensor, Tensor)");
+  m.def(
+      "_encode_boxes_backward(Tensor grad_output, Tensor boxes, Tensor anchors, float[] weights)"
+      " -> (Tensor grad_boxes, Tensor grad_anchors)");
+  // image_size: height and width, or empty: no clipping to the image.
   m.def("decode_boxes(Tensor deltas, Tensor anchors, float[] weights, float clip, float[] image_size) -> Tensor");
+  // grad_anchors is empty unless compute_grad_anchors.
   m.def(
       "_decode_boxes_backward(Tensor grad_output, Tensor deltas, Tensor anchors, float[] weights, float clip,"
-      " float[] image_size) -> (Tensor, Tensor)");
+      " float[] image_size, bool compute_grad_anchors) -> (Tensor grad_deltas, Tensor grad_anchors)");
 
   // matching
   m.def(
-      "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor counts, float fg_iou_threshold, float bg_iou_threshold,"
-      " bool allow_low_quality_matches) -> Tensor");
+      "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor? counts, float fg_iou_threshold,"
+      " float bg_iou_threshold, bool allow_low_quality_matches) -> Tensor");
 
   // nms
   m.def("nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor");

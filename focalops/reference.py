@@ -124,9 +124,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
     a = boxes1.to(dtype).unsqueeze(-2)  # [..., N, 1, 4]
     b = boxes2.to(dtype).unsqueeze(-3)  # [..., 1, M, 4]
-    width_height = (torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2])).clamp(
-        min=0
-    )
+    width_height = F.relu(torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2]))
     intersection = width_height[..., 0] * width_height[..., 1]
     union = box_area(a) + box_area(b) - intersection
     empty = union == 0

@@ -1,0 +1,296 @@
+// Pairwise IoU and box coding on the CPU.
+//
+// A matrix is made in blocks of rows and columns, in parallel over blocks. The boxes of a block's
+// columns (of its rows, for the gradient, which sums over columns) are laid out coordinate by
+// coordinate, and the loop over them is vectorised.
+#include <algorithm>
+#include <vector>
+
+#include "../math/box.h"
+#include "../rows.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace focalops {
+namespace {
+
+constexpr int64_t kLanes = 256;  // boxes laid out side by side: they stay in the L1 cache
+constexpr int64_t kRows = 64;    // rows that share one layout of their columns
+constexpr int64_t kSplitColumns =
+    4096;  // columns that one partial gradient sums over: fixed, and so is the sum's order
+constexpr int64_t kCoderGrain = 4096;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+struct BoxLanes {
+  alignas(64) T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes];
+};
+
+template <typename T>
+FOCALOPS_SIMD void lay_out(const T* boxes, int64_t n, BoxLanes<T>& lanes) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Box<T> box = load_box(boxes + 4 * i);
+    lanes.x1[i] = box.x1;
+    lanes.y1[i] = box.y1;
+    lanes.x2[i] = box.x2;
+    lanes.y2[i] = box.y2;
+    lanes.area[i] = area(box);
+  }
+}
+
+template <typename T>
+FOCALOPS_SIMD void iou_of_row(const Box<T>& row, T row_area, const BoxLanes<T>& columns, int64_t n,
+                              T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Box<T> column{columns.x1[i], columns.y1[i], columns.x2[i], columns.y2[i]};
+    out[i] = iou(row, column, row_area, columns.area[i]);
+  }
+}
+
+// Adds one column's part to the gradients of n rows.
+template <typename T>
+FOCALOPS_SIMD void add_iou_gradient(const BoxLanes<T>& rows, const Box<T>& column, T column_area,
+                                    const T* upstream, int64_t n, BoxLanes<T>& grad) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Box<T> row{rows.x1[i], rows.y1[i], rows.x2[i], rows.y2[i]};
+    const Box<T> part = iou_gradient(row, column, rows.area[i], column_area);
+    grad.x1[i] += upstream[i] * part.x1;
+    grad.y1[i] += upstream[i] * part.y1;
+    grad.x2[i] += upstream[i] * part.x2;
+    grad.y2[i] += upstream[i] * part.y2;
+  }
+}
+
+Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_) {
+  check_box_iou(boxes1_, boxes2_);
+  const Tensor boxes1 = torch::stable::contiguous(boxes1_),
+               boxes2 = torch::stable::contiguous(boxes2_);
+  const int64_t dim = boxes1.dim();
+  const int64_t batch = dim == 3 ? boxes1.size(0) : 1;
+  const int64_t num_rows = boxes1.size(dim - 2), num_columns = boxes2.size(dim - 2);
+  Tensor output =
+      on_huge_pages(new_matrix(boxes1, boxes2), boxes1.scalar_type() == ScalarType::Double ? 8 : 4);
+
+  dispatch_compute(boxes1.scalar_type(), [&](auto tag) {
+    using T = tag_t<decltype(tag)>;
+    const auto* rows = static_cast<const T*>(boxes1.const_data_ptr());
+    const auto* columns = static_cast<const T*>(boxes2.const_data_ptr());
+    auto* out = static_cast<T*>(output.mutable_data_ptr());
+    const int64_t row_blocks = ceil_div(num_rows, kRows),
+                  column_blocks = ceil_div(num_columns, kLanes);
+    torch::stable::parallel_for(
+        0, batch * row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
+          BoxLanes<T> lanes;
+          for (int64_t block = begin; block < end; ++block) {
+            const int64_t image = block / (row_blocks * column_blocks);
+            const int64_t first_row = block / column_blocks % row_blocks * kRows;
+            const int64_t first_column = block % column_blocks * kLanes;
+            const int64_t last_row = std::min(first_row + kRows, num_rows);
+            const int64_t n = std::min(kLanes, num_columns - first_column);
+            lay_out(columns + 4 * (image * num_columns + first_column), n, lanes);
+            for (int64_t i = image * num_rows + first_row; i < image * num_rows + last_row; ++i) {
+              const Box<T> row = load_box(rows + 4 * i);
+              iou_of_row(row, area(row), lanes, n, out + i * num_columns + first_column);
+            }
+          }
+        });
+  });
+  return output;
+}
+
+Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_,
+                            const Tensor& boxes2_) {
+  check_box_iou_backward(grad_output, boxes1_, boxes2_);
+  const Tensor boxes1 = torch::stable::contiguous(boxes1_),
+               boxes2 = torch::stable::contiguous(boxes2_);
+  const int64_t dim = boxes1.dim();
+  const int64_t batch = dim == 3 ? boxes1.size(0) : 1;
+  const int64_t num_rows = boxes1.size(dim - 2), num_columns = boxes2.size(dim - 2);
+  const int64_t batch_stride = dim == 3 ? grad_output.stride(0) : 0;
+  const int64_t row_stride = grad_output.stride(dim - 2),
+                column_stride = grad_output.stride(dim - 1);
+  Tensor grad_boxes1 = torch::stable::empty_like(boxes1);
+
+  dispatch_compute(boxes1.scalar_type(), [&](auto tag) {
+    using T = tag_t<decltype(tag)>;
+    const auto* rows = static_cast<const T*>(boxes1.const_data_ptr());
+    const auto* columns = static_cast<const T*>(boxes2.const_data_ptr());
+    const auto* upstream = static_cast<const T*>(grad_output.const_data_ptr());
+    const int64_t row_blocks = ceil_div(num_rows, kLanes);
+    const int64_t splits = std::max<int64_t>(ceil_div(num_columns, kSplitColumns), 1);
+    std::vector<Box<T>> partials(splits * batch * num_rows);
+    torch::stable::parallel_for(0, batch * row_blocks * splits, 1, [&](int64_t begin, int64_t end) {
+      BoxLanes<T> lanes, grad;
+      alignas(64) T lane_upstream[kLanes];
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t image = block / (row_blocks * splits);
+        const int64_t first_row = block / splits % row_blocks * kLanes;
+        const int64_t split = block % splits;
+        const int64_t n = std::min(kLanes, num_rows - first_row);
+        const int64_t last_column = std::min((split + 1) * kSplitColumns, num_columns);
+        lay_out(rows + 4 * (image * num_rows + first_row), n, lanes);
+        grad = {};
+        for (int64_t column = split * kSplitColumns; column < last_column; ++column) {
+          const Box<T> box = load_box(columns + 4 * (image * num_columns + column));
+          const T* from =
+              upstream + image * batch_stride + first_row * row_stride + column * column_stride;
+          for (int64_t i = 0; i < n; ++i) {
+            lane_upstream[i] = from[i * row_stride];
+          }
+          add_iou_gradient(lanes, box, area(box), lane_upstream, n, grad);
+        }
+        Box<T>* out = &partials[split * batch * num_rows + image * num_rows + first_row];
+        for (int64_t i = 0; i < n; ++i) {
+          out[i] = {grad.x1[i], grad.y1[i], grad.x2[i], grad.y2[i]};
+        }
+      }
+    });
+    auto* out = static_cast<T*>(grad_boxes1.mutable_data_ptr());
+    const T* parts = &partials.data()->x1;
+    const int64_t numel = batch * num_rows * 4;
+    for (int64_t i = 0; i < numel; ++i) {
+      double sum = 0;
+      for (int64_t split = 0; split < splits; ++split) {
+        sum += parts[split * numel + i];
+      }
+      out[i] = static_cast<T>(sum);
+    }
+  });
+  return grad_boxes1;
+}
+
+// ---- box coding
+// ----------------------------------------------------------------------------------------------------
+
+// Calls f(i, outer, inner) for each row of the layout, in parallel.
+template <size_t N, typename F>
+void for_each_row(const RowLayout<N>& layout, const F& f) {
+  torch::stable::parallel_for(0, layout.num_rows, kCoderGrain, [&](int64_t begin, int64_t end) {
+    int64_t outer = begin / layout.num_inner, inner = begin % layout.num_inner;
+    for (int64_t i = begin; i < end; ++i) {
+      f(i, outer, inner);
+      if (++inner == layout.num_inner) {
+        inner = 0;
+        ++outer;
+      }
+    }
+  });
+}
+
+Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
+                        const std::vector<double>& weights) {
+  check_encode_boxes(boxes, anchors, weights);
+  Tensor output = new_rows(boxes, boxes.scalar_type());
+  std::array<Tensor, 2> inputs{boxes, anchors};
+  const auto layout = row_layout(inputs);
+  dispatch_compute(boxes.scalar_type(), [&](auto tag) {
+    using T = tag_t<decltype(tag)>;
+    const auto coder = box_coder<T>(weights);
+    const Rows<Box<T>, T> box_rows(inputs[0], layout.strides[0]),
+        anchor_rows(inputs[1], layout.strides[1]);
+    auto* out = static_cast<Deltas<T>*>(output.mutable_data_ptr());
+    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
+      out[i] = coder.encode(box_rows.load(outer, inner), anchor_rows.load(outer, inner));
+    });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> encode_boxes_backward_cpu(const Tensor& grad_output, const Tensor& boxes,
+                                                     const Tensor& anchors,
+                                                     const std::vector<double>& weights) {
+  check_encode_boxes(boxes, anchors, weights);
+  check_coder_gradient("encode_boxes", grad_output, anchors);
+  Tensor grad_boxes = new_rows(boxes, boxes.scalar_type()),
+         grad_anchors = new_rows(boxes, boxes.scalar_type());
+  std::array<Tensor, 3> inputs{grad_output, boxes, anchors};
+  const auto layout = row_layout(inputs);
+  dispatch_compute(boxes.scalar_type(), [&](auto tag) {
+    using T = tag_t<decltype(tag)>;
+    const auto coder = box_coder<T>(weights);
+    const Rows<Deltas<T>, T> grad_rows(inputs[0], layout.strides[0]);
+    const Rows<Box<T>, T> box_rows(inputs[1], layout.strides[1]),
+        anchor_rows(inputs[2], layout.strides[2]);
+    auto* out_boxes = static_cast<Box<T>*>(grad_boxes.mutable_data_ptr());
+    auto* out_anchors = static_cast<Box<T>*>(grad_anchors.mutable_data_ptr());
+    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
+      const auto grad = grad_rows.load(outer, inner);
+      const auto box = box_rows.load(outer, inner), anchor = anchor_rows.load(outer, inner);
+      out_boxes[i] = coder.encode_gradient_of_box(grad, box, anchor);
+      out_anchors[i] = coder.encode_gradient_of_anchor(grad, box, anchor);
+    });
+  });
+  return {grad_boxes, grad_anchors};
+}
+
+Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
+                        const std::vector<double>& weights, double clip,
+                        const std::vector<double>& image_size) {
+  check_decode_boxes(deltas, anchors, weights, image_size);
+  Tensor output = new_rows(deltas, anchors.scalar_type());
+  std::array<Tensor, 2> inputs{deltas, anchors};
+  const auto layout = row_layout(inputs);
+  dispatch_floating(deltas.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const auto coder = box_coder<T>(weights, clip, image_size);
+    const Rows<Deltas<scalar_t>, scalar_t> delta_rows(inputs[0], layout.strides[0]);
+    const Rows<Box<T>, T> anchor_rows(inputs[1], layout.strides[1]);
+    auto* out = static_cast<Box<T>*>(output.mutable_data_ptr());
+    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
+      out[i] = coder.decode(deltas_cast<T>(delta_rows.load(outer, inner)),
+                            anchor_rows.load(outer, inner));
+    });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> decode_boxes_backward_cpu(const Tensor& grad_output,
+                                                     const Tensor& deltas, const Tensor& anchors,
+                                                     const std::vector<double>& weights,
+                                                     double clip,
+                                                     const std::vector<double>& image_size,
+                                                     bool compute_grad_anchors) {
+  check_decode_boxes(deltas, anchors, weights, image_size);
+  check_coder_gradient("decode_boxes", grad_output, anchors);
+  Tensor grad_deltas = new_rows(deltas, deltas.scalar_type());
+  Tensor grad_anchors = compute_grad_anchors ? new_rows(deltas, anchors.scalar_type())
+                                             : torch::stable::new_empty(anchors, {0});
+  std::array<Tensor, 3> inputs{grad_output, deltas, anchors};
+  const auto layout = row_layout(inputs);
+  dispatch_floating(deltas.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const auto coder = box_coder<T>(weights, clip, image_size);
+    const Rows<Box<T>, T> grad_rows(inputs[0], layout.strides[0]),
+        anchor_rows(inputs[2], layout.strides[2]);
+    const Rows<Deltas<scalar_t>, scalar_t> delta_rows(inputs[1], layout.strides[1]);
+    auto* out_deltas = static_cast<Deltas<scalar_t>*>(grad_deltas.mutable_data_ptr());
+    auto* out_anchors = static_cast<Box<T>*>(grad_anchors.mutable_data_ptr());
+    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
+      const auto grad = grad_rows.load(outer, inner), anchor = anchor_rows.load(outer, inner);
+      const auto delta = deltas_cast<T>(delta_rows.load(outer, inner));
+      out_deltas[i] = deltas_cast<scalar_t>(coder.decode_gradient_of_deltas(grad, delta, anchor));
+      if (compute_grad_anchors) {
+        out_anchors[i] = coder.decode_gradient_of_anchor(grad, delta, anchor);
+      }
+    });
+  });
+  return {grad_deltas, grad_anchors};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("box_iou", TORCH_BOX(&box_iou_cpu));
+  m.impl("_box_iou_backward", TORCH_BOX(&box_iou_backward_cpu));
+  m.impl("encode_boxes", TORCH_BOX(&encode_boxes_cpu));
+  m.impl("_encode_boxes_backward", TORCH_BOX(&encode_boxes_backward_cpu));
+  m.impl("decode_boxes", TORCH_BOX(&decode_boxes_cpu));
+  m.impl("_decode_boxes_backward", TORCH_BOX(&decode_boxes_backward_cpu));
+}
+
+}  // namespace focalops

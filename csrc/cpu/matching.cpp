@@ -1,0 +1,269 @@
+// Anchor matching on the CPU: no matrix of IoUs, in parallel over images and chunks of anchors.
+//
+// A tile of anchors is laid out coordinate by coordinate, and the loop over its anchors is
+// vectorised, one ground-truth box at a time. Neighbouring anchors lie close together, so that most
+// boxes miss the range of a tile as a whole: their IoU with each of its anchors is 0, and they are
+// skipped. The first pass writes the matches and keeps, for each chunk and box, the best IoU. The
+// second, for low-quality matches, visits only chunks that hold the best anchor of some box.
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../checks.h"
+#include "../math/box.h"
+#include "simd.h"
+
+namespace focalops {
+namespace {
+
+constexpr int64_t kTile = 256;  // anchors in the buffers of one thread; they stay in the L1 cache
+constexpr int64_t kChunk = 8 * kTile;  // the unit of parallel work
+
+template <typename T>
+struct AnchorTile {
+  using Index = std::conditional_t<std::is_same_v<T, double>, int64_t,
+                                   int32_t>;  // as wide as T, for the vector lanes
+
+  alignas(64) T x1[kTile], y1[kTile], x2[kTile], y2[kTile], area[kTile];
+  alignas(64) T best_iou[kTile];
+  alignas(64) Index best_box[kTile];
+  alignas(64) Index is_best[kTile];  // whether some box has no better anchor
+  Box<T> range;                      // that holds all anchors; a NaN is in no range
+};
+
+// Past the end of the anchors there are empty boxes, whose IoU is 0: the loops over a tile have a
+// constant length.
+template <typename T>
+FOCALOPS_SIMD void load_tile(const T* anchors, int64_t n, AnchorTile<T>& tile) {
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  Box<T> range{kInfinity, kInfinity, -kInfinity, -kInfinity};
+  for (int64_t i = 0; i < n; ++i) {
+    const Box<T> anchor = load_box(anchors + 4 * i);
+    tile.x1[i] = anchor.x1;
+    tile.y1[i] = anchor.y1;
+    tile.x2[i] = anchor.x2;
+    tile.y2[i] = anchor.y2;
+    range.x1 = min_of(anchor.x1, range.x1);
+    range.y1 = min_of(anchor.y1, range.y1);
+    range.x2 = max_of(anchor.x2, range.x2);
+    range.y2 = max_of(anchor.y2, range.y2);
+  }
+  for (int64_t i = n; i < kTile; ++i) {
+    tile.x1[i] = tile.y1[i] = tile.x2[i] = tile.y2[i] = 0;
+  }
+  for (int64_t i = 0; i < kTile; ++i) {
+    tile.area[i] = area(Box<T>{tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]});
+    tile.best_iou[i] = 0;
+    tile.best_box[i] = 0;
+    tile.is_best[i] = 0;
+  }
+  tile.range = range;
+}
+
+// Takes one box into account and returns its best IoU with an anchor of the tile. A NaN is never
+// greater, so that it counts as 0; of equal IoUs the first box keeps the anchor.
+template <typename T>
+FOCALOPS_SIMD T match_box(const Box<T>& box, typename AnchorTile<T>::Index index,
+                          AnchorTile<T>& tile) {
+  const T box_area = area(box);
+  T best = 0;
+#pragma omp simd reduction(max : best)
+  for (int64_t i = 0; i < kTile; ++i) {
+    const Box<T> anchor{tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
+    const T value = iou(anchor, box, tile.area[i], box_area);
+    const bool is_better = value > tile.best_iou[i];
+    tile.best_iou[i] = is_better ? value : tile.best_iou[i];
+    tile.best_box[i] = is_better ? index : tile.best_box[i];
+    best = value > best ? value : best;
+  }
+  return best;
+}
+
+template <typename T>
+FOCALOPS_SIMD void mark_best(const Box<T>& box, T best, AnchorTile<T>& tile) {
+  const T box_area = area(box);
+#pragma omp simd
+  for (int64_t i = 0; i < kTile; ++i) {
+    const Box<T> anchor{tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
+    tile.is_best[i] |= iou(anchor, box, tile.area[i], box_area) == best;
+  }
+}
+
+template <typename T>
+FOCALOPS_SIMD void write_matches(const AnchorTile<T>& tile, int64_t n, T fg_iou_threshold,
+                                 T bg_iou_threshold, int64_t* matches) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T value = tile.best_iou[i];
+    matches[i] = value < bg_iou_threshold   ? -1
+                 : value < fg_iou_threshold ? -2
+                                            : int64_t{tile.best_box[i]};
+  }
+}
+
+template <typename T>
+class ImageMatcher {
+ public:
+  ImageMatcher(const T* anchors, int64_t num_anchors, const T* gt_boxes, int64_t count,
+               int64_t* matches)
+      : anchors_(anchors),
+        num_anchors_(num_anchors),
+        gt_boxes_(gt_boxes),
+        count_(count),
+        matches_(matches) {}
+
+  // best[j]: the best IoU of box j with an anchor of this chunk.
+  void match(int64_t chunk, T fg_iou_threshold, T bg_iou_threshold, T* best) const {
+    AnchorTile<T> tile;
+    for_each_tile(chunk, tile, [&](int64_t begin, int64_t n) {
+      match_tile(tile, best);
+      write_matches(tile, n, fg_iou_threshold, bg_iou_threshold, matches_ + begin);
+    });
+  }
+
+  // Gives the anchors that some box has no better one than their own best box. best_of_chunk and
+  // best: the best IoU of each box within the chunk, and at all.
+  void restore_low_quality(int64_t chunk, const T* best_of_chunk, const T* best) const {
+    std::vector<int64_t> ties;  // boxes whose best anchor is in this chunk
+    for (int64_t j = 0; j < count_; ++j) {
+      if (best[j] > 0 && best_of_chunk[j] == best[j]) {
+        ties.push_back(j);
+      }
+    }
+    if (ties.empty()) {
+      return;
+    }
+    AnchorTile<T> tile;
+    for_each_tile(chunk, tile, [&](int64_t begin, int64_t n) {
+      bool any = false;
+      for (const int64_t j : ties) {
+        if (intersects(box(j), tile.range)) {
+          mark_best(box(j), best[j], tile);
+          any = true;
+        }
+      }
+      if (any) {
+        match_tile(tile, nullptr);
+        for (int64_t i = 0; i < n; ++i) {
+          if (tile.is_best[i]) {
+            matches_[begin + i] = tile.best_box[i];
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  Box<T> box(int64_t j) const { return load_box(gt_boxes_ + 4 * j); }
+
+  template <typename F>
+  void for_each_tile(int64_t chunk, AnchorTile<T>& tile, const F& f) const {
+    const int64_t end = std::min((chunk + 1) * kChunk, num_anchors_);
+    for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
+      const int64_t n = std::min(kTile, end - begin);
+      load_tile(anchors_ + 4 * begin, n, tile);
+      f(begin, n);
+    }
+  }
+
+  void match_tile(AnchorTile<T>& tile, T* best) const {
+    for (int64_t j = 0; j < count_; ++j) {
+      if (intersects(box(j), tile.range)) {
+        const T best_of_tile =
+            match_box(box(j), static_cast<typename AnchorTile<T>::Index>(j), tile);
+        if (best != nullptr) {
+          best[j] = std::max(best[j], best_of_tile);
+        }
+      }
+    }
+  }
+
+  const T* anchors_;
+  int64_t num_anchors_;
+  const T* gt_boxes_;
+  int64_t count_;
+  int64_t* matches_;
+};
+
+std::vector<int64_t> read_counts(const Tensor& gt_boxes, const std::optional<Tensor>& counts_) {
+  const int64_t num_images = gt_boxes.size(0), most = gt_boxes.size(1);
+  std::vector<int64_t> counts(num_images, most);
+  if (counts_.has_value()) {
+    const int64_t stride = counts_->stride(0);
+    dispatch_index(counts_->scalar_type(), [&](auto tag) {
+      const auto* data = static_cast<const tag_t<decltype(tag)>*>(counts_->const_data_ptr());
+      for (int64_t b = 0; b < num_images; ++b) {
+        counts[b] = data[b * stride];
+        if (counts[b] < 0 || counts[b] > most) {
+          fail("match_anchors: counts must lie in [0, ", most,
+               "], the number of padded boxes, got ", counts[b]);
+        }
+      }
+    });
+  }
+  return counts;
+}
+
+Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
+                         const std::optional<Tensor>& counts_, double fg_iou_threshold,
+                         double bg_iou_threshold, bool allow_low_quality_matches) {
+  check_match_anchors(anchors_, gt_boxes_, counts_, fg_iou_threshold, bg_iou_threshold);
+  const Tensor anchors = torch::stable::contiguous(anchors_),
+               gt_boxes = torch::stable::contiguous(gt_boxes_);
+  const std::vector<int64_t> counts = read_counts(gt_boxes, counts_);
+  const int64_t num_images = gt_boxes.size(0), max_boxes = gt_boxes.size(1),
+                num_anchors = anchors.size(0);
+  const int64_t num_chunks = (num_anchors + kChunk - 1) / kChunk;
+  Tensor matches = torch::stable::new_empty(anchors, {num_images, num_anchors}, ScalarType::Long);
+
+  dispatch_compute(anchors.scalar_type(), [&](auto tag) {
+    using T = tag_t<decltype(tag)>;
+    const auto* anchor_data = static_cast<const T*>(anchors.const_data_ptr());
+    const auto* box_data = static_cast<const T*>(gt_boxes.const_data_ptr());
+    auto* match_data = static_cast<int64_t*>(matches.mutable_data_ptr());
+    const auto image = [&](int64_t b) {
+      return ImageMatcher<T>(anchor_data, num_anchors, box_data + 4 * b * max_boxes, counts[b],
+                             match_data + b * num_anchors);
+    };
+    // An image without boxes has only background, whatever the thresholds.
+    const auto fg = [&](int64_t b) {
+      return counts[b] ? T(fg_iou_threshold) : std::numeric_limits<T>::infinity();
+    };
+    const auto bg = [&](int64_t b) {
+      return counts[b] ? T(bg_iou_threshold) : std::numeric_limits<T>::infinity();
+    };
+
+    std::vector<T> best_of_chunk(num_images * num_chunks * max_boxes);  // best IoU of each box
+    torch::stable::parallel_for(0, num_images * num_chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / num_chunks;
+        image(b).match(task % num_chunks, fg(b), bg(b), &best_of_chunk[task * max_boxes]);
+      }
+    });
+    if (!allow_low_quality_matches) {
+      return;
+    }
+    std::vector<T> best(num_images * max_boxes);
+    for (int64_t task = 0; task < num_images * num_chunks; ++task) {
+      for (int64_t j = 0; j < max_boxes; ++j) {
+        T& value = best[task / num_chunks * max_boxes + j];
+        value = std::max(value, best_of_chunk[task * max_boxes + j]);
+      }
+    }
+    torch::stable::parallel_for(0, num_images * num_chunks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t b = task / num_chunks;
+        image(b).restore_low_quality(task % num_chunks, &best_of_chunk[task * max_boxes],
+                                     &best[b * max_boxes]);
+      }
+    });
+  });
+  return matches;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("match_anchors", TORCH_BOX(&match_anchors_cpu));
+}
+
+}  // namespace focalops

@@ -1,0 +1,369 @@
+"""Boxes: pairwise IoU, and the coding of boxes as deltas from anchors.
+
+Boxes are ``(x1, y1, x2, y2)`` in absolute pixels with ``x1 <= x2`` and ``y1 <= y2``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focalops import reference
+from focalops._ops import (
+    FLOATING,
+    call,
+    check,
+    check_floating,
+    check_same_device,
+    compute_dtype,
+    ops,
+    runs_reference,
+)
+
+
+def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """The intersection over union of every box of one set with every box of another.
+
+    A drop-in for ``torchvision.ops.box_iou``, except that the IoU of two empty boxes is 0, not NaN.
+
+    Args:
+        boxes1: ``(N, 4)``, or ``(B, N, 4)`` for a batch.
+        boxes2: ``(M, 4)``, or ``(B, M, 4)``.
+
+    Returns:
+        ``(N, M)``, or ``(B, N, M)``: float64 if a set is float64, else float32, whatever the sets are, integers included.
+
+    Differentiable in both sets. Nothing but the result is allocated, and its gradient is summed up without a matrix of its
+    own. Time O(N M). On one device and another, and at each SIMD width, the values have the same bits.
+
+    >>> box_iou(detections, gt_boxes).max(dim=1)
+    """
+    if runs_reference(boxes1):
+        return reference.box_iou(boxes1, boxes2)
+    dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
+    return call(ops.box_iou, as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype))
+
+
+def encode_boxes(
+    boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)
+) -> Tensor:
+    r"""The deltas that lead from anchors to boxes: what a box head learns.
+
+    With centers :math:`x, y` and sizes :math:`w, h`, those of the anchor with index a:
+    :math:`w_x (x - x_a) / w_a`, :math:`w_y (y - y_a) / h_a`, :math:`w_w \log(w / w_a)`, :math:`w_h \log(h / h_a)`.
+
+    Args:
+        boxes: ``(..., 4)``.
+        anchors: ``(..., 4)``; the shapes broadcast, ``(B, A, 4)`` with ``(A, 4)``, and nothing is copied for it.
+        weights: the four factors.
+
+    Returns:
+        ``(..., 4)``: float64 if an argument is float64, else float32.
+
+    Differentiable in both. Where the width or height of a box is 0 its delta is -inf, and where that of an anchor is 0 the
+    deltas are infinite or NaN.
+
+    >>> encode_boxes(gt_boxes[matches[foreground]], anchors[foreground])
+    """
+    weights = [float(weight) for weight in weights]
+    if runs_reference(boxes):
+        return reference.encode_boxes(boxes, anchors, weights)
+    dtype = compute_dtype(torch.promote_types(boxes.dtype, anchors.dtype))
+    boxes, anchors = _broadcast(as_coordinates(boxes, dtype), as_coordinates(anchors, dtype))
+    return call(ops.encode_boxes, boxes, anchors, weights)
+
+
+def decode_boxes(
+    deltas: Tensor,
+    anchors: Tensor,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    clip: float = math.log(1000 / 16),
+    image_size: Sequence[float] | None = None,
+) -> Tensor:
+    r"""The boxes to which deltas lead from anchors: the inverse of :func:`encode_boxes`.
+
+    Args:
+        deltas: ``(..., 4)``, such as the output of a box head, in its own dtype.
+        anchors: ``(..., 4)``; the shapes broadcast, ``(B, A, 4)`` with ``(A, 4)``, and nothing is copied for it.
+        weights: the four factors of :func:`encode_boxes`.
+        clip: the largest :math:`\log(w / w_a)` and :math:`\log(h / h_a)`; larger ones are taken as this, so that the
+            exponential stays finite.
+        image_size: height and width; the boxes are clipped to ``[0, width]`` and ``[0, height]``.
+
+    Returns:
+        ``(..., 4)``: float64 if an argument is float64, else float32, of half deltas too: bfloat16 above 256 has no
+        place for single pixels.
+
+    Differentiable in both; the gradient is 0 where a value is clipped. NaN deltas give NaN boxes.
+
+    >>> decode_boxes(bbox_regression, anchors, image_size=images.shape[-2:])
+    """
+    weights = [float(weight) for weight in weights]
+    size = [] if image_size is None else [float(extent) for extent in image_size]
+    if runs_reference(deltas):
+        return reference.decode_boxes(deltas, anchors, weights, clip, size or None)
+    dtype = compute_dtype(torch.promote_types(deltas.dtype, anchors.dtype))
+    if deltas.dtype not in FLOATING or dtype == torch.float64:
+        deltas = as_coordinates(deltas, dtype)
+    deltas, anchors = _broadcast(deltas, as_coordinates(anchors, dtype))
+    return call(ops.decode_boxes, deltas, anchors, weights, float(clip), size)
+
+
+def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype that they are computed in. What holds no coordinates stays, for the op to refuse."""
+    holds_coordinates = boxes.dtype != torch.bool and not boxes.dtype.is_complex
+    return boxes.to(dtype) if holds_coordinates else boxes
+
+
+def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """As views. Shapes that do not fit stay, for the op to refuse."""
+    if a.shape == b.shape or a.shape[-1:] != (4,) or b.shape[-1:] != (4,):
+        return a, b
+    if all(m == n or 1 in (m, n) for m, n in zip(a.shape[::-1], b.shape[::-1], strict=False)):
+        return torch.broadcast_tensors(a, b)
+    return a, b
+
+
+# ---- fake kernels -------------------------------------------------------------------------------
+
+
+def check_coordinates(op: str, name: str, tensor: Tensor) -> None:
+    check(
+        tensor.dtype in (torch.float32, torch.float64),
+        lambda: f"{op}: {name} must be float32 or float64, got {tensor.dtype}",
+    )
+
+
+def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    check_same_device(op, name, tensor, like_name, like)
+    check(
+        tensor.dtype == like.dtype,
+        lambda: f"{op}: {name} must be {like.dtype} like {like_name}, got {tensor.dtype}",
+    )
+
+
+def _check_rows_of_4(op: str, name: str, tensor: Tensor) -> None:
+    check(
+        tensor.shape[-1:] == (4,),
+        lambda: f"{op}: {name} must have shape (..., 4), got {tuple(tensor.shape)}",
+    )
+
+
+def _check_anchors(op: str, anchors: Tensor, like_name: str, like: Tensor) -> None:
+    _check_rows_of_4(op, "anchors", anchors)
+    check(
+        anchors.shape == like.shape,
+        lambda: (
+            f"{op}: anchors must have a shape that broadcasts with that of {like_name}, "
+            f"{tuple(like.shape)}, got {tuple(anchors.shape)}"
+        ),
+    )
+
+
+def _check_weights(op: str, weights: Sequence[float]) -> None:
+    check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
+
+
+def _check_coder_gradient(op: str, grad_output: Tensor, anchors: Tensor) -> None:
+    check_like(op, "grad_output", grad_output, "anchors", anchors)
+    check(
+        grad_output.shape == anchors.shape,
+        lambda: (
+            f"{op}: grad_output must have the shape of the output, {tuple(anchors.shape)}, "
+            f"got {tuple(grad_output.shape)}"
+        ),
+    )
+
+
+def _check_box_iou(boxes1: Tensor, boxes2: Tensor) -> None:
+    op = "box_iou"
+    check_coordinates(op, "boxes1", boxes1)
+    check(
+        boxes1.dim() in (2, 3) and boxes1.shape[-1] == 4,
+        lambda: f"{op}: boxes1 must have shape (N, 4) or (B, N, 4), got {tuple(boxes1.shape)}",
+    )
+    check_like(op, "boxes2", boxes2, "boxes1", boxes1)
+    is_batched = boxes1.dim() == 3
+    check(
+        boxes2.dim() == boxes1.dim()
+        and boxes2.shape[-1] == 4
+        and boxes2.shape[:-2] == boxes1.shape[:-2],
+        lambda: (
+            f"{op}: boxes2 must have shape "
+            + (f"({boxes1.shape[0]}, M, 4) as boxes1 is batched" if is_batched else "(M, 4)")
+            + f", got {tuple(boxes2.shape)}"
+        ),
+    )
+
+
+def _check_encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> None:
+    op = "encode_boxes"
+    check_coordinates(op, "boxes", boxes)
+    _check_rows_of_4(op, "boxes", boxes)
+    check_like(op, "anchors", anchors, "boxes", boxes)
+    _check_anchors(op, anchors, "boxes", boxes)
+    _check_weights(op, weights)
+
+
+def _check_decode_boxes(
+    deltas: Tensor, anchors: Tensor, weights: Sequence[float], image_size: Sequence[float]
+) -> None:
+    op = "decode_boxes"
+    check_floating(op, "deltas", deltas)
+    _check_rows_of_4(op, "deltas", deltas)
+    check_same_device(op, "anchors", anchors, "deltas", deltas)
+    check(
+        anchors.dtype == compute_dtype(deltas.dtype),
+        lambda: f"{op}: anchors must be float32 (float64 for float64 deltas), got {anchors.dtype}",
+    )
+    _check_anchors(op, anchors, "deltas", deltas)
+    _check_weights(op, weights)
+    check(
+        len(image_size) in (0, 2),
+        lambda: f"{op}: image_size must be 2 numbers, height and width, got {len(image_size)}",
+    )
+
+
+@torch.library.register_fake("focalops::box_iou")
+def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    _check_box_iou(boxes1, boxes2)
+    return boxes1.new_empty((*boxes1.shape[:-1], boxes2.shape[-2]))
+
+
+@torch.library.register_fake("focalops::_box_iou_backward")
+def _(grad_output: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    op = "box_iou"
+    _check_box_iou(boxes1, boxes2)
+    check_like(op, "grad_output", grad_output, "boxes1", boxes1)
+    check(
+        grad_output.shape == (*boxes1.shape[:-1], boxes2.shape[-2]),
+        lambda: (
+            f"{op}: grad_output must have the shape of the output, got {tuple(grad_output.shape)}"
+        ),
+    )
+    return boxes1.new_empty(boxes1.shape)
+
+
+@torch.library.register_fake("focalops::encode_boxes")
+def _(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> Tensor:
+    _check_encode_boxes(boxes, anchors, weights)
+    return boxes.new_empty(boxes.shape)
+
+
+@torch.library.register_fake("focalops::_encode_boxes_backward")
+def _(
+    grad_output: Tensor, boxes: Tensor, anchors: Tensor, weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    _check_encode_boxes(boxes, anchors, weights)
+    _check_coder_gradient("encode_boxes", grad_output, anchors)
+    return boxes.new_empty(boxes.shape), boxes.new_empty(boxes.shape)
+
+
+@torch.library.register_fake("focalops::decode_boxes")
+def _(
+    deltas: Tensor,
+    anchors: Tensor,
+    weights: Sequence[float],
+    clip: float,
+    image_size: Sequence[float],
+) -> Tensor:
+    _check_decode_boxes(deltas, anchors, weights, image_size)
+    return anchors.new_empty(deltas.shape)
+
+
+@torch.library.register_fake("focalops::_decode_boxes_backward")
+def _(
+    grad_output: Tensor,
+    deltas: Tensor,
+    anchors: Tensor,
+    weights: Sequence[float],
+    clip: float,
+    image_size: Sequence[float],
+    compute_grad_anchors: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_decode_boxes(deltas, anchors, weights, image_size)
+    _check_coder_gradient("decode_boxes", grad_output, anchors)
+    grad_anchors = anchors.new_empty(deltas.shape if compute_grad_anchors else 0)
+    return deltas.new_empty(deltas.shape), grad_anchors
+
+
+# ---- autograd: each op takes two tensors, then its settings ---------------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    first, second, *ctx.settings = inputs
+    ctx.save_for_backward(first, second)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
+    needs_first, needs_second = ctx.needs_input_grad[:2]
+    return (
+        first if needs_first else None,
+        second if needs_second else None,
+        *(None for _ in ctx.settings),
+    )
+
+
+def _differentiable(
+    function: Callable[..., Tensor], ctx: Any, grad_output: Tensor
+) -> tuple[Any, ...]:
+    """The gradients through formulas that autograd can differentiate again."""
+    with torch.enable_grad():
+        first, second = (
+            x if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors
+        )
+        output = function(first, second, *ctx.settings)
+        grads = torch.autograd.grad(output, (first, second), grad_output, create_graph=True)
+    return _gradients(ctx, *grads)
+
+
+def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:
+        return None, None
+    if torch.is_grad_enabled():
+        return _differentiable(reference.box_iou, ctx, grad_output)
+    boxes1, boxes2 = ctx.saved_tensors
+    needs1, needs2 = ctx.needs_input_grad
+    transposed = grad_output.transpose(-1, -2)
+    return (
+        call(ops._box_iou_backward, grad_output, boxes1, boxes2) if needs1 else None,
+        call(ops._box_iou_backward, transposed, boxes2, boxes1) if needs2 else None,
+    )
+
+
+def _backward_encode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:
+        return _gradients(ctx, None, None)
+    if torch.is_grad_enabled():
+        return _differentiable(reference.encode_boxes, ctx, grad_output)
+    grads = call(ops._encode_boxes_backward, grad_output, *ctx.saved_tensors, *ctx.settings)
+    return _gradients(ctx, *grads)
+
+
+def _backward_decode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
+    if grad_output is None:
+        return _gradients(ctx, None, None)
+    if torch.is_grad_enabled():
+        return _differentiable(_reference_decode_boxes, ctx, grad_output)
+    needs_anchors = ctx.needs_input_grad[1]
+    arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, needs_anchors)
+    return _gradients(ctx, *call(ops._decode_boxes_backward, *arguments))
+
+
+def _reference_decode_boxes(
+    deltas: Tensor, anchors: Tensor, weights: list[float], clip: float, image_size: list[float]
+) -> Tensor:
+    return reference.decode_boxes(deltas, anchors, weights, clip, image_size or None)
+
+
+for name, backward in (
+    ("box_iou", _backward_box_iou),
+    ("encode_boxes", _backward_encode_boxes),
+    ("decode_boxes", _backward_decode_boxes),
+):
+    torch.library.register_autograd(f"focalops::{name}", backward, setup_context=_setup_context)

@@ -1,0 +1,367 @@
+"""box_iou, encode_boxes and decode_boxes against the reference, torchvision and float64."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder
+
+from focalops import box_iou, decode_boxes, encode_boxes, reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# One pair, fewer columns than a 16-byte vector, rows that begin at 16-byte boundaries and rows that do not, more columns
+# than a tile, more rows than a block, more columns than one partial gradient sums over.
+SHAPES = ((1, 1), (3, 2), (7, 4), (33, 8), (300, 17), (5, 1030), (2, 4100), (270, 1))
+WEIGHTS = (10.0, 10.0, 5.0, 5.0)
+
+
+def random_boxes(*shape: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    center, size = torch.rand(*shape, 2) * 100, torch.rand(*shape, 2) * 60 + 1
+    return torch.cat((center - size / 2, center + size / 2), dim=-1).to(device, dtype)
+
+
+def grid_boxes(n: int, device: str) -> Tensor:
+    """On whole pixels and small: many are empty, touch, share an edge or are equal."""
+    corners = torch.randint(0, 5, (n, 2, 2)).sort(dim=1).values
+    return corners.reshape(n, 4).float().to(device)
+
+
+def gradients(function, *tensors: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The output, and the gradients for an upstream gradient that is the same in each dtype and on each device."""
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = function(*tensors)
+    upstream = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+    upstream = upstream[..., torch.randperm(output.shape[-1], generator=torch.manual_seed(1))]
+    return output, list(torch.autograd.grad(output, tensors, upstream.to(output)))
+
+
+def assert_close_to_float64(function, exact_function, *tensors: Tensor) -> None:
+    """Every value is the result of some ten operations on numbers no greater than the greatest value, each rounded in the
+    compute dtype; a gradient sums up to thousands of such terms, of which the errors mostly cancel; a half gradient is
+    rounded once more at the end."""
+    output, grads = gradients(function, *tensors)
+    exact, exact_grads = gradients(exact_function, *(tensor.double() for tensor in tensors))
+    assert output.dtype == (
+        torch.float64 if torch.float64 in {t.dtype for t in tensors} else torch.float32
+    )
+    for actual, expected, half in [
+        (output, exact, 0.0),
+        *((g, e, torch.finfo(t.dtype).eps / 2) for g, e, t in zip(grads, exact_grads, tensors, strict=True)),
+    ]:  # fmt: skip
+        unit = torch.finfo(output.dtype).eps
+        most = expected.abs().max().item() if expected.numel() else 0
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=32 * unit + half, atol=32 * unit * most
+        )
+
+
+# ---- box_iou ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_box_iou_is_the_references_to_the_bit(shape, dtype, device):
+    n, m = shape
+    boxes1, boxes2 = (random_boxes(k, device=device, dtype=dtype) for k in (n, m))
+    assert torch.equal(box_iou(boxes1, boxes2), reference.box_iou(boxes1, boxes2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_box_iou_gradients(shape, dtype, device):
+    n, m = shape
+    boxes1, boxes2 = (random_boxes(k, device=device, dtype=dtype) for k in (n, m))
+    assert_close_to_float64(box_iou, reference.box_iou, boxes1, boxes2)
+
+
+def test_box_iou_is_torchvisions(device):
+    boxes1, boxes2 = random_boxes(40, device=device), random_boxes(30, device=device)
+    iou, grads = gradients(box_iou, boxes1, boxes2)
+    expected, expected_grads = gradients(torchvision.ops.box_iou, boxes1, boxes2)
+    assert torch.equal(iou, expected)
+    # Sums of 30 and 40 terms below 1 in another order.
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
+
+
+def test_box_iou_of_boxes_that_touch_are_equal_or_empty(device):
+    boxes1, boxes2 = grid_boxes(60, device), grid_boxes(50, device)
+    iou, grads = gradients(box_iou, boxes1, boxes2)
+    expected, expected_grads = gradients(reference.box_iou, boxes1, boxes2)
+    assert torch.equal(iou, expected)
+    assert iou.isfinite().all()
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_box_iou_of_a_batch(batch, device):
+    boxes1, boxes2 = random_boxes(batch, 37, device=device), random_boxes(batch, 5, device=device)
+    iou, grads = gradients(box_iou, boxes1, boxes2)
+    expected, expected_grads = gradients(reference.box_iou, boxes1, boxes2)
+    assert torch.equal(iou, expected)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
+    assert torch.equal(iou[0], box_iou(boxes1[0], boxes2[0]))
+
+
+def test_box_iou_of_integers_and_of_mixed_dtypes(device):
+    integers = (random_boxes(9, device=device) * 3).round()
+    boxes = random_boxes(7, device=device)
+    expected = reference.box_iou(integers, boxes)
+    for dtype in (torch.int16, torch.int32, torch.int64):
+        assert torch.equal(box_iou(integers.to(dtype), boxes), expected)
+    mixed = box_iou(integers.to(torch.bfloat16), boxes.double())
+    assert mixed.dtype == torch.float64
+    assert torch.equal(mixed, reference.box_iou(integers.to(torch.bfloat16), boxes.double()))
+
+
+def test_box_iou_gradcheck(device):
+    boxes1, boxes2 = (
+        random_boxes(n, device=device, dtype=torch.float64).requires_grad_() for n in (4, 3)
+    )
+    torch.autograd.gradcheck(box_iou, (boxes1, boxes2))
+    torch.autograd.gradgradcheck(box_iou, (boxes1, boxes2))
+
+
+def test_box_iou_of_what_is_not_a_number(device):
+    boxes = torch.tensor([[0.0, 0, 4, 4], [math.nan, 0, 4, 4], [0, 0, math.inf, 4]], device=device)
+    iou = box_iou(boxes, boxes[:1])[:, 0]
+    assert iou[0] == 1 and iou[1].isnan() and iou[2] == 0
+
+
+COORDINATES = st.sampled_from([-1e30, -1e4, -3.5, -1, 0, 0.5, 1, 2, 1e-20, 1e-40, 7, 1e4, 1e30])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(*[COORDINATES] * 4), min_size=2, max_size=12), st.integers(1, 11))
+def test_box_iou_of_any_boxes(corners, split):
+    boxes = torch.tensor(corners, dtype=torch.float32)
+    boxes = torch.cat((torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])), 1)  # fmt: skip
+    boxes1, boxes2 = boxes[: split % len(boxes)], boxes[split % len(boxes) :]
+    iou = box_iou(boxes1, boxes2)
+    assert torch.equal(iou.nan_to_num(-1), reference.box_iou(boxes1, boxes2).nan_to_num(-1))
+    assert torch.equal(iou.nan_to_num(-1), box_iou(boxes2, boxes1).T.nan_to_num(-1))
+    # The area of the larger ones is infinite in float32; of the others each IoU is a number in [0, 1].
+    small = (boxes1.abs().amax(1) < 1e18)[:, None] & (boxes2.abs().amax(1) < 1e18)
+    assert ((iou >= 0) & (iou <= 1))[small].all()
+
+
+# ---- encode_boxes and decode_boxes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), WEIGHTS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_encode_boxes(n, dtype, weights, device):
+    boxes, anchors = (random_boxes(n, device=device, dtype=dtype) for _ in range(2))
+    assert_close_to_float64(
+        lambda b, a: encode_boxes(b, a, weights),
+        lambda b, a: reference.encode_boxes(b, a, weights),
+        boxes,
+        anchors,
+    )
+
+
+@pytest.mark.parametrize("image_size", [None, (90, 70)])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), WEIGHTS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_decode_boxes(n, dtype, weights, image_size, device):
+    # Multiples of 1/16, so that those at the clip of log(1000 / 16) are on the same side of it in every dtype.
+    deltas = (torch.randn(n, 4) * 32).round() / 16 * torch.tensor(weights)
+    deltas[::5, 2:] = 5 * weights[2]
+    deltas = deltas.to(device, dtype)
+    anchors = random_boxes(n, device=device, dtype=torch.float64 if dtype == torch.float64 else torch.float32)  # fmt: skip
+    assert_close_to_float64(
+        lambda d, a: decode_boxes(d, a, weights, image_size=image_size),
+        lambda d, a: reference.decode_boxes(d, a, weights, image_size=image_size),
+        deltas,
+        anchors,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_coding_is_torchvisions(dtype, device):
+    coder = BoxCoder(WEIGHTS)
+    anchors, boxes = (random_boxes(100, device=device, dtype=dtype) for _ in range(2))
+    deltas = encode_boxes(boxes, anchors, WEIGHTS)
+    (expected,) = coder.encode([boxes], [anchors])
+    # The logarithm and the exponential are within 2 ulp of torch's; all else is the same operations.
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(deltas, expected, rtol=8 * unit, atol=8 * unit)
+    decoded = decode_boxes(deltas * 1.5, anchors, WEIGHTS, image_size=(64, 80))
+    expected = torchvision.ops.clip_boxes_to_image(
+        coder.decode(deltas * 1.5, [anchors])[:, 0], (64, 80)
+    )
+    torch.testing.assert_close(decoded, expected, rtol=8 * unit, atol=800 * unit)
+
+
+def test_decoding_undoes_encoding(device):
+    boxes, anchors = random_boxes(50, device=device), random_boxes(50, device=device)
+    decoded = decode_boxes(encode_boxes(boxes, anchors), anchors)
+    torch.testing.assert_close(decoded, boxes, rtol=1e-5, atol=1e-4)  # of coordinates up to 130
+
+
+@pytest.mark.parametrize("shapes", [
+    ((3, 40, 4), (40, 4)), ((40, 4), (3, 40, 4)), ((3, 1, 4), (40, 4)), ((2, 3, 5, 4), (2, 1, 5, 4)),
+    ((3, 40, 4), (4,)), ((4,), (4,)), ((5, 1, 4), (5, 2, 4)),
+], ids=str)  # fmt: skip
+def test_broadcasting(shapes, device):
+    first, second = (random_boxes(*shape[:-1], device=device) for shape in shapes)
+    for function, expected_function in (
+        (encode_boxes, reference.encode_boxes),
+        (decode_boxes, reference.decode_boxes),
+    ):
+        if function is decode_boxes:
+            first = first / 100
+        output, grads = gradients(function, first, second)
+        expected, expected_grads = gradients(expected_function, first, second)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-3)
+
+
+def test_coding_gradcheck(device):
+    boxes, anchors = (
+        random_boxes(3, device=device, dtype=torch.float64).requires_grad_() for _ in range(2)
+    )
+    deltas = torch.randn(2, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
+    for function, first in (
+        (lambda b, a: encode_boxes(b, a, WEIGHTS), boxes),
+        (lambda d, a: decode_boxes(d, a, WEIGHTS), deltas),
+        (lambda d, a: decode_boxes(d, a, clip=0.3, image_size=(60, 70)), deltas),
+    ):
+        torch.autograd.gradcheck(function, (first, anchors))
+        torch.autograd.gradgradcheck(function, (first, anchors))
+
+
+def test_only_the_wanted_gradients_are_computed(device):
+    anchors = random_boxes(5, device=device)
+    deltas = torch.zeros(5, 4, device=device, requires_grad=True)
+    decode_boxes(deltas, anchors).sum().backward()
+    assert deltas.grad is not None and anchors.grad is None
+    anchors.requires_grad_()
+    decode_boxes(deltas.detach(), anchors).sum().backward()
+    assert anchors.grad is not None
+
+
+def test_degenerate_boxes_code_as_in_the_reference(device):
+    boxes = torch.tensor([[1.0, 1, 1, 3], [2, 2, 2, 2], [0, 0, 4, 4]], device=device)
+    anchors = boxes[[2, 2, 0]]
+    torch.testing.assert_close(
+        encode_boxes(boxes, anchors), reference.encode_boxes(boxes, anchors), equal_nan=True
+    )
+    deltas = torch.tensor([[math.nan, 0, 0, 1], [0, math.inf, 1, 1], [0, 0, math.inf, -math.inf]], device=device)  # fmt: skip
+    for image_size in (None, (3, 2)):
+        decoded = decode_boxes(deltas, boxes, image_size=image_size)
+        expected = reference.decode_boxes(deltas, boxes, image_size=image_size)
+        torch.testing.assert_close(decoded, expected, equal_nan=True)
+
+
+# ---- all of them --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (5, 4)), ((5, 4), (0, 4)), ((0, 4), (0, 4)), ((2, 0, 4), (2, 3, 4))], ids=str)  # fmt: skip
+def test_empty_sets(shapes, device):
+    boxes1, boxes2 = (torch.zeros(shape, device=device) for shape in shapes)
+    output, grads = gradients(lambda a, b: box_iou(a, b).reshape(-1, 1), boxes1, boxes2)
+    assert output.numel() == 0
+    assert [grad.tolist() for grad in grads] == [boxes1.tolist(), boxes2.tolist()]
+
+
+@pytest.mark.parametrize("shapes", [((0, 4), (0, 4)), ((3, 0, 4), (0, 4)), ((0, 4), (1, 4))], ids=str)  # fmt: skip
+def test_nothing_to_code(shapes, device):
+    first, second = (torch.ones(shape, device=device) for shape in shapes)
+    for function in (encode_boxes, decode_boxes):
+        output, grads = gradients(function, first, second)
+        assert output.shape == torch.broadcast_shapes(*shapes)
+        assert [grad.tolist() for grad in grads] == [(0 * first).tolist(), (0 * second).tolist()]
+
+
+def test_layouts(device):
+    """Transposed, strided, and at an odd offset, where nothing is aligned to 16 bytes."""
+    boxes, others = random_boxes(21, device=device), random_boxes(21, device=device)
+
+    def layouts(x):
+        yield x.T.contiguous().T
+        yield torch.stack((x, -x), dim=1)[:, 0]
+        yield torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+        yield torch.cat((x, x), dim=1)[:, :4]
+
+    for a, b in zip(layouts(boxes), layouts(others), strict=True):
+        for function in (box_iou, encode_boxes, decode_boxes):
+            output, grads = gradients(function, a, b)
+            expected, expected_grads = gradients(function, boxes, others)
+            assert torch.equal(output.nan_to_num(), expected.nan_to_num())
+            for grad, expected_grad in zip(grads, expected_grads, strict=True):
+                assert torch.equal(grad.nan_to_num(), expected_grad.nan_to_num())
+
+
+def test_two_runs_give_the_same_bits(device):
+    boxes1, boxes2 = random_boxes(3, device=device), random_boxes(9000, device=device)
+    _, first = gradients(box_iou, boxes1, boxes2)
+    _, second = gradients(box_iou, boxes1, boxes2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_opcheck(device):
+    ops = torch.ops.focalops
+    boxes1, boxes2 = (random_boxes(n, device=device).requires_grad_() for n in (5, 3))
+    torch.library.opcheck(ops.box_iou.default, (boxes1, boxes2))
+    plain1, plain2 = boxes1.detach(), boxes2.detach()
+    upstream = torch.rand(5, 3, device=device)
+    torch.library.opcheck(ops._box_iou_backward.default, (upstream, plain1, plain2))
+    weights, anchors = list(WEIGHTS), random_boxes(5, device=device).requires_grad_()
+    torch.library.opcheck(ops.encode_boxes.default, (boxes1, anchors, weights))
+    upstream, plain_anchors = torch.rand(5, 4, device=device), anchors.detach()
+    torch.library.opcheck(
+        ops._encode_boxes_backward.default, (upstream, plain1, plain_anchors, weights)
+    )
+    deltas = torch.randn(5, 4, device=device, requires_grad=True)
+    torch.library.opcheck(ops.decode_boxes.default, (deltas, anchors, weights, 4.0, [70.0, 80.0]))
+    arguments = (upstream, deltas.detach(), plain_anchors, weights, 4.0, [])
+    for compute_grad_anchors in (True, False):
+        torch.library.opcheck(
+            ops._decode_boxes_backward.default, (*arguments, compute_grad_anchors)
+        )
+
+
+def test_compiles_whole(device):
+    def f(deltas, anchors, boxes):
+        decoded = decode_boxes(deltas, anchors, image_size=(90, 90))
+        return box_iou(decoded, boxes).sum() + encode_boxes(decoded, anchors)[..., :2].sum()
+
+    deltas = torch.randn(9, 4, device=device, requires_grad=True)
+    anchors, boxes = random_boxes(9, device=device), random_boxes(4, device=device)
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)
+    (grad,) = torch.autograd.grad(compiled(deltas, anchors, boxes), deltas)
+    (expected,) = torch.autograd.grad(f(deltas, anchors, boxes), deltas)
+    torch.testing.assert_close(grad, expected)
+
+
+ERRORS = [
+    (lambda x: box_iou(x[:, :3], x), r"box_iou: boxes1 must have shape \(N, 4\) or \(B, N, 4\), got \(5, 3\)"),
+    (lambda x: box_iou(x, x[0]), r"box_iou: boxes2 must have shape \(M, 4\), got \(4,\)"),
+    (lambda x: box_iou(x[None], x), r"box_iou: boxes2 must have shape \(1, M, 4\) as boxes1 is batched, got \(5, 4\)"),
+    (lambda x: box_iou(x > 0, x > 0), "box_iou: boxes1 must be float32 or float64, got torch.bool"),
+    (lambda x: box_iou(x, x > 0), "box_iou: boxes2 must be torch.float32 like boxes1, got torch.bool"),
+    (lambda x: encode_boxes(x[:, :3], x), r"encode_boxes: boxes must have shape \(..., 4\), got \(5, 3\)"),
+    (lambda x: encode_boxes(x, x[:, :1]), r"encode_boxes: anchors must have shape \(..., 4\), got \(5, 1\)"),
+    (lambda x: encode_boxes(x, x[:3]), r"encode_boxes: anchors must have a shape that broadcasts with that of boxes, \(5, 4\), got \(3, 4\)"),
+    (lambda x: encode_boxes(x > 0, x), "encode_boxes: boxes must be float32 or float64, got torch.bool"),
+    (lambda x: encode_boxes(x, x, (1, 1)), "encode_boxes: weights must be 4 numbers, got 2"),
+    (lambda x: decode_boxes(x > 0, x), "decode_boxes: deltas must be float16, bfloat16, float32 or float64, got torch.bool"),
+    (lambda x: decode_boxes(x, x[:3]), r"decode_boxes: anchors must have a shape that broadcasts with that of deltas, \(5, 4\), got \(3, 4\)"),
+    (lambda x: decode_boxes(x, x > 0), r"decode_boxes: anchors must be float32 \(float64 for float64 deltas\), got torch.bool"),
+    (lambda x: decode_boxes(x, x, (1,)), "decode_boxes: weights must be 4 numbers, got 1"),
+    (lambda x: decode_boxes(x, x, image_size=(3, 4, 5)), "decode_boxes: image_size must be 2 numbers, height and width, got 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, sentence", ERRORS)
+def test_errors(call, sentence, device):
+    with pytest.raises(RuntimeError, match=sentence):
+        call(torch.zeros(5, 4, device=device))
+    with pytest.raises(RuntimeError, match=sentence):
+        call(torch.zeros(5, 4, device="meta"))

@@ -1,0 +1,262 @@
+"""match_anchors and class_index_targets against the reference and torchvision."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.models.detection._utils import Matcher
+
+from focalops import class_index_targets, match_anchors, reference
+
+
+def anchor_grid(height: int, width: int, device: str = "cpu", stride: int = 16) -> Tensor:
+    """In the order of AnchorGenerator: neighbours in memory are neighbours in the image."""
+    sizes = torch.tensor([[32.0, 32], [45, 23], [23, 45], [64, 64]])
+    base = torch.cat((-sizes / 2, sizes / 2), dim=1).round()
+    y, x = torch.meshgrid(
+        torch.arange(height) * stride, torch.arange(width) * stride, indexing="ij"
+    )
+    shifts = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
+    return (shifts + base).reshape(-1, 4).float().to(device)
+
+
+def random_boxes(n: int, height: float, width: float, device: str = "cpu") -> Tensor:
+    center = torch.rand(n, 2) * torch.tensor([width, height])
+    size = torch.exp(torch.rand(n, 2) * 4 + 1)
+    return torch.cat((center - size / 2, center + size / 2), dim=1).to(device)
+
+
+def check_is_the_references(anchors: Tensor, gt_boxes, *arguments, **options) -> Tensor:
+    matches = match_anchors(anchors, gt_boxes, *arguments, **options)
+    assert matches.dtype == torch.int64
+    assert torch.equal(matches, reference.match_anchors(anchors, gt_boxes, *arguments, **options))
+    return matches
+
+
+# Boxes of the images of a batch: none, one, one image's chunk in shared memory and more, several warps' worth.
+@pytest.mark.parametrize(
+    "counts", [(0,), (1,), (5, 0, 33), (300, 1), (0, 0), (8, 8, 8, 8)], ids=str
+)
+@pytest.mark.parametrize("allow_low_quality", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_is_the_references(counts, allow_low_quality, dtype, device):
+    anchors = anchor_grid(9, 11, device).to(dtype)
+    gt_boxes = [random_boxes(n, 144, 176, device).to(dtype) for n in counts]
+    check_is_the_references(anchors, gt_boxes, 0.5, 0.4, allow_low_quality)
+
+
+@pytest.mark.parametrize("num_anchors", [0, 1, 31, 32, 33, 255, 256, 257, 2047, 2049, 4500])
+def test_any_number_of_anchors(num_anchors, device):
+    anchors = anchor_grid(30, 40, device)[:num_anchors]
+    check_is_the_references(anchors, [random_boxes(20, 480, 640, device) for _ in range(2)])
+
+
+def test_anchors_in_any_order(device):
+    anchors = anchor_grid(20, 20, device)
+    order = torch.randperm(len(anchors))
+    gt_boxes = [random_boxes(40, 320, 320, device)]
+    assert torch.equal(
+        match_anchors(anchors[order], gt_boxes), match_anchors(anchors, gt_boxes)[:, order]
+    )
+
+
+@pytest.mark.parametrize("thresholds", [(0.5, 0.4), (0.7, 0.3), (0.5, 0.5), (0.0, 0.0), (0.5, 0.0), (-1.0, -2.0), (2.0, 1.5)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("allow_low_quality", [True, False])
+def test_is_torchvisions(thresholds, allow_low_quality, device):
+    anchors = anchor_grid(20, 20, device)
+    boxes = random_boxes(30, 320, 320, device)
+    iou = torchvision.ops.box_iou(boxes, anchors)
+    boxes, iou = boxes[iou.amax(1) > 0], iou[iou.amax(1) > 0]
+    expected = Matcher(*thresholds, allow_low_quality)(iou)
+    assert torch.equal(match_anchors(anchors, [boxes], *thresholds, allow_low_quality)[0], expected)
+
+
+def test_thresholds_compare_in_float32(device):
+    anchors = torch.tensor([[0.0, 0, 10, 10]], device=device)
+    for numerator in range(1, 10):
+        boxes = torch.tensor([[0.0, 0, 10, numerator]], device=device)
+        threshold = numerator / 10  # rounded to float32 it is the IoU, in float64 often greater
+        assert match_anchors(anchors, [boxes], threshold, threshold, False).item() == 0
+
+
+def test_low_quality_matches(device):
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 70, 10]])
+    #                    half of anchor 0,   a tenth of 1 and of 2 alike, touches 3, far away
+    boxes = torch.tensor([[0.0, 0, 10, 5], [29, 0, 41, 1], [70, 0, 80, 10], [500, 0, 510, 10]])
+    matches = match_anchors(anchors.to(device), [boxes.to(device)], 0.9, 0.1)
+    assert matches.tolist() == [[0, 1, 1, -1]]
+    matches = match_anchors(anchors.to(device), [boxes.to(device)], 0.9, 0.1, False)
+    assert matches.tolist() == [[-2, -1, -1, -1]]
+
+
+def test_an_anchor_restored_for_one_box_takes_its_own_best(device):
+    anchors = torch.tensor([[0.0, 0, 10, 10]], device=device)
+    boxes = torch.tensor([[0.0, 0, 10, 2], [0, 0, 10, 3], [0, 5, 10, 8]], device=device)
+    assert match_anchors(anchors, [boxes]).tolist() == [[1]]  # the first of the equal best two
+
+
+def test_a_box_that_overlaps_nothing_matches_nothing(device):
+    anchors = anchor_grid(5, 5, device)
+    boxes = torch.tensor([[1e4, 1e4, 2e4, 2e4], [3, 3, 3, 3], [5, 9, 40, 9]], device=device)
+    assert (match_anchors(anchors, [boxes]) == -1).all()
+    assert (match_anchors(anchors, [boxes], 0.0, 0.0) == 0).all()
+
+
+def test_what_is_not_a_number_overlaps_nothing(device):
+    anchors = anchor_grid(8, 8, device)
+    boxes = random_boxes(10, 128, 128, device)
+    anchors[::7, 1], boxes[3, 0], boxes[5, 3], boxes[7] = math.nan, math.nan, math.inf, -math.inf
+    matches = check_is_the_references(anchors, [boxes])
+    assert (matches[0, ::7] == -1).all()
+    assert not torch.isin(matches, torch.tensor([3, 7], device=device)).any()
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_padded_boxes_and_counts(index_dtype, device):
+    anchors = anchor_grid(9, 11, device)
+    counts = [7, 0, 40]
+    gt_boxes = [random_boxes(n, 144, 176, device) for n in counts]
+    expected = match_anchors(anchors, gt_boxes)
+    # What lies behind the count would match better than anything: it is not looked at.
+    padded = torch.stack([torch.cat((boxes, anchors[: 40 - len(boxes)])) for boxes in gt_boxes])
+    on_device = torch.tensor(counts, dtype=index_dtype, device=device)
+    assert torch.equal(match_anchors(anchors, padded, counts=on_device), expected)
+    strided = torch.stack((on_device, on_device + 1), dim=1)[:, 0]
+    transposed = padded.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(match_anchors(anchors, transposed, counts=strided), expected)
+    assert torch.equal(match_anchors(anchors, padded), match_anchors(anchors, list(padded)))
+
+
+def test_other_dtypes(device):
+    anchors = anchor_grid(9, 11, device)
+    boxes = random_boxes(12, 144, 176, device).round()
+    expected = match_anchors(anchors, [boxes])
+    for dtype in (torch.int64, torch.float16, torch.bfloat16):
+        assert torch.equal(match_anchors(anchors, [boxes.to(dtype)]), expected)
+        assert torch.equal(match_anchors(anchors.to(dtype), [boxes.to(dtype)]), expected)
+    assert torch.equal(match_anchors(anchors, [boxes.double().requires_grad_()]), expected)
+
+
+def test_no_images(device):
+    anchors = anchor_grid(2, 2, device)
+    assert match_anchors(anchors, []).shape == (0, 16)
+    assert match_anchors(anchors, torch.zeros(0, 3, 4, device=device)).shape == (0, 16)
+
+
+CORNERS = st.tuples(*[st.sampled_from([-3.0, 0, 1, 1.5, 2, 4, 7, 1e6, 1e30, math.nan])] * 4)
+THRESHOLDS = st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.5, 1.0, 1.5])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(CORNERS, min_size=1, max_size=40),
+    st.lists(CORNERS, max_size=12),
+    THRESHOLDS,
+    THRESHOLDS,
+    st.booleans(),
+)
+def test_any_boxes(anchors, boxes, one, other, allow_low_quality):
+    """Inverted ones, which have a negative side, included."""
+    check_is_the_references(
+        torch.tensor(anchors),
+        [torch.tensor(boxes).reshape(-1, 4)],
+        max(one, other),
+        min(one, other),
+        allow_low_quality,
+    )
+
+
+# ---- class_index_targets ------------------------------------------------------------------------
+
+
+def test_class_index_targets(device):
+    matches = torch.tensor([[-1, 0, -2, 1, 0], [-1, -1, -2, -1, -1]], device=device)
+    labels = [torch.tensor([7, 3], device=device), torch.empty(0, dtype=torch.int64, device=device)]
+    expected = [[9, 7, -100, 3, 7], [9, 9, -100, 9, 9]]
+    assert class_index_targets(matches, labels, num_classes=9).tolist() == expected
+    padded = torch.tensor([[7, 3], [0, 0]], dtype=torch.int32, device=device)
+    assert class_index_targets(matches, padded, num_classes=9).tolist() == expected
+    assert class_index_targets(matches, labels, 9, ignore_index=-5)[0, 2] == -5
+    assert class_index_targets(matches[:0], [], 9).shape == (0, 5)
+
+
+def test_class_index_targets_are_the_references(device):
+    anchors = anchor_grid(9, 11, device)
+    counts = (7, 0, 40)
+    matches = match_anchors(anchors, [random_boxes(n, 144, 176, device) for n in counts])
+    labels = [torch.randint(0, 5, (n,), device=device) for n in counts]
+    targets = class_index_targets(matches, labels, 5)
+    assert torch.equal(targets, reference.class_index_targets(matches, labels, 5))
+
+
+# ---- the compiler, errors -----------------------------------------------------------------------
+
+
+def test_opcheck(device):
+    anchors = anchor_grid(3, 3, device)
+    boxes = torch.stack([random_boxes(5, 48, 48, device) for _ in range(2)])
+    for counts in (None, torch.tensor([5, 2], device=device)):
+        torch.library.opcheck(
+            torch.ops.focalops.match_anchors.default, (anchors, boxes, counts, 0.5, 0.4, True)
+        )
+
+
+def test_compiles_whole(device):
+    anchors = anchor_grid(3, 3, device)
+    boxes, labels = [random_boxes(5, 48, 48, device)], [torch.arange(5, device=device)]
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def f(anchors, boxes, labels):
+        return class_index_targets(match_anchors(anchors, boxes), labels, 6)
+
+    expected = class_index_targets(match_anchors(anchors, boxes), labels, 6)
+    assert torch.equal(f(anchors, boxes, labels), expected)
+
+
+ERRORS = [
+    (lambda a, b: match_anchors(a[0], b), r"match_anchors: anchors must have shape \(A, 4\), got \(4,\)"),
+    (lambda a, b: match_anchors(a > 0, b), "match_anchors: anchors must be float32 or float64, got torch.bool"),
+    (lambda a, b: match_anchors(a, b > 0), "match_anchors: gt_boxes must be torch.float32 like anchors, got torch.bool"),
+    (lambda a, b: match_anchors(a, b[0]), r"match_anchors: gt_boxes must be a list of \(M_i, 4\) or have shape \(B, M, 4\), got \(3, 4\)"),
+    (lambda a, b: match_anchors(a, b, counts=a[0]), "match_anchors: counts must be int32 or int64, got torch.float32"),
+    (lambda a, b: match_anchors(a, b, counts=b.new_ones(3).int()), r"match_anchors: counts must have shape \(2,\), one for each image, got \(3,\)"),
+    (lambda a, b: match_anchors(a, b, 0.3, 0.5), "match_anchors: bg_iou_threshold must be <= fg_iou_threshold, 0.3, got 0.5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call, sentence", ERRORS)
+def test_errors(call, sentence, device):
+    for where in (device, "meta"):
+        with pytest.raises(RuntimeError, match=sentence):
+            call(torch.zeros(5, 4, device=where), torch.zeros(2, 3, 4, device=where))
+
+
+def test_errors_of_values(device):
+    anchors, boxes = torch.zeros(5, 4, device=device), torch.zeros(2, 3, 4, device=device)
+    with pytest.raises(ValueError, match=r"gt_boxes\[1\] must have shape \(M, 4\), got \(4,\)"):
+        match_anchors(anchors, [boxes[0], boxes[0, 0]])
+    with pytest.raises(
+        ValueError, match="counts must be None unless gt_boxes is one padded tensor"
+    ):
+        match_anchors(anchors, list(boxes), counts=torch.ones(2, device=device).int())
+    with pytest.raises(
+        ValueError, match="gt_labels must have one entry for each of the 2 images, got 1"
+    ):
+        class_index_targets(torch.zeros(2, 5).long(), [torch.zeros(3).long()], 4)
+    with pytest.raises(ValueError, match=r"gt_labels must be .* have shape \(2, M\), got \(3,\)"):
+        class_index_targets(torch.zeros(2, 5).long(), torch.zeros(3).long(), 4)
+
+
+def test_counts_out_of_range(backend, device):
+    anchors, boxes = anchor_grid(3, 3, device), random_boxes(6, 48, 48, device).view(2, 3, 4)
+    counts = torch.tensor([-2, 9], device=device)
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=r"counts must lie in \[0, 3\], .* got -2"):
+            match_anchors(anchors, boxes, counts=counts)
+    else:  # the nearest that is in range
+        expected = match_anchors(anchors, boxes, counts=counts.clamp(0, 3))
+        assert torch.equal(match_anchors(anchors, boxes, counts=counts), expected)
