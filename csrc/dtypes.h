@@ -39,7 +39,8 @@ struct TypeTag {
 template <typename Tag>
 using tag_t = typename std::decay_t<Tag>::type;
 
-// Calls f with the TypeTag of the dtype. The check_<op>() functions have refused every other dtype before.
+// Calls f with the TypeTag of the dtype. The check_<op>() functions have refused every other dtype
+// before.
 template <typename F>
 void dispatch_floating(ScalarType dtype, F&& f) {
   switch (dtype) {

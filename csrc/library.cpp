@@ -1,32 +1,44 @@
-// Every op of focalops: the table of contents of the native side. The implementations are registered at the end of
-// cpu/<op>.cpp and cuda/<op>.cu; fake kernels and autograd are registered from Python, in focalops/<topic>.py.
+// Every op of focalops: the table of contents of the native side. The implementations are
+// registered at the end of cpu/<op>.cpp and cuda/<op>.cu; fake kernels and autograd are registered
+// from Python, in focalops/<topic>.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(focalops, m) {
   // focal_loss: FL, or FL* where there is a beta
-  m.def("sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, float? beta, int ignore_index) -> Tensor");
   m.def(
-      "_sigmoid_focal_loss_backward(Tensor grad_output, Tensor inputs, Tensor targets, float alpha, float gamma,"
+      "sigmoid_focal_loss(Tensor inputs, Tensor targets, float alpha, float gamma, float? beta, "
+      "int ignore_index) -> Tensor");
+  m.def(
+      "_sigmoid_focal_loss_backward(Tensor grad_output, Tensor inputs, Tensor targets, float "
+      "alpha, float gamma,"
       " float? beta, int ignore_index) -> Tensor");
-  // loss: 0-d, divided by max(normalizer, min_normalizer); grad: d loss / d inputs, empty unless compute_grad.
+  // loss: 0-d, divided by max(normalizer, min_normalizer); grad: d loss / d inputs, empty unless
+  // compute_grad.
   m.def(
-      "sigmoid_focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, float? beta, int ignore_index,"
-      " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor grad)");
+      "sigmoid_focal_loss_sum(Tensor inputs, Tensor targets, float alpha, float gamma, float? "
+      "beta, int ignore_index,"
+      " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor "
+      "grad)");
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 
   // boxes
   m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
-  m.def("_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2) -> Tensor grad_boxes1");
+  m.def(
+      "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2) -> Tensor grad_boxes1");
   m.def("encode_boxes(Tensor boxes, Tensor anchors, float[] weights) -> Tensor");
   m.def(
       "_encode_boxes_backward(Tensor grad_output, Tensor boxes, Tensor anchors, float[] weights)"
       " -> (Tensor grad_boxes, Tensor grad_anchors)");
   // image_size: height and width, or empty: no clipping to the image.
-  m.def("decode_boxes(Tensor deltas, Tensor anchors, float[] weights, float clip, float[] image_size) -> Tensor");
+  m.def(
+      "decode_boxes(Tensor deltas, Tensor anchors, float[] weights, float clip, float[] "
+      "image_size) -> Tensor");
   // grad_anchors is empty unless compute_grad_anchors.
   m.def(
-      "_decode_boxes_backward(Tensor grad_output, Tensor deltas, Tensor anchors, float[] weights, float clip,"
-      " float[] image_size, bool compute_grad_anchors) -> (Tensor grad_deltas, Tensor grad_anchors)");
+      "_decode_boxes_backward(Tensor grad_output, Tensor deltas, Tensor anchors, float[] weights, "
+      "float clip,"
+      " float[] image_size, bool compute_grad_anchors) -> (Tensor grad_deltas, Tensor "
+      "grad_anchors)");
 
   // matching
   m.def(

@@ -24,10 +24,8 @@ using torch::stable::Tensor;
 // Goes when torch >= 2.15 is required: torch::stable::sort.
 inline std::tuple<Tensor, Tensor> stable_sort_descending(const Tensor& keys) {
   std::array<StableIValue, 4> stack{
-      torch::stable::detail::from(keys),
-      torch::stable::detail::from(std::optional<bool>(true)),
-      torch::stable::detail::from(int64_t{-1}),
-      torch::stable::detail::from(true)};
+      torch::stable::detail::from(keys), torch::stable::detail::from(std::optional<bool>(true)),
+      torch::stable::detail::from(int64_t{-1}), torch::stable::detail::from(true)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};

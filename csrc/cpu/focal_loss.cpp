@@ -1,8 +1,10 @@
-// Sigmoid focal loss on the CPU: one pass over the logits, vectorised over elements, parallel over chunks.
+// Sigmoid focal loss on the CPU: one pass over the logits, vectorised over elements, parallel over
+// chunks.
 //
-// Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer in which each positive, and
-// each logit of an ignored row, is replaced by -inf, at which a negative has loss 0 and gradient 0; what is left is one
-// formula for the whole block. The few positives are added one by one.
+// Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer in
+// which each positive, and each logit of an ignored row, is replaced by -inf, at which a negative
+// has loss 0 and gradient 0; what is left is one formula for the whole block. The few positives are
+// added one by one.
 #include <algorithm>
 #include <atomic>
 #include <limits>
@@ -16,8 +18,10 @@
 namespace focalops {
 namespace {
 
-constexpr int64_t kBlock = 1024;         // logits in the buffers of one thread; they stay in the L1 cache
-constexpr int64_t kChunk = 16 * kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
+constexpr int64_t kBlock = 1024;  // logits in the buffers of one thread; they stay in the L1 cache
+constexpr int64_t kChunk =
+    16 *
+    kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
 
 template <bool WithGrad, typename T, typename Loss>
 FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, Loss formula) {
@@ -32,7 +36,8 @@ FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, L
 }
 
 template <bool WithGrad, typename T, typename Loss>
-FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n, Loss formula) {
+FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n,
+                                 Loss formula) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const LossAndGrad<T> value = formula.soft(x[i], t[i]);
@@ -122,7 +127,8 @@ struct ClassIndexTargets {
     convert(inputs + begin, block.logits, n);
     const int64_t end = begin + n;
     for (int64_t row = begin / num_classes; row * num_classes < end; ++row) {
-      const int64_t row_begin = row * num_classes - begin;  // in the block, negative where the row began before it
+      const int64_t row_begin =
+          row * num_classes - begin;  // in the block, negative where the row began before it
       const int64_t target = targets[row];
       if (target == ignore_index) {
         const int64_t row_end = std::min(row_begin + num_classes, n);
@@ -149,8 +155,8 @@ struct ClassIndexTargets {
   void finish() const {
     const int64_t target = invalid.load();
     if (target != kNone) {
-      fail("sigmoid_focal_loss: class-index targets must lie in [0, ", num_classes, "] or equal ignore_index, ",
-           ignore_index, ", got ", target);
+      fail("sigmoid_focal_loss: class-index targets must lie in [0, ", num_classes,
+           "] or equal ignore_index, ", ignore_index, ", got ", target);
     }
   }
 };
@@ -166,11 +172,13 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
       dispatch_index(targets.scalar_type(), [&](auto index_tag) {
         using index_t = tag_t<decltype(index_tag)>;
         ClassIndexTargets<scalar_t, index_t> classes{
-            logits, static_cast<const index_t*>(targets.const_data_ptr()), inputs.size(inputs.dim() - 1), ignore_index};
+            logits, static_cast<const index_t*>(targets.const_data_ptr()),
+            inputs.size(inputs.dim() - 1), ignore_index};
         f(tag, classes);
       });
     } else if (targets.scalar_type() == inputs.scalar_type()) {
-      DenseTargets<scalar_t, scalar_t> dense{logits, static_cast<const scalar_t*>(targets.const_data_ptr())};
+      DenseTargets<scalar_t, scalar_t> dense{
+          logits, static_cast<const scalar_t*>(targets.const_data_ptr())};
       f(tag, dense);
     } else {
       DenseTargets<scalar_t, T> dense{logits, static_cast<const T*>(targets.const_data_ptr())};
@@ -179,9 +187,11 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
   });
 }
 
-// Evaluates the loss (and the gradient) of every logit and hands each block to consume(begin, n, block).
+// Evaluates the loss (and the gradient) of every logit and hands each block to consume(begin, n,
+// block).
 template <bool WithGrad, typename Targets, typename Consume>
-void for_each_block(Targets& targets, int64_t numel, const FocalParams& params, const Consume& consume) {
+void for_each_block(Targets& targets, int64_t numel, const FocalParams& params,
+                    const Consume& consume) {
   using T = typename Targets::T;
   const int64_t num_chunks = (numel + kChunk - 1) / kChunk;
   dispatch_focal_loss<T>(params, [&](const auto& formula) {
@@ -203,46 +213,54 @@ Tensor new_like(const Tensor& inputs) {
   return on_huge_pages(torch::stable::empty_like(inputs), inputs.element_size());
 }
 
-Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
-                              std::optional<double> beta, int64_t ignore_index) {
+Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha,
+                              double gamma, std::optional<double> beta, int64_t ignore_index) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss(inputs_, targets_, params);
-  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor inputs = torch::stable::contiguous(inputs_),
+               targets = torch::stable::contiguous(targets_);
   Tensor output = new_like(inputs);
   dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
-    for_each_block<false>(evaluator, inputs.numel(), params,
-                          [&](int64_t begin, int64_t n, const auto& block) { convert(block.loss, out + begin, n); });
+    for_each_block<false>(
+        evaluator, inputs.numel(), params,
+        [&](int64_t begin, int64_t n, const auto& block) { convert(block.loss, out + begin, n); });
   });
   return output;
 }
 
-Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                       double gamma, std::optional<double> beta, int64_t ignore_index) {
+Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor& inputs_,
+                                       const Tensor& targets_, double alpha, double gamma,
+                                       std::optional<double> beta, int64_t ignore_index) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss_backward(grad_output_, inputs_, targets_, params);
-  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor inputs = torch::stable::contiguous(inputs_),
+               targets = torch::stable::contiguous(targets_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   Tensor grad_inputs = new_like(inputs);
   dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    for_each_block<true>(evaluator, inputs.numel(), params, [&](int64_t begin, int64_t n, const auto& block) {
-      multiply_and_convert(block.grad, upstream + begin, out + begin, n);
-    });
+    for_each_block<true>(evaluator, inputs.numel(), params,
+                         [&](int64_t begin, int64_t n, const auto& block) {
+                           multiply_and_convert(block.grad, upstream + begin, out + begin, n);
+                         });
   });
   return grad_inputs;
 }
 
-std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                                      double gamma, std::optional<double> beta, int64_t ignore_index,
-                                                      const std::optional<Tensor>& normalizer, double min_normalizer,
-                                                      bool compute_grad) {
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, const Tensor& targets_,
+                                                      double alpha, double gamma,
+                                                      std::optional<double> beta,
+                                                      int64_t ignore_index,
+                                                      const std::optional<Tensor>& normalizer,
+                                                      double min_normalizer, bool compute_grad) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss_sum(inputs_, targets_, params, normalizer);
-  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor inputs = torch::stable::contiguous(inputs_),
+               targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
   Tensor grad = compute_grad ? new_like(inputs) : torch::stable::new_empty(inputs, {0});
   const int64_t numel = inputs.numel();
@@ -256,18 +274,21 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, con
       const T value = *static_cast<const T*>(normalizer->const_data_ptr());
       divisor = value < divisor ? divisor : value;
     }
-    // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward divides it instead.
+    // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward
+    // divides it instead.
     const T grad_scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
     auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
     if (compute_grad) {
-      for_each_block<true>(evaluator, numel, params, [&](int64_t begin, int64_t n, const auto& block) {
-        block_sums[begin / kBlock] = sum_of(block.loss, n);
-        scale_and_convert(block.grad, grad_scale, out + begin, n);
-      });
+      for_each_block<true>(evaluator, numel, params,
+                           [&](int64_t begin, int64_t n, const auto& block) {
+                             block_sums[begin / kBlock] = sum_of(block.loss, n);
+                             scale_and_convert(block.grad, grad_scale, out + begin, n);
+                           });
     } else {
-      for_each_block<false>(evaluator, numel, params, [&](int64_t begin, int64_t n, const auto& block) {
-        block_sums[begin / kBlock] = sum_of(block.loss, n);
-      });
+      for_each_block<false>(evaluator, numel, params,
+                            [&](int64_t begin, int64_t n, const auto& block) {
+                              block_sums[begin / kBlock] = sum_of(block.loss, n);
+                            });
     }
     double sum = 0;
     for (const double block_sum : block_sums) {

@@ -1,5 +1,6 @@
-// Large outputs on huge pages. A fresh 64 MB tensor costs 16,384 page faults, several times the work of filling it; with
-// pages of 2 MB there are 32. Advice only: where the system has none to give, nothing changes.
+// Large outputs on huge pages. A fresh 64 MB tensor costs 16,384 page faults, several times the
+// work of filling it; with pages of 2 MB there are 32. Advice only: where the system has none to
+// give, nothing changes.
 #pragma once
 
 #ifdef __linux__

@@ -1,5 +1,6 @@
-// FOCALOPS_SIMD in front of a function template compiles it for AVX-512, AVX2 and the baseline, and the loader picks one:
-// one build runs anywhere. Clones do not reach into lambdas, so loop bodies are named functions.
+// FOCALOPS_SIMD in front of a function template compiles it for AVX-512, AVX2 and the baseline, and
+// the loader picks one: one build runs anywhere. Clones do not reach into lambdas, so loop bodies
+// are named functions.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -1,13 +1,15 @@
-// Sigmoid focal loss on CUDA: the logits are read once, 16 bytes at a time, and the loss or the gradient is written once.
+// Sigmoid focal loss on CUDA: the logits are read once, 16 bytes at a time, and the loss or the
+// gradient is written once.
 //
-// A block takes chunks of kThreads x kUnroll vectors, strided by the grid; a thread's vectors in a chunk lie kThreads
-// vectors apart, so that a warp's access is contiguous, and all are loaded before the first is used. K need not be a multiple
-// of anything: a vector knows the row and column of its first logit, one division by multiplication, and from the targets of
-// the rows it touches makes three bit masks (positive, ignored, invalid). They are almost always empty, and then every logit
-// of the vector is the same formula of a negative.
+// A block takes chunks of kThreads x kUnroll vectors, strided by the grid; a thread's vectors in a
+// chunk lie kThreads vectors apart, so that a warp's access is contiguous, and all are loaded
+// before the first is used. K need not be a multiple of anything: a vector knows the row and column
+// of its first logit, one division by multiplication, and from the targets of the rows it touches
+// makes three bit masks (positive, ignored, invalid). They are almost always empty, and then every
+// logit of the vector is the same formula of a negative.
 //
-// Bytes moved, s = size of the logits: loss 2s, loss summed 1s, loss summed with its gradient 2s; class-index targets add
-// 4 or 8 bytes a row, dense ones their own size.
+// Bytes moved, s = size of the logits: loss 2s, loss summed 1s, loss summed with its gradient 2s;
+// class-index targets add 4 or 8 bytes a row, dense ones their own size.
 #include "../math/focal.h"
 #include "launch.cuh"
 
@@ -15,7 +17,8 @@ namespace focalops {
 namespace {
 
 constexpr int kThreads = 256;
-// Vectors in flight: 64 bytes a thread. float64 is bound by arithmetic, and its values take two registers each.
+// Vectors in flight: 64 bytes a thread. float64 is bound by arithmetic, and its values take two
+// registers each.
 template <typename scalar_t>
 constexpr int kUnroll = std::is_same_v<scalar_t, double> ? 1 : 4;
 
@@ -67,8 +70,10 @@ struct ClassIndexTargets {
 
   // `offset` is the first logit's place in the chunk.
   template <typename Loss>
-  __device__ __forceinline__ Values<T, N> evaluate(const Chunk& chunk, int64_t, int64_t, uint32_t offset,
-                                                   const Vector<scalar_t, N>& logits, const Loss& formula) const {
+  __device__ __forceinline__ Values<T, N> evaluate(const Chunk& chunk, int64_t, int64_t,
+                                                   uint32_t offset,
+                                                   const Vector<scalar_t, N>& logits,
+                                                   const Loss& formula) const {
     const uint32_t from_row = chunk.column + offset;
     const uint32_t rows = rows_of.divide(from_row);
     int64_t row = chunk.row + rows;
@@ -82,7 +87,8 @@ struct ClassIndexTargets {
         positive |= at >= 0 && at < N ? 1u << at : 0u;
       } else if (target != num_classes || target == ignore_index) {
         const int64_t last = first + num_classes;
-        const uint32_t mask = (last < N ? (1u << last) - 1 : ~0u) & ~(first > 0 ? (1u << first) - 1 : 0u);
+        const uint32_t mask =
+            (last < N ? (1u << last) - 1 : ~0u) & ~(first > 0 ? (1u << first) - 1 : 0u);
         (target == ignore_index ? ignored : invalid) |= mask;
       }
     }
@@ -126,7 +132,8 @@ struct DenseTargets {
 
   template <typename Loss>
   __device__ __forceinline__ Values<T, N> evaluate(const Chunk&, int64_t i, int64_t size, uint32_t,
-                                                   const Vector<scalar_t, N>& logits, const Loss& formula) const {
+                                                   const Vector<scalar_t, N>& logits,
+                                                   const Loss& formula) const {
     const auto t = load_vector<N>(targets, i, size, aligned);
     Values<T, N> values;
 #pragma unroll
@@ -139,7 +146,7 @@ struct DenseTargets {
   }
 };
 
-// ---- what becomes of the values ------------------------------------------------------------------------------------
+// ---- what becomes of the values -----------------------------------------------------------------
 
 template <typename scalar_t>
 struct StoreLoss {
@@ -195,7 +202,8 @@ struct Normalizer {
   }
 };
 
-// One partial sum a block, added up by sum_partials_kernel: float32 within a chunk, float64 across chunks and blocks.
+// One partial sum a block, added up by sum_partials_kernel: float32 within a chunk, float64 across
+// chunks and blocks.
 template <typename scalar_t, bool WithGrad>
 struct SumLoss {
   using T = compute_t<scalar_t>;
@@ -214,7 +222,8 @@ struct SumLoss {
     }
     sum += vector_sum;
     if constexpr (WithGrad) {
-      // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward divides it instead.
+      // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward
+      // divides it instead.
       const T scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / normalizer.divisor();
       Vector<scalar_t, N> out;
 #pragma unroll
@@ -233,14 +242,16 @@ struct SumLoss {
   }
 };
 
-// At least 3 blocks a multiprocessor: without a bound, ptxas settles on fewer registers and spills float64.
+// At least 3 blocks a multiprocessor: without a bound, ptxas settles on fewer registers and spills
+// float64.
 template <typename Loss, typename Targets, typename Sink>
-__global__ void __launch_bounds__(kThreads, 3) focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
-                                                              int64_t size, bool aligned, Targets targets, Loss formula,
-                                                              Sink sink) {
+__global__ void __launch_bounds__(kThreads, 3)
+    focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
+                      int64_t size, bool aligned, Targets targets, Loss formula, Sink sink) {
   using scalar_t = typename Targets::scalar_t;
   constexpr int N = kVectorSize<scalar_t>;
-  for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size; begin += gridDim.x * kChunk<scalar_t>) {
+  for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size;
+       begin += gridDim.x * kChunk<scalar_t>) {
     const auto chunk = targets.begin_chunk(begin);
     Vector<scalar_t, N> logits[kUnroll<scalar_t>];
 #pragma unroll
@@ -260,8 +271,8 @@ __global__ void __launch_bounds__(kThreads, 3) focal_loss_kernel(const typename 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_partials_kernel(const double* partials, int64_t count,
-                                                                Normalizer<T> normalizer, T* loss) {
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(const double* partials, int64_t count, Normalizer<T> normalizer, T* loss) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     sum += partials[i];
@@ -272,10 +283,11 @@ __global__ void __launch_bounds__(kThreads) sum_partials_kernel(const double* pa
   }
 }
 
-// Multiplies in place by one number on the device, which is 1 in most training loops: then nothing is read or written.
+// Multiplies in place by one number on the device, which is 1 in most training loops: then nothing
+// is read or written.
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* data, int64_t size, bool aligned,
-                                                         const compute_t<scalar_t>* scale) {
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(scalar_t* data, int64_t size, bool aligned, const compute_t<scalar_t>* scale) {
   using T = compute_t<scalar_t>;
   constexpr int N = kVectorSize<scalar_t>;
   const T factor = *scale;
@@ -293,9 +305,10 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(scalar_t* data, int64_t
   }
 }
 
-// ---- host ----------------------------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 
-// Calls f(targets) with the DenseTargets or ClassIndexTargets of these tensors, which are contiguous.
+// Calls f(targets) with the DenseTargets or ClassIndexTargets of these tensors, which are
+// contiguous.
 template <typename F>
 void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignore_index, F&& f) {
   dispatch_floating(inputs.scalar_type(), [&](auto tag) {
@@ -304,8 +317,11 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
     const void* data = targets.const_data_ptr();
     if (!targets_are_dense(inputs, targets)) {
       const int64_t num_classes = inputs.size(inputs.dim() - 1);
-      f(ClassIndexTargets<scalar_t>{{data, targets.scalar_type() == ScalarType::Long}, targets.numel(), num_classes,
-                                    ignore_index, FastDivisor(num_classes)});
+      f(ClassIndexTargets<scalar_t>{{data, targets.scalar_type() == ScalarType::Long},
+                                    targets.numel(),
+                                    num_classes,
+                                    ignore_index,
+                                    FastDivisor(num_classes)});
     } else if (targets.scalar_type() == inputs.scalar_type()) {
       f(DenseTargets<scalar_t, scalar_t>{static_cast<const scalar_t*>(data), is_aligned(data)});
     } else {
@@ -315,8 +331,8 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
 }
 
 template <typename Targets, typename MakeSink>
-void launch_focal_loss(const Tensor& inputs, const Targets& targets, const FocalParams& params, const LaunchScope& scope,
-                       const MakeSink& make_sink) {
+void launch_focal_loss(const Tensor& inputs, const Targets& targets, const FocalParams& params,
+                       const LaunchScope& scope, const MakeSink& make_sink) {
   using scalar_t = typename Targets::scalar_t;
   const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
   dispatch_focal_loss<typename Targets::T>(params, [&](const auto& formula) {
@@ -324,17 +340,18 @@ void launch_focal_loss(const Tensor& inputs, const Targets& targets, const Focal
     auto* kernel = &focal_loss_kernel<std::decay_t<decltype(formula)>, Targets, Sink>;
     const int64_t chunks = ceil_div(inputs.numel(), kChunk<scalar_t>);
     const int64_t grid = resident_grid(kernel, kThreads, 0, chunks, scope);
-    launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits), targets, formula,
-           make_sink(grid));
+    launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits),
+           targets, formula, make_sink(grid));
   });
 }
 
-Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha, double gamma,
-                               std::optional<double> beta, int64_t ignore_index) {
+Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha,
+                               double gamma, std::optional<double> beta, int64_t ignore_index) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss(inputs_, targets_, params);
   const LaunchScope scope(inputs_);
-  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor inputs = torch::stable::contiguous(inputs_),
+               targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::empty_like(inputs);
   if (inputs.numel() == 0) {
     return loss;
@@ -342,17 +359,20 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, do
   dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     auto* out = static_cast<scalar_t*>(loss.mutable_data_ptr());
-    launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t) { return StoreLoss<scalar_t>{out}; });
+    launch_focal_loss(inputs, evaluator, params, scope,
+                      [&](int64_t) { return StoreLoss<scalar_t>{out}; });
   });
   return loss;
 }
 
-Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                        double gamma, std::optional<double> beta, int64_t ignore_index) {
+Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor& inputs_,
+                                        const Tensor& targets_, double alpha, double gamma,
+                                        std::optional<double> beta, int64_t ignore_index) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss_backward(grad_output_, inputs_, targets_, params);
   const LaunchScope scope(inputs_);
-  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor inputs = torch::stable::contiguous(inputs_),
+               targets = torch::stable::contiguous(targets_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   Tensor grad_inputs = torch::stable::empty_like(inputs);
   if (inputs.numel() == 0) {
@@ -362,22 +382,27 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    launch_focal_loss(inputs, evaluator, params, scope,
-                      [&](int64_t) { return StoreGradient<scalar_t>{upstream, is_aligned(upstream), out}; });
+    launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t) {
+      return StoreGradient<scalar_t>{upstream, is_aligned(upstream), out};
+    });
   });
   return grad_inputs;
 }
 
-std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha,
-                                                       double gamma, std::optional<double> beta, int64_t ignore_index,
-                                                       const std::optional<Tensor>& normalizer_, double min_normalizer,
-                                                       bool compute_grad) {
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_,
+                                                       const Tensor& targets_, double alpha,
+                                                       double gamma, std::optional<double> beta,
+                                                       int64_t ignore_index,
+                                                       const std::optional<Tensor>& normalizer_,
+                                                       double min_normalizer, bool compute_grad) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss_sum(inputs_, targets_, params, normalizer_);
   const LaunchScope scope(inputs_);
-  const Tensor inputs = torch::stable::contiguous(inputs_), targets = torch::stable::contiguous(targets_);
+  const Tensor inputs = torch::stable::contiguous(inputs_),
+               targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
-  Tensor grad = compute_grad ? torch::stable::empty_like(inputs) : torch::stable::new_empty(inputs, {0});
+  Tensor grad =
+      compute_grad ? torch::stable::empty_like(inputs) : torch::stable::new_empty(inputs, {0});
   if (inputs.numel() == 0) {
     return {torch::stable::zero_(loss), grad};
   }
@@ -396,14 +421,17 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, co
     };
     if (compute_grad) {
       auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
-      launch_focal_loss(inputs, evaluator, params, scope,
-                        [&](int64_t grid) { return SumLoss<scalar_t, true>{new_partials(grid), out, normalizer}; });
+      launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t grid) {
+        return SumLoss<scalar_t, true>{new_partials(grid), out, normalizer};
+      });
     } else {
-      launch_focal_loss(inputs, evaluator, params, scope,
-                        [&](int64_t grid) { return SumLoss<scalar_t, false>{new_partials(grid), nullptr, normalizer}; });
+      launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t grid) {
+        return SumLoss<scalar_t, false>{new_partials(grid), nullptr, normalizer};
+      });
     }
-    launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), static_cast<const double*>(partials->const_data_ptr()),
-           count, normalizer, static_cast<T*>(loss.mutable_data_ptr()));
+    launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(),
+           static_cast<const double*>(partials->const_data_ptr()), count, normalizer,
+           static_cast<T*>(loss.mutable_data_ptr()));
   });
   return {loss, grad};
 }
@@ -419,8 +447,9 @@ void scale_cuda(const Tensor& tensor, const Tensor& scale) {
     auto* kernel = &scale_kernel<scalar_t>;
     auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr());
     const int64_t blocks = ceil_div(tensor.numel(), kThreads * kVectorSize<scalar_t>);
-    launch(kernel, resident_grid(kernel, kThreads, 0, blocks, scope), kThreads, 0, scope.stream(), data, tensor.numel(),
-           is_aligned(data), static_cast<const compute_t<scalar_t>*>(scale.const_data_ptr()));
+    launch(kernel, resident_grid(kernel, kThreads, 0, blocks, scope), kThreads, 0, scope.stream(),
+           data, tensor.numel(), is_aligned(data),
+           static_cast<const compute_t<scalar_t>*>(scale.const_data_ptr()));
   });
 }
 

@@ -15,7 +15,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The device of a tensor made current, and its current stream: what every host function needs before it launches.
+// The device of a tensor made current, and its current stream: what every host function needs
+// before it launches.
 class LaunchScope {
  public:
   explicit LaunchScope(const Tensor& tensor)
@@ -38,7 +39,8 @@ class LaunchScope {
 };
 
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, cudaStream_t stream, const Args&... args) {
+void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, cudaStream_t stream,
+            const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(static_cast<unsigned>(block));
@@ -47,17 +49,23 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, c
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
   if (error == cudaErrorNoKernelImageForDevice) {
     cudaGetLastError();
-    fail("focalops was not compiled for this GPU: `python -m focalops.info` prints its architecture and the compiled ones");
+    fail(
+        "focalops was not compiled for this GPU: `python -m focalops.info` prints its architecture "
+        "and the compiled ones");
   }
   STD_CUDA_CHECK(error);
 }
 
-// As many blocks as run at the same time, but no more than there is work for: for kernels that stride over their work.
+// As many blocks as run at the same time, but no more than there is work for: for kernels that
+// stride over their work.
 template <typename Kernel>
-int64_t resident_grid(Kernel* kernel, int block, size_t shared, int64_t work, const LaunchScope& scope) {
+int64_t resident_grid(Kernel* kernel, int block, size_t shared, int64_t work,
+                      const LaunchScope& scope) {
   int blocks_per_multiprocessor = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel, block, shared));
-  const int64_t resident = int64_t{1} * scope.multiprocessors() * (blocks_per_multiprocessor > 0 ? blocks_per_multiprocessor : 1);
+  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
+                                                               block, shared));
+  const int64_t resident = int64_t{1} * scope.multiprocessors() *
+                           (blocks_per_multiprocessor > 0 ? blocks_per_multiprocessor : 1);
   return work < resident ? work : resident;
 }
 
@@ -67,24 +75,28 @@ __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
-// ---- 16-byte access ------------------------------------------------------------------------------------------------
+// ---- 16-byte access -----------------------------------------------------------------------------
 
 constexpr int kVectorBytes = 16;
 
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(T));
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }
+inline bool is_aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
 
 template <typename T, int N = kVectorSize<T>>
 struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Vector {
   T data[N];
 };
 
-// Elements i .. i + N of an array of `size`, past whose end nothing is read. A view may begin anywhere: where its pointer
-// is not aligned (the same for all threads), elements are read one by one.
+// Elements i .. i + N of an array of `size`, past whose end nothing is read. A view may begin
+// anywhere: where its pointer is not aligned (the same for all threads), elements are read one by
+// one.
 template <int N, typename T>
-__device__ __forceinline__ Vector<T, N> load_vector(const T* array, int64_t i, int64_t size, bool aligned) {
+__device__ __forceinline__ Vector<T, N> load_vector(const T* array, int64_t i, int64_t size,
+                                                    bool aligned) {
   constexpr int kWords = static_cast<int>(sizeof(T)) * N / kVectorBytes;
   Vector<T, N> vector;
   if (aligned && i + N <= size) {
@@ -104,7 +116,8 @@ __device__ __forceinline__ Vector<T, N> load_vector(const T* array, int64_t i, i
 }
 
 template <int N, typename T>
-__device__ __forceinline__ void store_vector(T* array, int64_t i, int64_t size, bool aligned, const Vector<T, N>& vector) {
+__device__ __forceinline__ void store_vector(T* array, int64_t i, int64_t size, bool aligned,
+                                             const Vector<T, N>& vector) {
   constexpr int kWords = static_cast<int>(sizeof(T)) * N / kVectorBytes;
   if (aligned && i + N <= size) {
     uint4* to = reinterpret_cast<uint4*>(array + i);
@@ -123,19 +136,23 @@ __device__ __forceinline__ void store_vector(T* array, int64_t i, int64_t size, 
   }
 }
 
-// ---- arithmetic ----------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
-// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery, 1994); divisor in [1, 2^31).
+// n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery, 1994); divisor in [1,
+// 2^31).
 class FastDivisor {
  public:
   explicit FastDivisor(int64_t divisor) : divisor_(static_cast<uint32_t>(divisor)) {
     while ((uint64_t{1} << shift_) < divisor_) {
       ++shift_;
     }
-    multiplier_ = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor_)) / divisor_ + 1);
+    multiplier_ = static_cast<uint32_t>(
+        ((uint64_t{1} << 32) * ((uint64_t{1} << shift_) - divisor_)) / divisor_ + 1);
   }
 
-  __device__ __forceinline__ uint32_t divide(uint32_t n) const { return (__umulhi(n, multiplier_) + n) >> shift_; }
+  __device__ __forceinline__ uint32_t divide(uint32_t n) const {
+    return (__umulhi(n, multiplier_) + n) >> shift_;
+  }
 
  private:
   uint32_t divisor_;
@@ -143,7 +160,7 @@ class FastDivisor {
   uint32_t shift_ = 0;
 };
 
-// ---- reductions: a fixed tree, so that two runs give the same bits --------------------------------------------------
+// ---- reductions: a fixed tree, so that two runs give the same bits ------------------------------
 
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {

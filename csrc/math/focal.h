@@ -1,8 +1,10 @@
-// The focal losses of one logit, and their derivatives (Lin et al., "Focal Loss for Dense Object Detection", 2017).
+// The focal losses of one logit, and their derivatives (Lin et al., "Focal Loss for Dense Object
+// Detection", 2017).
 //
-// Everything comes from e = exp(-|x|): one exp, one log1p, one reciprocal, finite for every finite logit x. A loss is a struct
-// with two functions: `hard` for a target of 0 or 1, in s = -x for a positive and s = x for a negative element, and `soft` for a
-// target t in [0, 1], which equals `hard` where t is 0 or 1. A negative of s = -inf has neither loss nor gradient.
+// Everything comes from e = exp(-|x|): one exp, one log1p, one reciprocal, finite for every finite
+// logit x. A loss is a struct with two functions: `hard` for a target of 0 or 1, in s = -x for a
+// positive and s = x for a negative element, and `soft` for a target t in [0, 1], which equals
+// `hard` where t is 0 or 1. A negative of s = -inf has neither loss nor gradient.
 #pragma once
 
 #include <cfloat>
@@ -34,7 +36,8 @@ FOCALOPS_HOST_DEVICE float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   return __expf(x);
 #else
-  // expf is a call that no loop is vectorised over. 2^n e^r with |r| <= ln(2) / 2; 0 below the normal numbers.
+  // expf is a call that no loop is vectorised over. 2^n e^r with |r| <= ln(2) / 2; 0 below the
+  // normal numbers.
   const float clamped = x < -87.0f ? -87.0f : x;  // a NaN stays
   const float round_to_int = 12582912.0f;         // 1.5 * 2^23
   const float shifted = clamped * 1.44269504f + round_to_int;
@@ -57,8 +60,9 @@ FOCALOPS_HOST_DEVICE float exp_nonpositive(float x) {
 #endif
 }
 
-// log(1 + e) for 0 <= e <= 1: e times a minimax polynomial of degree 8 (relative error 2^-25 before rounding). Through
-// log(1 + e) a small e, which is where the loss of an easy example lives, would lose all its digits.
+// log(1 + e) for 0 <= e <= 1: e times a minimax polynomial of degree 8 (relative error 2^-25 before
+// rounding). Through log(1 + e) a small e, which is where the loss of an easy example lives, would
+// lose all its digits.
 FOCALOPS_HOST_DEVICE float log1p_unit(float e) {
   float p = 0.005232689902186394f;
   p = p * e - 0.02950521931052208f;
@@ -80,7 +84,8 @@ FOCALOPS_HOST_DEVICE float reciprocal(float x) {
 #endif
 }
 
-// q^gamma, log_q = log(q): a product for the default, gamma = 2, a compile-time constant; an exponential for any other.
+// q^gamma, log_q = log(q): a product for the default, gamma = 2, a compile-time constant; an
+// exponential for any other.
 template <int Gamma, typename T>
 FOCALOPS_HOST_DEVICE T modulate(T q, T log_q, T gamma) {
   if constexpr (Gamma == 2) {
@@ -130,8 +135,9 @@ struct FocalLoss {
     return {scale * softplus, scale * (gamma * one_minus_q * finite_softplus + q)};
   }
 
-  // 1 - p_t = t (1 - p) + (1 - t) p, loss alpha_t (1 - p_t)^gamma BCE(x, t), alpha_t linear in t, as torchvision means it.
-  // Mirrored so that |x| is the only logit: u = t and v = 1 - t for x >= 0, the reverse below.
+  // 1 - p_t = t (1 - p) + (1 - t) p, loss alpha_t (1 - p_t)^gamma BCE(x, t), alpha_t linear in t,
+  // as torchvision means it. Mirrored so that |x| is the only logit: u = t and v = 1 - t for x >=
+  // 0, the reverse below.
   FOCALOPS_HOST_DEVICE LossAndGrad<T> soft(T x, T t) const {
     const T magnitude = x < 0 ? -x : x;
     const T u = x < 0 ? 1 - t : t;
@@ -140,7 +146,8 @@ struct FocalLoss {
     const T r = detail::reciprocal(1 + e);
     const T l = detail::log1p_unit(e);
     const T q_over_r = u * e + v;
-    // v = 0 where the element is classified rightly with full confidence; v |x| is 0 there for an infinite x too.
+    // v = 0 where the element is classified rightly with full confidence; v |x| is 0 there for an
+    // infinite x too.
     const T cross_entropy = (v > 0 ? v * magnitude : T(0)) + l;
     T log_q = 0;
     if constexpr (Gamma == kAnyGamma) {
@@ -157,8 +164,8 @@ struct FocalLoss {
   }
 };
 
-// FL* of the paper's appendix, in x_t = -s: L = -a log(sigmoid(gamma x_t + beta)) / gamma. A soft target weights x_t = (2 t - 1) x,
-// as in fvcore.
+// FL* of the paper's appendix, in x_t = -s: L = -a log(sigmoid(gamma x_t + beta)) / gamma. A soft
+// target weights x_t = (2 t - 1) x, as in fvcore.
 template <typename T>
 struct FocalLossStar {
   AlphaBalance<T> alpha;

@@ -1,4 +1,5 @@
-// What math/ needs to be compiled by the host compiler and by nvcc alike. No torch, no CUDA headers.
+// What math/ needs to be compiled by the host compiler and by nvcc alike. No torch, no CUDA
+// headers.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +8,7 @@
 #ifdef __CUDACC__
 #define FOCALOPS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-// Always inlined: a function without target attributes must become part of each SIMD clone of its caller.
+// Always inlined: a function without target attributes must become part of each SIMD clone of its
+// caller.
 #define FOCALOPS_HOST_DEVICE inline __attribute__((always_inline))
 #endif
