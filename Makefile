@@ -21,7 +21,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.c
 NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 
-.PHONY: demo test bench build lint format clean FORCE
+.PHONY: demo test bench report build lint format clean FORCE
 
 demo: $(BUILT)
 	$(PY) -m models demo
@@ -31,6 +31,9 @@ test: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) -m benchmarks $(ARGS)
+
+report: $(INSTALLED)
+	$(PY) -m benchmarks.report
 
 build: $(BUILT)
 
