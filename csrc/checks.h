@@ -1,5 +1,6 @@
-// One check_<op>() per op, called by the CPU and the CUDA implementation alike. Each failure is one sentence: argument,
-// what it must be, what it was; the fake kernels in Python say the same sentences.
+// One check_<op>() per op, called by the CPU and the CUDA implementation alike. Each failure is one
+// sentence: argument, what it must be, what it was; the fake kernels in Python say the same
+// sentences.
 #pragma once
 
 #include <sstream>
@@ -70,7 +71,8 @@ inline void check_floating(const char* op, const char* name, const Tensor& tenso
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor,
                               const char* like_name, const Tensor& like) {
   if (device_of(tensor) != device_of(like)) {
-    fail(op, ": ", name, " must be on ", device_of(like), " like ", like_name, ", got ", device_of(tensor));
+    fail(op, ": ", name, " must be on ", device_of(like), " like ", like_name, ", got ",
+         device_of(tensor));
   }
 }
 
@@ -100,12 +102,14 @@ inline void check_coordinates(const char* op, const char* name, const Tensor& te
   }
 }
 
-// What follows a tensor that has passed: `tensor` must have the dtype of `like` and be on its device.
-inline void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name,
-                       const Tensor& like) {
+// What follows a tensor that has passed: `tensor` must have the dtype of `like` and be on its
+// device.
+inline void check_like(const char* op, const char* name, const Tensor& tensor,
+                       const char* like_name, const Tensor& like) {
   check_same_device(op, name, tensor, like_name, like);
   if (tensor.scalar_type() != like.scalar_type()) {
-    fail(op, ": ", name, " must be ", dtype_of(like), " like ", like_name, ", got ", dtype_of(tensor));
+    fail(op, ": ", name, " must be ", dtype_of(like), " like ", like_name, ", got ",
+         dtype_of(tensor));
   }
 }
 
@@ -121,11 +125,13 @@ inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2) {
     if (dim == 2) {
       fail(op, ": boxes2 must have shape (M, 4), got ", shape_of(boxes2));
     }
-    fail(op, ": boxes2 must have shape (", boxes1.size(0), ", M, 4) as boxes1 is batched, got ", shape_of(boxes2));
+    fail(op, ": boxes2 must have shape (", boxes1.size(0), ", M, 4) as boxes1 is batched, got ",
+         shape_of(boxes2));
   }
 }
 
-inline void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxes1, const Tensor& boxes2) {
+inline void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxes1,
+                                   const Tensor& boxes2) {
   check_box_iou(boxes1, boxes2);
   const char* op = "box_iou";
   check_like(op, "grad_output", grad_output, "boxes1", boxes1);
@@ -142,11 +148,12 @@ inline void check_rows_of_4(const char* op, const char* name, const Tensor& tens
   }
 }
 
-inline void check_anchors(const char* op, const Tensor& anchors, const char* like_name, const Tensor& like) {
+inline void check_anchors(const char* op, const Tensor& anchors, const char* like_name,
+                          const Tensor& like) {
   check_rows_of_4(op, "anchors", anchors);
   if (!same_shape(anchors, like)) {
-    fail(op, ": anchors must have a shape that broadcasts with that of ", like_name, ", ", shape_of(like), ", got ",
-         shape_of(anchors));
+    fail(op, ": anchors must have a shape that broadcasts with that of ", like_name, ", ",
+         shape_of(like), ", got ", shape_of(anchors));
   }
 }
 
@@ -156,7 +163,8 @@ inline void check_weights(const char* op, const std::vector<double>& weights) {
   }
 }
 
-inline void check_encode_boxes(const Tensor& boxes, const Tensor& anchors, const std::vector<double>& weights) {
+inline void check_encode_boxes(const Tensor& boxes, const Tensor& anchors,
+                               const std::vector<double>& weights) {
   const char* op = "encode_boxes";
   check_coordinates(op, "boxes", boxes);
   check_rows_of_4(op, "boxes", boxes);
@@ -165,7 +173,8 @@ inline void check_encode_boxes(const Tensor& boxes, const Tensor& anchors, const
   check_weights(op, weights);
 }
 
-inline void check_decode_boxes(const Tensor& deltas, const Tensor& anchors, const std::vector<double>& weights,
+inline void check_decode_boxes(const Tensor& deltas, const Tensor& anchors,
+                               const std::vector<double>& weights,
                                const std::vector<double>& image_size) {
   const char* op = "decode_boxes";
   check_floating(op, "deltas", deltas);
@@ -185,12 +194,14 @@ inline void check_decode_boxes(const Tensor& deltas, const Tensor& anchors, cons
 inline void check_coder_gradient(const char* op, const Tensor& grad_output, const Tensor& anchors) {
   check_like(op, "grad_output", grad_output, "anchors", anchors);
   if (!same_shape(grad_output, anchors)) {
-    fail(op, ": grad_output must have the shape of the output, ", shape_of(anchors), ", got ", shape_of(grad_output));
+    fail(op, ": grad_output must have the shape of the output, ", shape_of(anchors), ", got ",
+         shape_of(grad_output));
   }
 }
 
-inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes, const std::optional<Tensor>& counts,
-                                double fg_iou_threshold, double bg_iou_threshold) {
+inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes,
+                                const std::optional<Tensor>& counts, double fg_iou_threshold,
+                                double bg_iou_threshold) {
   const char* op = "match_anchors";
   check_coordinates(op, "anchors", anchors);
   if (anchors.dim() != 2 || anchors.size(1) != 4) {
@@ -198,7 +209,8 @@ inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes, c
   }
   check_like(op, "gt_boxes", gt_boxes, "anchors", anchors);
   if (gt_boxes.dim() != 3 || gt_boxes.size(2) != 4) {
-    fail(op, ": gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), got ", shape_of(gt_boxes));
+    fail(op, ": gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), got ",
+         shape_of(gt_boxes));
   }
   if (gt_boxes.size(1) >= int64_t{1} << 31) {
     fail(op, ": gt_boxes must have fewer than 2^31 boxes an image, got ", gt_boxes.size(1));
@@ -209,15 +221,18 @@ inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes, c
       fail(op, ": counts must be int32 or int64, got ", dtype_of(*counts));
     }
     if (counts->dim() != 1 || counts->size(0) != gt_boxes.size(0)) {
-      fail(op, ": counts must have shape (", gt_boxes.size(0), ",), one for each image, got ", shape_of(*counts));
+      fail(op, ": counts must have shape (", gt_boxes.size(0), ",), one for each image, got ",
+           shape_of(*counts));
     }
   }
   if (!(bg_iou_threshold <= fg_iou_threshold)) {
-    fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", fg_iou_threshold, ", got ", bg_iou_threshold);
+    fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", fg_iou_threshold, ", got ",
+         bg_iou_threshold);
   }
 }
 
-// targets of the shape of inputs are dense, of the shape of inputs without its last dimension are class indices.
+// targets of the shape of inputs are dense, of the shape of inputs without its last dimension are
+// class indices.
 inline bool targets_are_dense(const Tensor& inputs, const Tensor& targets) {
   return inputs.dim() == targets.dim();
 }
@@ -226,18 +241,21 @@ inline const char* focal_loss_name(const FocalParams& params) {
   return params.beta.has_value() ? "sigmoid_focal_loss_star" : "sigmoid_focal_loss";
 }
 
-inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const FocalParams& params) {
+inline void check_focal_loss(const Tensor& inputs, const Tensor& targets,
+                             const FocalParams& params) {
   const char* op = focal_loss_name(params);
   check_floating(op, "inputs", inputs);
   check_same_device(op, "targets", targets, "inputs", inputs);
   const bool dense = targets_are_dense(inputs, targets);
-  if (!(dense || targets.dim() + 1 == inputs.dim()) || !same_shape(inputs, targets, targets.dim())) {
+  if (!(dense || targets.dim() + 1 == inputs.dim()) ||
+      !same_shape(inputs, targets, targets.dim())) {
     fail(op, ": targets must have the shape of inputs, ", shape_of(inputs),
          ", or that shape without its last dimension, got ", shape_of(targets));
   }
   if (dense && targets.scalar_type() != inputs.scalar_type() &&
       targets.scalar_type() != compute_dtype(inputs.scalar_type())) {
-    fail(op, ": dense targets must have the dtype of inputs, ", dtype_of(inputs), ", or float32, got ", dtype_of(targets));
+    fail(op, ": dense targets must have the dtype of inputs, ", dtype_of(inputs),
+         ", or float32, got ", dtype_of(targets));
   }
   if (!dense && !is_index(targets.scalar_type())) {
     fail(op, ": class-index targets must be int32 or int64, got ", dtype_of(targets));
@@ -253,28 +271,32 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets, const 
   }
 }
 
-inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs, const Tensor& targets, const FocalParams& params) {
+inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs,
+                                      const Tensor& targets, const FocalParams& params) {
   check_focal_loss(inputs, targets, params);
   const char* op = focal_loss_name(params);
   check_same_device(op, "grad_output", grad_output, "inputs", inputs);
   if (grad_output.dim() != inputs.dim() || !same_shape(grad_output, inputs, inputs.dim()) ||
       grad_output.scalar_type() != inputs.scalar_type()) {
-    fail(op, ": grad_output must have the shape and dtype of inputs, ", shape_of(inputs), " and ", dtype_of(inputs),
-         ", got ", shape_of(grad_output), " and ", dtype_of(grad_output));
+    fail(op, ": grad_output must have the shape and dtype of inputs, ", shape_of(inputs), " and ",
+         dtype_of(inputs), ", got ", shape_of(grad_output), " and ", dtype_of(grad_output));
   }
 }
 
-inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets, const FocalParams& params,
+inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
+                                 const FocalParams& params,
                                  const std::optional<Tensor>& normalizer) {
   check_focal_loss(inputs, targets, params);
   if (normalizer.has_value()) {
     const char* op = focal_loss_name(params);
     check_same_device(op, "normalizer", *normalizer, "inputs", inputs);
     if (normalizer->dim() != 0) {
-      fail(op, ": normalizer must be a number or a 0-d tensor, got a tensor of shape ", shape_of(*normalizer));
+      fail(op, ": normalizer must be a number or a 0-d tensor, got a tensor of shape ",
+           shape_of(*normalizer));
     }
     if (normalizer->scalar_type() != compute_dtype(inputs.scalar_type())) {
-      fail(op, ": normalizer must be float32 (float64 for float64 inputs), got ", dtype_of(*normalizer));
+      fail(op, ": normalizer must be float32 (float64 for float64 inputs), got ",
+           dtype_of(*normalizer));
     }
   }
 }
@@ -287,7 +309,8 @@ inline void check_scale(const Tensor& tensor, const Tensor& scale) {
     fail(op, ": tensor must be contiguous");
   }
   if (scale.numel() != 1 || scale.scalar_type() != compute_dtype(tensor.scalar_type())) {
-    fail(op, ": scale must be one float32 (float64 for float64 tensors), got shape ", shape_of(scale), " and ", dtype_of(scale));
+    fail(op, ": scale must be one float32 (float64 for float64 tensors), got shape ",
+         shape_of(scale), " and ", dtype_of(scale));
   }
 }
 

@@ -178,8 +178,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- host
-// ----------------------------------------------------------------------------------------------------------
+// ---- host ---------------------------------------------------------------------------------------
 
 Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
                           const std::optional<Tensor>& counts_, double fg_iou_threshold,
