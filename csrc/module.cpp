@@ -1,5 +1,5 @@
-// The Python module `_C`: what is not an op. It links to neither torch nor CUDA, so that it loads, and can
-// say what was built, wherever the package is imported.
+// The Python module `_C`: what is not an op. It links to neither torch nor CUDA, so that it loads,
+// and can say what was built, wherever the package is imported.
 
 #include <pybind11/pybind11.h>
 
@@ -33,6 +33,4 @@ py::dict build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "How the native libraries were built.");
-}
+PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info, "How the native libraries were built."); }
