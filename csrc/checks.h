@@ -336,4 +336,39 @@ inline void check_nms(const Tensor& boxes, const Tensor& scores,
   }
 }
 
+// boxes: (B, N, 4), scores and labels: (B, N), counts: (B,).
+inline void check_multiclass_nms(const Tensor& boxes, const Tensor& scores,
+                                 const std::optional<Tensor>& labels,
+                                 const std::optional<Tensor>& counts, int64_t max_detections) {
+  const char* op = "multiclass_nms";
+  check_floating(op, "boxes", boxes);
+  if (boxes.dim() != 3 || boxes.size(2) != 4) {
+    fail(op, ": boxes must have shape (B, N, 4), got ", shape_of(boxes));
+  }
+  check_floating(op, "scores", scores);
+  const auto check_one_for_each = [&](const char* name, const Tensor& tensor, int64_t dims) {
+    check_same_device(op, name, tensor, "boxes", boxes);
+    if (tensor.dim() != dims || !same_shape(tensor, boxes, dims)) {
+      fail(op, ": ", name, " must have shape (", boxes.size(0), ",",
+           dims == 2 ? " " + std::to_string(boxes.size(1)) : "", "), one for each ",
+           dims == 2 ? "box" : "image", ", got ", shape_of(tensor));
+    }
+  };
+  check_one_for_each("scores", scores, 2);
+  const auto check_integers = [&](const char* name, const std::optional<Tensor>& tensor,
+                                  int64_t dims) {
+    if (tensor.has_value()) {
+      if (!is_index(tensor->scalar_type())) {
+        fail(op, ": ", name, " must be int32 or int64, got ", dtype_of(*tensor));
+      }
+      check_one_for_each(name, *tensor, dims);
+    }
+  };
+  check_integers("labels", labels, 2);
+  check_integers("counts", counts, 1);
+  if (max_detections < 0) {
+    fail(op, ": max_detections must be >= 0, got ", max_detections);
+  }
+}
+
 }  // namespace focalops

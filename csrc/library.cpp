@@ -47,4 +47,8 @@ STABLE_TORCH_LIBRARY(focalops, m) {
 
   // nms
   m.def("nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor");
+  // indices: [B, max_detections], padded with -1; num_kept: [B].
+  m.def(
+      "multiclass_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts,"
+      " float iou_threshold, int max_detections) -> (Tensor indices, Tensor num_kept)");
 }

@@ -5,7 +5,7 @@ from focalops.anchors import AnchorGenerator
 from focalops.boxes import box_iou, decode_boxes, encode_boxes
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star
 from focalops.matching import class_index_targets, match_anchors
-from focalops.nms import batched_nms, nms
+from focalops.nms import batched_nms, multiclass_nms, nms
 
 __all__ = [
     "AnchorGenerator",
@@ -16,6 +16,7 @@ __all__ = [
     "decode_boxes",
     "encode_boxes",
     "match_anchors",
+    "multiclass_nms",
     "nms",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",

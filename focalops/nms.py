@@ -59,6 +59,45 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return call(ops.nms, boxes, scores, idxs, iou_threshold)
 
 
+def multiclass_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    iou_threshold: float,
+    max_detections: int = 100,
+    *,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best boxes of each image of a batch after NMS inside each class, padded to one size.
+
+    All images are done at once, and nothing waits for the device: the form for compiled graphs,
+    CUDA graphs and deployment. A box predicted for several classes is given once for each.
+
+    Args:
+        boxes: ``(B, N, 4)``, as in :func:`nms`.
+        scores: ``(B, N)``, as in :func:`nms`.
+        labels: ``(B, N)``, the class of each box, int32 or int64; None: all are of one class.
+        iou_threshold: a box is suppressed where ``iou > iou_threshold``.
+        max_detections: how many boxes of an image are kept at most. NMS stops there.
+        counts: ``(B,)``, int32 or int64, how many of its N boxes each image has; what comes after
+            them is padding, and may hold anything. None: all N.
+
+    Returns:
+        ``indices (B, max_detections)``, int64: the kept boxes of each image by descending score, in
+        [0, N), then -1; and ``num_kept (B,)``, int64.
+
+    Memory O(B (N + max_detections)), time O(N x max_detections) an image.
+
+    >>> indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5)
+    >>> kept_scores = scores.gather(1, indices.clamp(min=0))  # padding: that of box 0
+    """
+    if runs_reference(boxes):
+        return reference.multiclass_nms(
+            boxes, scores, labels, iou_threshold, max_detections, counts=counts
+        )
+    return call(ops.multiclass_nms, boxes, scores, labels, counts, iou_threshold, max_detections)
+
+
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
@@ -70,21 +109,24 @@ def _check(boxes: Tensor, scores: Tensor, idxs: Tensor | None) -> None:
         lambda: f"{op}: boxes must have shape (N, 4), got {tuple(boxes.shape)}",
     )
     check_floating(op, "scores", scores)
-    _check_one_for_each_box(op, "scores", scores, boxes)
+    _check_one_for_each(op, "scores", scores, boxes, 1, "box")
     if idxs is not None:
-        check(
-            idxs.dtype in (torch.int32, torch.int64),
-            lambda: f"{op}: idxs must be int32 or int64, got {idxs.dtype}",
-        )
-        _check_one_for_each_box(op, "idxs", idxs, boxes)
+        _check_one_for_each(op, "idxs", idxs, boxes, 1, "box")
 
 
-def _check_one_for_each_box(op: str, name: str, tensor: Tensor, boxes: Tensor) -> None:
+def _check_one_for_each(
+    op: str, name: str, tensor: Tensor, boxes: Tensor, dims: int, what: str
+) -> None:
+    """All but the scores are integers, and have the leading `dims` dimensions of the boxes."""
+    check(
+        name == "scores" or tensor.dtype in (torch.int32, torch.int64),
+        lambda: f"{op}: {name} must be int32 or int64, got {tensor.dtype}",
+    )
     check_same_device(op, name, tensor, "boxes", boxes)
     check(
-        tensor.dim() == 1 and tensor.shape[0] == boxes.shape[0],
+        tensor.shape == boxes.shape[:dims],
         lambda: (
-            f"{op}: {name} must have shape ({boxes.shape[0]},), one for each box, "
+            f"{op}: {name} must have shape {tuple(boxes.shape[:dims])}, one for each {what}, "
             f"got {tuple(tensor.shape)}"
         ),
     )
@@ -95,3 +137,31 @@ def _(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) 
     _check(boxes, scores, idxs)
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty(kept, dtype=torch.int64)
+
+
+@torch.library.register_fake("focalops::multiclass_nms")
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    iou_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    op = "multiclass_nms"
+    check_floating(op, "boxes", boxes)
+    check(
+        boxes.dim() == 3 and boxes.shape[2] == 4,
+        lambda: f"{op}: boxes must have shape (B, N, 4), got {tuple(boxes.shape)}",
+    )
+    check_floating(op, "scores", scores)
+    for name, tensor, dims, what in (
+        ("scores", scores, 2, "box"),
+        ("labels", labels, 2, "box"),
+        ("counts", counts, 1, "image"),
+    ):
+        if tensor is not None:
+            _check_one_for_each(op, name, tensor, boxes, dims, what)
+    check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
+    indices = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
+    return indices, boxes.new_empty(boxes.shape[0], dtype=torch.int64)

@@ -246,3 +246,25 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         overlap = box_iou(boxes[first].unsqueeze(0), boxes[order])[0].double() > iou_threshold
         order = order[~(overlap & (idxs[order] == idxs[first]))]
     return torch.stack(keep) if keep else torch.empty(0, dtype=torch.int64, device=boxes.device)
+
+
+def multiclass_nms(
+    boxes: Tensor,  # [B, N, 4]
+    scores: Tensor,  # [B, N]
+    labels: Tensor | None,  # [B, N]
+    iou_threshold: float,
+    max_detections: int = 100,
+    *,
+    counts: Tensor | None = None,  # [B]
+) -> tuple[Tensor, Tensor]:
+    indices = boxes.new_full((len(boxes), max_detections), -1, dtype=torch.int64)
+    num_kept = boxes.new_zeros(len(boxes), dtype=torch.int64)
+    if labels is None:
+        labels = torch.zeros_like(scores, dtype=torch.int64)
+    for i in range(len(boxes)):
+        n = boxes.shape[1] if counts is None else max(int(counts[i]), 0)
+        keep = batched_nms(boxes[i, :n], scores[i, :n], labels[i, :n], iou_threshold)
+        keep = keep[:max_detections]
+        indices[i, : len(keep)] = keep
+        num_kept[i] = len(keep)
+    return indices, num_kept

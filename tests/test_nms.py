@@ -1,4 +1,4 @@
-"""nms and batched_nms against the reference and torchvision."""
+"""nms, batched_nms and multiclass_nms against the reference and torchvision."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focalops import batched_nms, nms, reference
+from focalops import batched_nms, multiclass_nms, nms, reference
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # No box, one, more than 64 (a block of the CPU), a chunk of 512 (CUDA) and its neighbours, more.
@@ -293,3 +293,132 @@ def test_invalid_arguments(sentence, under, device):
         with pytest.raises(RuntimeError) as raised:
             nms(boxes, scores, 0.5)
         assert f"nms: {sentence}" in str(raised.value)
+
+
+# ---- multiclass_nms -----------------------------------------------------------------------------
+
+
+def padded_batch(images: int, n: int, device: str, dtype: torch.dtype = torch.float32):
+    """Images with 0 to n boxes, padded with what would come first if it counted."""
+    boxes = random_boxes(images * n, device, dtype).reshape(images, n, 4) / 4
+    scores = (torch.rand(images, n) * 300).round().to(device) / 300  # some ties
+    labels = torch.randint(-1, 2, (images, n), device=device)
+    counts = torch.linspace(0, n, images, device=device).long()
+    is_padding = torch.arange(n, device=device) >= counts[:, None]
+    scores[is_padding] = torch.inf
+    boxes[is_padding & (torch.rand(images, n).to(device) < 0.5)] = torch.nan
+    return boxes, scores, labels, counts
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("max_detections", [0, 5, 1000])
+def test_multiclass_nms_equals_the_reference(dtype, max_detections, device):
+    boxes, scores, labels, counts = padded_batch(4, 600, device, dtype)
+    for these_labels, these_counts in (
+        (labels, counts),
+        (labels.int(), None),
+        (None, counts.int()),
+    ):
+        arguments = (boxes, scores, these_labels, 0.3, max_detections)
+        expected = reference.multiclass_nms(*arguments, counts=these_counts)
+        indices, num_kept = multiclass_nms(*arguments, counts=these_counts)
+        assert torch.equal(indices, expected[0]) and torch.equal(num_kept, expected[1])
+
+
+def test_multiclass_nms_equals_batched_nms_of_each_image(device):
+    boxes, scores, labels, counts = padded_batch(3, 1100, device)
+    indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5, 1100, counts=counts)
+    for i, count in enumerate(counts.tolist()):
+        keep = batched_nms(boxes[i, :count], scores[i, :count], labels[i, :count], 0.5)
+        assert torch.equal(indices[i, : len(keep)], keep) and num_kept[i] == len(keep)
+        assert (indices[i, len(keep) :] == -1).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 3), (3, 0), (1, 1)], ids=str)
+def test_multiclass_nms_of_nothing(shape, device):
+    boxes, scores = torch.rand(*shape, 4, device=device), torch.rand(shape, device=device)
+    labels = torch.zeros(shape, dtype=torch.int64, device=device)
+    indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5, 7)
+    assert indices.shape == (shape[0], 7)
+    assert num_kept.tolist() == [shape[1]] * shape[0]
+    assert (indices[:, shape[1] :] == -1).all()
+
+
+def test_multiclass_nms_takes_any_counts(device):
+    boxes, scores, labels, _ = padded_batch(3, 20, device)
+    counts = torch.tensor([-5, 2**40, 20], device=device)
+    indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5, counts=counts)
+    assert num_kept[0] == 0
+    assert torch.equal(indices[1:], multiclass_nms(boxes[1:], scores[1:], labels[1:], 0.5)[0])
+
+
+def test_multiclass_nms_of_views(device):
+    boxes, scores, labels, counts = padded_batch(3, 50, device)
+    expected = multiclass_nms(boxes, scores, labels, 0.5, counts=counts)
+    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (boxes, scores, labels)]
+    actual = multiclass_nms(*strided, 0.5, counts=counts.repeat_interleave(2)[::2])
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+
+
+def test_multiclass_nms_compiles_to_static_shapes(device):
+    boxes, scores, labels, counts = padded_batch(3, 50, device)
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def kept_scores(boxes, scores, labels, counts):
+        indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5, 10, counts=counts)
+        return scores.gather(1, indices.clamp(min=0)), num_kept
+
+    indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5, 10, counts=counts)
+    actual = kept_scores(boxes, scores, labels, counts)
+    assert torch.equal(actual[0], scores.gather(1, indices.clamp(min=0)))
+    assert torch.equal(actual[1], num_kept)
+    torch.library.opcheck(
+        torch.ops.focalops.multiclass_nms, (boxes, scores, labels, counts, 0.5, 10)
+    )
+
+
+def test_multiclass_nms_in_a_cuda_graph(backend, device):
+    if backend != "cuda":
+        pytest.skip("needs a GPU")
+    boxes, scores, labels, counts = padded_batch(3, 2000, device)
+    multiclass_nms(boxes, scores, labels, 0.5, counts=counts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices, num_kept = multiclass_nms(boxes, scores, labels, 0.5, counts=counts)
+    scores.copy_(torch.rand_like(scores))
+    graph.replay()
+    expected = multiclass_nms(boxes, scores, labels, 0.5, counts=counts)
+    assert torch.equal(indices, expected[0]) and torch.equal(num_kept, expected[1])
+
+
+MULTICLASS_INVALID = {
+    "boxes must have shape (B, N, 4), got (6, 4)": {"boxes": torch.rand(6, 4)},
+    "scores must have shape (2, 6), one for each box, got (2, 5)": {"scores": torch.rand(2, 5)},
+    "scores must be float16, bfloat16, float32 or float64, got torch.int64": {
+        "scores": torch.zeros(2, 6).long()
+    },
+    "labels must be int32 or int64, got torch.float32": {"labels": torch.rand(2, 6)},
+    "labels must have shape (2, 6), one for each box, got (6,)": {"labels": torch.zeros(6).long()},
+    "counts must have shape (2,), one for each image, got (3,)": {"counts": torch.zeros(3).long()},
+    "counts must be int32 or int64, got torch.bool": {"counts": torch.zeros(2).bool()},
+    "max_detections must be >= 0, got -1": {"max_detections": -1},
+}
+
+
+@pytest.mark.parametrize("sentence", MULTICLASS_INVALID)
+@pytest.mark.parametrize("under", ["eager", "fake"])
+def test_multiclass_nms_invalid_arguments(sentence, under, device):
+    arguments = {
+        "boxes": torch.rand(2, 6, 4),
+        "scores": torch.rand(2, 6),
+        "labels": torch.zeros(2, 6).long(),
+        "counts": None,
+        "max_detections": 3,
+        **MULTICLASS_INVALID[sentence],
+    }
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            arguments[name] = value.to("meta" if under == "fake" else device)
+    with pytest.raises(RuntimeError) as raised:
+        multiclass_nms(**arguments, iou_threshold=0.5)
+    assert f"multiclass_nms: {sentence}" in str(raised.value)

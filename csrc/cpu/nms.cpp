@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -20,11 +21,10 @@ namespace {
 
 constexpr int kLanes = 64;
 constexpr int64_t kSmallestTile = 256;
-constexpr int64_t kPairsWorthAThread = 1 << 18;
+constexpr int64_t kPairsWorthAThread = 1 << 21;  // half a millisecond: waking threads can take that
 constexpr int64_t kLargeClass = 2048;
 
-// ---- order
-// ---------------------------------------------------------------------------------------------------------
+// ---- order --------------------------------------------------------------------------------------
 
 struct Item {
   uint64_t key;
@@ -74,14 +74,14 @@ uint64_t descending_key(double score) {
   return bits >> 63 ? bits : bits ^ 0x7fffffffffffffffu;
 }
 
-// Indices in order of score, without those whose score is a NaN.
-std::vector<Item> order_by_score(const Tensor& scores) {
+// The indices of [begin, end) in order of score, without those whose score is a NaN.
+std::vector<Item> order_by_score(const Tensor& scores, int64_t begin, int64_t end) {
   std::vector<Item> order;
-  order.reserve(scores.numel());
+  order.reserve(end - begin);
   dispatch_floating(scores.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     const auto* data = static_cast<const scalar_t*>(scores.const_data_ptr());
-    for (int64_t i = 0; i < scores.numel(); ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const auto score = static_cast<compute_t<scalar_t>>(data[i]);
       if (score == score) {
         order.push_back({descending_key(score), i});
@@ -105,8 +105,7 @@ std::vector<Item> group_by_class(const std::vector<Item>& order, const Tensor& i
   return grouped;
 }
 
-// ---- suppression
-// ---------------------------------------------------------------------------------------------------
+// ---- suppression --------------------------------------------------------------------------------
 
 template <typename T>
 struct alignas(64) BoxBlock {
@@ -176,6 +175,14 @@ class KeptBoxes {
   int64_t size_ = 0;
 };
 
+template <typename scalar_t>
+Box<compute_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {  // boxes: [..., 4]
+  using T = compute_t<scalar_t>;
+  const scalar_t* box = boxes + 4 * i;
+  return {static_cast<T>(box[0]), static_cast<T>(box[1]), static_cast<T>(box[2]),
+          static_cast<T>(box[3])};
+}
+
 // boxes: [size], those of one class in order of score; keep: [size].
 template <typename T>
 void suppress_class(const Box<T>* boxes, int64_t size, T threshold, uint8_t* keep) {
@@ -240,12 +247,25 @@ void suppress_classes(const Box<T>* boxes, const std::vector<int64_t>& begins, T
   torch::stable::parallel_for(0, threads, 1, take_small_classes);
 }
 
+// Empty where there is no tensor.
+std::vector<int64_t> integers_of(const std::optional<Tensor>& tensor) {
+  std::vector<int64_t> values;
+  if (tensor.has_value()) {
+    const Tensor contiguous = torch::stable::contiguous(*tensor);
+    dispatch_index(contiguous.scalar_type(), [&](auto tag) {
+      const auto* data = static_cast<const tag_t<decltype(tag)>*>(contiguous.const_data_ptr());
+      values.assign(data, data + contiguous.numel());
+    });
+  }
+  return values;
+}
+
 Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs,
                double iou_threshold) {
   check_nms(boxes_, scores_, idxs);
   const Tensor boxes = torch::stable::contiguous(boxes_),
                scores = torch::stable::contiguous(scores_);
-  const std::vector<Item> order = order_by_score(scores);
+  const std::vector<Item> order = order_by_score(scores, 0, scores.numel());
   const auto size = static_cast<int64_t>(order.size());
   const auto grouped = idxs.has_value() ? group_by_class(order, torch::stable::contiguous(*idxs))
                                         : std::vector<Item>();
@@ -259,9 +279,7 @@ Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<
     std::vector<Box<T>> sorted(size);
     torch::stable::parallel_for(0, size, kLargeClass, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const scalar_t* box = data + 4 * order[place(i)].index;
-        sorted[i] = {static_cast<T>(box[0]), static_cast<T>(box[1]), static_cast<T>(box[2]),
-                     static_cast<T>(box[3])};
+        sorted[i] = load_box(data, order[place(i)].index);
       }
     });
     const T threshold = round_down<T>(iou_threshold);
@@ -288,8 +306,60 @@ Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<
   return indices;
 }
 
+// One image at a time for a thread. The boxes of all classes come in order of score, each compared
+// with what its own class has kept, until max_detections are kept.
+std::tuple<Tensor, Tensor> multiclass_nms_cpu(const Tensor& boxes_, const Tensor& scores_,
+                                              const std::optional<Tensor>& labels_,
+                                              const std::optional<Tensor>& counts_,
+                                              double iou_threshold, int64_t max_detections) {
+  check_multiclass_nms(boxes_, scores_, labels_, counts_, max_detections);
+  const Tensor boxes = torch::stable::contiguous(boxes_);
+  const Tensor scores = torch::stable::contiguous(scores_);
+  const std::vector<int64_t> labels = integers_of(labels_), counts = integers_of(counts_);
+  const int64_t images = boxes.size(0), size = boxes.size(1);
+  Tensor indices = torch::stable::new_empty(boxes, {images, max_detections}, ScalarType::Long);
+  Tensor num_kept = torch::stable::new_empty(boxes, {images}, ScalarType::Long);
+  auto* all_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  auto* all_num_kept = static_cast<int64_t*>(num_kept.mutable_data_ptr());
+  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    const auto* data = static_cast<const scalar_t*>(boxes.const_data_ptr());
+    const T threshold = round_down<T>(iou_threshold);
+    const auto suppress_image = [&](int64_t image) {
+      const int64_t begin = image * size;
+      const int64_t count = counts.empty() ? size : std::clamp<int64_t>(counts[image], 0, size);
+      int64_t* kept_indices = all_indices + image * max_detections;
+      int64_t kept = 0;
+      std::unordered_map<int64_t, KeptBoxes<T>> classes;
+      for (const Item& item : order_by_score(scores, begin, begin + count)) {
+        if (kept == max_detections) {
+          break;
+        }
+        const Box<T> box = load_box(data, item.index);
+        KeptBoxes<T>& of_class = classes[labels.empty() ? 0 : labels[item.index]];
+        if (!has_nan(box) && !of_class.suppress(box, threshold)) {
+          of_class.append(box);
+          kept_indices[kept++] = item.index - begin;
+        }
+      }
+      std::fill(kept_indices + kept, kept_indices + max_detections, -1);
+      all_num_kept[image] = kept;
+    };
+    torch::stable::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
+      for (int64_t image = first; image < last; ++image) {
+        suppress_image(image);
+      }
+    });
+  });
+  return {indices, num_kept};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) { m.impl("nms", TORCH_BOX(&nms_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("nms", TORCH_BOX(&nms_cpu));
+  m.impl("multiclass_nms", TORCH_BOX(&multiclass_nms_cpu));
+}
 
 }  // namespace focalops

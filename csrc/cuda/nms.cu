@@ -35,6 +35,19 @@ struct SortedBoxes {
   }
 };
 
+// int32 or int64, told apart at run time; null where there are none.
+struct Integers {
+  const void* data;
+  bool is_int64;
+
+  __device__ __forceinline__ int64_t at(int64_t i, int64_t otherwise) const {
+    if (data == nullptr) {
+      return otherwise;
+    }
+    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
 // How many threads of the block before this one, and how many in all, have their flag set. All of
 // them must call it.
 struct Count {
@@ -72,23 +85,25 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// One thread a box: the box at each place, and whether it is out of the question. ranks: its rank
-// by score, null: the place.
+// One thread a box of a batch: the box at each place of its image, and whether it is out of the
+// question. ranks: its rank by score, null: the place.
 template <typename scalar_t, typename score_t>
 __global__ void __launch_bounds__(kChunk)
     gather_boxes_kernel(const scalar_t* boxes, const score_t* scores, const int64_t* order,
-                        const int64_t* ranks, int64_t size, Box<compute_t<scalar_t>>* sorted,
-                        uint8_t* removed) {
+                        const int64_t* ranks, Integers counts, int64_t images, int64_t size,
+                        Box<compute_t<scalar_t>>* sorted, uint8_t* removed) {
   using T = compute_t<scalar_t>;
   const int64_t place = int64_t{blockIdx.x} * kChunk + threadIdx.x;
-  if (place < size) {
-    const int64_t i = order[ranks == nullptr ? place : ranks[place]];
+  if (place < images * size) {
+    const int64_t image = place / size;
+    const int64_t in_image = order[ranks == nullptr ? place : ranks[place]];
+    const int64_t i = image * size + in_image;
     const scalar_t* from = boxes + 4 * i;
     const Box<T> box{static_cast<T>(from[0]), static_cast<T>(from[1]), static_cast<T>(from[2]),
                      static_cast<T>(from[3])};
     const auto score = static_cast<compute_t<score_t>>(scores[i]);
     sorted[place] = box;
-    removed[place] = has_nan(box) || score != score;
+    removed[place] = has_nan(box) || score != score || in_image >= counts.at(image, size);
   }
 }
 
@@ -130,16 +145,13 @@ __global__ void __launch_bounds__(kChunk)
 // each corrects itself by those before it until nothing changes. After t rounds the first t boxes
 // are right at least, so that the end is the one result there is; chains of boxes that suppress
 // each other are short, and so are the rounds: seldom 10, never above 513.
-__device__ __forceinline__ bool settle_chunk(bool alive,
-                                             const uint32_t* overlaps) {  // [kWords, kChunk]
+// suppressors: those of this thread's box in the chunk.
+__device__ __forceinline__ bool settle_chunk(bool alive, const uint32_t (&suppressors)[kWords]) {
   __shared__ uint32_t kept[2][kWords];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  uint32_t suppressors[kWords], previous[kWords] = {};
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    suppressors[w] = overlaps[w * kChunk + threadIdx.x];
-  }
+  uint32_t previous[kWords] = {};
   bool keep = alive;
+  __syncthreads();  // the previous chunk's words have been read
   for (int round = 0;; ++round) {
     const uint32_t word = __ballot_sync(kFullWarp, keep);
     if (lane == 0) {
@@ -173,7 +185,12 @@ __global__ void __launch_bounds__(kChunk)
   __shared__ Box<T> boxes[kChunk];
   __shared__ T areas[kChunk];
   const int64_t own = begin + threadIdx.x, end = begin + kChunk, last = end - 1;
-  const bool keep = settle_chunk(own < sorted.size && !removed[own], overlaps);
+  uint32_t suppressors[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    suppressors[w] = overlaps[w * kChunk + threadIdx.x];
+  }
+  const bool keep = settle_chunk(own < sorted.size && !removed[own], suppressors);
   if (blockIdx.x == 0 && own < sorted.size) {
     kept[ranks == nullptr ? own : ranks[own]] = keep;
   }
@@ -244,6 +261,89 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
+// A block for each image: its boxes chunk by chunk in order of score, a thread for each, until
+// max_detections are kept. A thread compares its box with those kept from earlier chunks, then with
+// those before it in its own chunk, of its class both times; the chunk is settled as above. With
+// 100 detections an image seldom reads more than two chunks. All comparisons read shared memory or
+// the first-level cache.
+template <typename T>
+__global__ void __launch_bounds__(kChunk)
+    multiclass_nms_kernel(const Box<T>* all_sorted, const uint8_t* all_removed,
+                          const int64_t* all_order, Integers labels, int64_t size, T threshold,
+                          int64_t max_detections, Box<T>* all_kept_boxes, int64_t* all_kept_labels,
+                          int64_t* all_indices, int64_t* num_kept) {
+  __shared__ Box<T> boxes[kChunk];
+  __shared__ T areas[kChunk];
+  __shared__ int64_t classes[kChunk];
+  __shared__ uint32_t alive_words[kWords];
+  const int64_t image = blockIdx.x;
+  const Box<T>* sorted = all_sorted + image * size;
+  const uint8_t* removed = all_removed + image * size;
+  const int64_t* order = all_order + image * size;
+  Box<T>* kept_boxes = all_kept_boxes + image * max_detections;
+  int64_t* kept_labels = all_kept_labels + image * max_detections;
+  int64_t* indices = all_indices + image * max_detections;
+  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
+
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < size && total < max_detections; begin += kChunk) {
+    const int64_t place = begin + thread;
+    bool alive = place < size && !removed[place];
+    Box<T> box{};
+    int64_t index = 0, label = 0;
+    if (alive) {
+      box = sorted[place];
+      index = order[place];
+      label = labels.at(image * size + index, 0);
+    }
+    const T box_area = area(box);
+    for (int64_t k = 0; alive && k < total; ++k) {
+      const Box<T> kept = kept_boxes[k];
+      alive = kept_labels[k] != label || !suppresses(kept, box, area(kept), box_area, threshold);
+    }
+    boxes[thread] = box;
+    areas[thread] = box_area;
+    classes[thread] = label;
+    const uint32_t word = __ballot_sync(kFullWarp, alive);
+    if (lane == 0) {
+      alive_words[warp] = word;
+    }
+    __syncthreads();
+    uint32_t suppressors[kWords];
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      suppressors[w] = 0;
+      uint32_t others = alive && w <= warp ? alive_words[w] : 0;
+      if (w == warp) {
+        others &= (1u << lane) - 1;
+      }
+      for (; others != 0; others &= others - 1) {
+        const int bit = __ffs(static_cast<int>(others)) - 1, other = w * kWarpSize + bit;
+        if (classes[other] == label &&
+            suppresses(boxes[other], box, areas[other], box_area, threshold)) {
+          suppressors[w] |= 1u << bit;
+        }
+      }
+    }
+    const bool keep = settle_chunk(alive, suppressors);
+    const Count count = count_flags(keep);
+    const int64_t at = total + count.before;
+    if (keep && at < max_detections) {
+      indices[at] = index;
+      kept_boxes[at] = box;
+      kept_labels[at] = label;
+    }
+    total = total + count.total < max_detections ? total + count.total : max_detections;
+    __syncthreads();  // kept boxes are written, those of the chunk have been read
+  }
+  for (int64_t i = total + thread; i < max_detections; i += kChunk) {
+    indices[i] = -1;
+  }
+  if (thread == 0) {
+    num_kept[image] = total;
+  }
+}
+
 // ---- host ---------------------------------------------------------------------------------------
 
 template <typename T>
@@ -297,8 +397,8 @@ Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional
       using score_t = tag_t<decltype(score_tag)>;
       launch(&gather_boxes_kernel<scalar_t, score_t>, chunks, kChunk, 0, scope.stream(),
              static_cast<const scalar_t*>(boxes.const_data_ptr()),
-             static_cast<const score_t*>(scores.const_data_ptr()), order, ranks, size, sorted,
-             data_of<uint8_t>(removed));
+             static_cast<const score_t*>(scores.const_data_ptr()), order, ranks, Integers{},
+             int64_t{1}, size, sorted, data_of<uint8_t>(removed));
     });
     const SortedBoxes<T> sorted_boxes{sorted, classes, size};
     const T threshold = round_down<T>(iou_threshold);
@@ -333,8 +433,66 @@ Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional
   return indices;
 }
 
+std::tuple<Tensor, Tensor> multiclass_nms_cuda(const Tensor& boxes_, const Tensor& scores_,
+                                               const std::optional<Tensor>& labels_,
+                                               const std::optional<Tensor>& counts_,
+                                               double iou_threshold, int64_t max_detections) {
+  check_multiclass_nms(boxes_, scores_, labels_, counts_, max_detections);
+  const LaunchScope scope(boxes_);
+  const Tensor boxes = torch::stable::contiguous(boxes_);
+  const Tensor scores = torch::stable::contiguous(scores_);
+  const int64_t images = boxes.size(0), size = boxes.size(1), total = images * size;
+  const auto new_empty = [&](int64_t n, ScalarType dtype) {
+    return torch::stable::new_empty(boxes, {n}, dtype);
+  };
+  Tensor indices = torch::stable::new_empty(boxes, {images, max_detections}, ScalarType::Long);
+  Tensor num_kept = new_empty(images, ScalarType::Long);
+  if (images == 0) {
+    return {indices, num_kept};
+  }
+  std::optional<Tensor> labels_tensor, counts_tensor;
+  const auto integers_of = [](const std::optional<Tensor>& tensor, std::optional<Tensor>& holder) {
+    if (!tensor.has_value()) {
+      return Integers{};
+    }
+    holder = torch::stable::contiguous(*tensor);
+    return Integers{holder->const_data_ptr(), holder->scalar_type() == ScalarType::Long};
+  };
+  const Integers labels = integers_of(labels_, labels_tensor);
+  const Integers counts = integers_of(counts_, counts_tensor);
+
+  const Tensor order_tensor = std::get<1>(stable_sort_descending(scores));
+  const auto* order = static_cast<const int64_t*>(order_tensor.const_data_ptr());
+  Tensor removed = new_empty(total, ScalarType::Byte);
+  Tensor kept_labels = new_empty(images * max_detections, ScalarType::Long);
+  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    Tensor sorted_tensor = new_empty(4 * total, compute_dtype(boxes.scalar_type()));
+    Tensor kept_tensor = new_empty(4 * images * max_detections, compute_dtype(boxes.scalar_type()));
+    auto* sorted = static_cast<Box<T>*>(sorted_tensor.mutable_data_ptr());
+    if (total > 0) {
+      dispatch_floating(scores.scalar_type(), [&](auto score_tag) {
+        using score_t = tag_t<decltype(score_tag)>;
+        launch(&gather_boxes_kernel<scalar_t, score_t>, ceil_div(total, kChunk), kChunk, 0,
+               scope.stream(), static_cast<const scalar_t*>(boxes.const_data_ptr()),
+               static_cast<const score_t*>(scores.const_data_ptr()), order, nullptr, counts, images,
+               size, sorted, data_of<uint8_t>(removed));
+      });
+    }
+    launch(&multiclass_nms_kernel<T>, images, kChunk, 0, scope.stream(), sorted,
+           data_of<uint8_t>(removed), order, labels, size, round_down<T>(iou_threshold),
+           max_detections, static_cast<Box<T>*>(kept_tensor.mutable_data_ptr()),
+           data_of<int64_t>(kept_labels), data_of<int64_t>(indices), data_of<int64_t>(num_kept));
+  });
+  return {indices, num_kept};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) { m.impl("nms", TORCH_BOX(&nms_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
+  m.impl("nms", TORCH_BOX(&nms_cuda));
+  m.impl("multiclass_nms", TORCH_BOX(&multiclass_nms_cuda));
+}
 
 }  // namespace focalops
