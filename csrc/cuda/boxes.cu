@@ -74,7 +74,11 @@ __global__ void __launch_bounds__(kThreads) box_iou_kernel(Rows<Box<T>, T> boxes
     }
     T* out = output + (image * matrix.num_rows + row) * matrix.num_columns;
     if constexpr (Vectorised) {
-      store_vector(out, first_column + lane * N, matrix.num_columns, true, values);
+      const int64_t column = first_column + lane * N;
+      if (column < matrix.num_columns) {
+        // In this form nvcc stores one word; the copy of a Vector it splits.
+        reinterpret_cast<uint4*>(out)[column / N] = *reinterpret_cast<const uint4*>(values.data);
+      }
     } else {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
