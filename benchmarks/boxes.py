@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torchvision
 from torch import Tensor
 
-from benchmarks.harness import OURS, Case
+from benchmarks.harness import OURS, Case, Contestant
 from benchmarks.scenes import random_anchors, random_boxes
 from focalops import box_iou, decode_boxes, encode_boxes, reference
 
@@ -37,15 +38,12 @@ def coding_cases(device: torch.device, quick: bool) -> Iterator[Case]:
         ("encode_boxes", encode_boxes, reference.encode_boxes, boxes),
         ("decode_boxes", decode_boxes, reference.decode_boxes, deltas),
     ):
-        contestants = {
-            OURS: lambda ours=ours, argument=argument: ours(argument, anchors),
-            "reference": lambda theirs=theirs, argument=argument: theirs(argument, anchors),
+        contestants: dict[str, Contestant] = {
+            OURS: partial(ours, argument, anchors),
+            "reference": partial(theirs, argument, anchors),
         }
         if not quick:
-            compiled = torch.compile(theirs)
-            contestants["reference, compiled"] = lambda compiled=compiled, argument=argument: (
-                compiled(argument, anchors)
-            )
+            contestants["reference, compiled"] = partial(torch.compile(theirs), argument, anchors)
         least = 2 * deltas.numel() * 4 + anchors.numel() * 4
         yield Case(name, size, least, contestants, close)
 

@@ -140,7 +140,7 @@ def _focal_loss(
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(dtype)
     elif normalizer is not None:
-        normalizer, min_normalizer = None, max(normalizer, min_normalizer)
+        min_normalizer, normalizer = max(normalizer, min_normalizer), None
     compute_grad = inputs.requires_grad and torch.is_grad_enabled()
     loss, _ = call(ops.sigmoid_focal_loss_sum, *arguments, normalizer, min_normalizer, compute_grad)
     return loss
@@ -296,7 +296,7 @@ def _backward_elementwise(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor 
     if grad_output is not None:
         inputs, targets = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grad = _differentiable_backward(grad_output, inputs, targets, *ctx.arguments)
+            grad = _differentiable_backward(grad_output, inputs, targets, ctx.arguments)
         else:
             arguments = (grad_output, inputs, targets, *ctx.arguments)
             grad = call(ops._sigmoid_focal_loss_backward, *arguments)
@@ -319,12 +319,11 @@ def _backward_sum(
     inputs, targets, normalizer, grad = ctx.saved_tensors
     has_grad = grad.numel() == inputs.numel()
     if torch.is_grad_enabled() or not has_grad or inputs.dtype == torch.float16:
-        least = grad_loss.new_tensor(ctx.min_normalizer)
-        factor = grad_loss / (least if normalizer is None else torch.maximum(normalizer, least))
+        factor = grad_loss / _divisor(normalizer, ctx.min_normalizer)
     else:
         factor = grad_loss  # the saved gradient has been divided by the normalizer
     if torch.is_grad_enabled() or not has_grad:
-        return _differentiable_backward(factor, inputs, targets, *ctx.arguments, "sum"), *nothing
+        return _differentiable_backward(factor, inputs, targets, ctx.arguments, "sum"), *nothing
     if _may_overwrite(grad, factor):
         call(ops._scale_, grad, factor)
         return grad, *nothing
@@ -341,17 +340,19 @@ def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
     return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _divisor(normalizer: Tensor | None, min_normalizer: float) -> Tensor | float:
+    return min_normalizer if normalizer is None else normalizer.clamp(min=min_normalizer)
+
+
 def _differentiable_backward(
     grad_output: Tensor,
     inputs: Tensor,
     targets: Tensor,
-    alpha: float,
-    gamma: float,
-    beta: float | None,
-    ignore_index: int,
+    arguments: tuple[Any, ...],  # alpha, gamma, beta, ignore_index
     reduction: str = "none",
 ) -> Tensor:
     """The gradient through formulas that autograd can differentiate again."""
+    alpha, gamma, beta, ignore_index = arguments
     with torch.enable_grad():
         x = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
         loss = _reference(x, targets, alpha, gamma, beta, reduction, ignore_index=ignore_index)
@@ -409,13 +410,15 @@ def _(
     x, targets = _batched(info, inputs, in_dims[0]), _batched(info, targets, in_dims[1])
     x32 = x.to(compute_dtype(x.dtype))
     options = (alpha, gamma, beta, ignore_index)
-    divisor = x32.new_tensor(min_normalizer)
     if normalizer is not None:
-        divisor = torch.maximum(_batched(info, normalizer, in_dims[6]), divisor)
+        normalizer = _batched(info, normalizer, in_dims[6])
+    divisor = _divisor(normalizer, min_normalizer)
     loss = ops.sigmoid_focal_loss(x32, targets, *options).flatten(1).sum(1) / divisor
     if not compute_grad:
         return (loss, x.new_empty((info.batch_size, 0))), (0, 0)
     grad = ops._sigmoid_focal_loss_backward(torch.ones_like(x32), x32, targets, *options)
     if x.dtype != torch.float16:
-        grad = grad / divisor.reshape(-1, *[1] * (grad.dim() - 1))
+        if isinstance(divisor, Tensor):
+            divisor = divisor.reshape(-1, *[1] * (grad.dim() - 1))
+        grad = grad / divisor
     return (loss, grad.to(x.dtype)), (0, 0)
