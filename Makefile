@@ -21,13 +21,21 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.c
 NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 
-.PHONY: demo test bench report build lint format clean FORCE
+.PHONY: demo test test-sanitize bench report build lint format clean FORCE
 
 demo: $(BUILT)
 	$(PY) -m models demo
 
 test: $(BUILT)
 	$(PY) -m pytest $(ARGS)
+
+# The CUDA kernels, emulated on the CPU (CONTRIBUTING.md), under the address and undefined-behaviour
+# sanitizers, which Python does not know and so has to preload.
+test-sanitize: $(BUILT)
+	$(PY) tests/cuda_emulation/build.py sanitized
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 FOCALOPS_EMULATION=sanitized \
+	$(PY) -m pytest -k cuda-emulated $(ARGS)
 
 bench: $(BUILT)
 	$(PY) -m benchmarks $(ARGS)

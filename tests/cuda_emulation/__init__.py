@@ -29,12 +29,13 @@ def emulated_cuda() -> Iterator[None]:
     """Inside, the ops of focalops take CPU tensors to their CUDA kernels; all else stays."""
     _library()
     with torch.library._scoped_library("focalops", "IMPL", "CPU") as kernels, _poisoned_outputs():
-        for name in _ops():
+        for name in ops():
             kernels.impl(name, _in_every_order(name), allow_override=True)
         yield
 
 
-def _ops() -> list[str]:
+def ops() -> list[str]:
+    """The ops that have a CUDA kernel."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     names = [
         n for n in torch._C._dispatch_get_all_op_names() if n.startswith("focalops_emulated::")
@@ -103,7 +104,6 @@ def interleave(*calls: Callable[[], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    library.focalops_emulation_expect_streams(0)
     for result in results:
         if isinstance(result, Exception):
             raise result

@@ -1,5 +1,6 @@
 """Compiles csrc/cuda/*.cu with the host compiler, into build/emulation/<variant>/."""
 
+import functools
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+TORCH = Path(torch.__file__).parent
 
 # watched: memory.cpp sees each access, through the calls that the compiler inserts for
 # ThreadSanitizer.
@@ -23,19 +25,29 @@ VARIANTS = {
     "sanitized": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
 }
 
-RUNTIME = ["emulation.cpp", "memory.cpp", "torch_stubs.cpp"]
+COMPILE = [
+    *shlex.split(os.environ.get("CXX", "g++")),
+    *["-x", "c++", "-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"],
+    *["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"],
+    *["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"],
+    *[f"-I{HERE / 'include'}", "-isystem", str(TORCH / "include")],
+]
+
+RUNTIME = ["emulation.cpp", "memory.cpp"]
 
 
+@functools.cache
 def library(variant: str) -> Path:
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     return _build(
         variant,
         "libfocalops_emulated.so",
-        [ROOT / "csrc" / "library.cpp", *kernels],
-        ["-shared", "-Wl,-Bsymbolic,-z,defs"],
+        [ROOT / "csrc" / "library.cpp", *kernels, HERE / "torch_stubs.cpp"],
+        ["-shared", "-Wl,-Bsymbolic,-z,defs", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"],
     )
 
 
+@functools.cache
 def executable(variant: str, source: str) -> Path:
     return _build(variant, Path(source).stem, [HERE / source], [])
 
@@ -43,13 +55,6 @@ def executable(variant: str, source: str) -> Path:
 def _build(variant: str, name: str, sources: list[Path], link_flags: list[str]) -> Path:
     directory = ROOT / "build" / "emulation" / variant
     directory.mkdir(parents=True, exist_ok=True)
-    torch_directory = Path(torch.__file__).parent
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    flags = ["-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
-    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE"]
-    flags += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    flags += [f"-I{HERE / 'include'}", "-isystem", str(torch_directory / "include")]
-
     lines = ["rule run", "  command = $cmd", "  description = $out"]
 
     def edge(output: Path, inputs: list[Path], command: list[str], depfile: str = "") -> None:
@@ -65,14 +70,12 @@ def _build(variant: str, name: str, sources: list[Path], link_flags: list[str]) 
         of_source = ["-O2"] if source.name in RUNTIME else ["-O1", *VARIANTS[variant]]
         if source.name in RUNTIME and variant == "sanitized":
             of_source += ["-DSANITIZED"]
-        command = [*compiler, "-x", "c++", *flags, *of_source, "-MMD", "-MF", f"{output}.d"]
+        command = [*COMPILE, *of_source, "-MMD", "-MF", f"{output}.d"]
         edge(output, [source], [*command, "-c", str(source), "-o", str(output)], f"{output}.d")
         objects.append(output)
 
     output = directory / name
-    link = [*compiler, *link_flags, "-o", str(output), *map(str, objects)]
-    link += [f"-L{torch_directory / 'lib'}", f"-Wl,-rpath,{torch_directory / 'lib'}"]
-    link += ["-ltorch_cpu", "-lc10", "-ldl", "-pthread"]
+    link = [COMPILE[0], "-o", str(output), *map(str, objects), *link_flags, "-ldl", "-pthread"]
     if variant == "sanitized":
         link += VARIANTS[variant]
     edge(output, objects, link)

@@ -131,6 +131,7 @@ void resume(Fiber& fiber) {
   m.current = &fiber;
   now.thread = fiber.index;
   running = fiber.self;
+  running.accesses = 0;
   if (_setjmp(m.scheduler) == 0) {
     __sanitizer_start_switch_fiber(&m.scheduler_fake_stack, stack, kStackBytes);
     if (fiber.started) {
@@ -147,7 +148,7 @@ void resume(Fiber& fiber) {
   }
   __sanitizer_finish_switch_fiber(m.scheduler_fake_stack, nullptr, nullptr);
   fiber.self = running;
-  running.is_kernel = false;
+  running.is_kernel = running.is_watched = false;
 }
 
 // From a thread back to the scheduler.
@@ -172,7 +173,7 @@ void advance(Fiber& fiber, Clock clock) {
 }
 
 bool same_place(const Place& a, const Place& b) {
-  return a.line == b.line && std::string(a.file) == b.file && std::string(a.what) == b.what;
+  return a.line == b.line && strcmp(a.file, b.file) == 0 && strcmp(a.what, b.what) == 0;
 }
 
 // Releases the threads at a block barrier once all are there.
@@ -250,22 +251,39 @@ std::string deadlock() {
   return out.str();
 }
 
+std::string triple(uint64_t i, const dim3& size) {
+  std::ostringstream out;
+  out << "(" << i % size.x << ", " << i / size.x % size.y << ", " << i / size.x / size.y << ")";
+  return out.str();
+}
+
+std::string block_name(uint64_t block) { return "block " + triple(block, now.grid_dim); }
+
 std::string report(const std::string& what) {
-  const std::string where = running.is_kernel ? thread_name(running.thread, running.block)
-                                              : "block " + std::to_string(running.block);
+  const std::string where =
+      running.is_kernel ? thread_name(running.thread, running.block) : block_name(running.block);
   return "CUDA emulation: " + what + "\n  " + where + "\n  in " + source_of(machine().kernel, true);
 }
 
 #ifdef SANITIZED
-// The sanitizers end the process; they know the line, and this says which thread it was.
-const int say_thread_at_death = [] {
-  __sanitizer_set_death_callback([] {
-    if (running.is_kernel) {
-      std::fprintf(stderr, "%s\n", report("stopped by a sanitizer").c_str());
-    }
-  });
-  return 0;
-}();
+// The sanitizers end the process. They know the line, and this says which thread it was. Each
+// library has its own callback.
+const int say_thread_at_death = dl_iterate_phdr(
+    [](dl_phdr_info* info, size_t, void*) {
+      void* const library = strstr(info->dlpi_name, "san.so")
+                                ? dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_LAZY)
+                                : nullptr;
+      if (library != nullptr) {
+        using SetCallback = decltype(&__sanitizer_set_death_callback);
+        reinterpret_cast<SetCallback>(dlsym(library, "__sanitizer_set_death_callback"))([] {
+          if (running.is_kernel) {
+            std::fprintf(stderr, "%s\n", report("stopped by a sanitizer").c_str());
+          }
+        });
+      }
+      return 0;
+    },
+    nullptr);
 #endif
 
 void poison_shared() {
@@ -289,7 +307,10 @@ void run_block() {
     fiber.state = Fiber::kReady;
     const unsigned x = now.block_dim.x, y = now.block_dim.y;
     fiber.index = {i % x, i / x % y, i / x / y};
-    fiber.self = Running{true, static_cast<uint32_t>(i), running.block, {}, 0, false};
+    fiber.self = {};
+    fiber.self.is_kernel = fiber.self.is_watched = true;
+    fiber.self.thread = static_cast<uint32_t>(i);
+    fiber.self.block = running.block;
   }
   std::vector<int> order(m.threads);
   std::iota(order.begin(), order.end(), 0);
@@ -396,12 +417,7 @@ Region dynamic_shared_rest() {
 }
 
 std::string thread_name(uint32_t thread, uint64_t block) {
-  const auto triple = [](uint64_t i, const dim3& size) {
-    std::ostringstream out;
-    out << "(" << i % size.x << ", " << i / size.x % size.y << ", " << i / size.x / size.y << ")";
-    return out.str();
-  };
-  return "thread " + triple(thread, now.block_dim) + " of block " + triple(block, now.grid_dim);
+  return "thread " + triple(thread, now.block_dim) + " of " + block_name(block);
 }
 
 std::string source_of(const void* code, bool name) {
@@ -424,24 +440,30 @@ std::string source_of(const void* code, bool name) {
     }
     pclose(pipe);
   }
-  return name ? lines[0] : lines[1];
+  return name ? lines[0] : lines[1].substr(0, lines[1].find(' '));
 }
 
-void fail_at(const std::string& what, const void* code) {
-  fail((what + (code ? ", at " + source_of(code, false) : "")).c_str());
-}
-
-void fail(const char* what) {
-  Machine& m = machine();
-  m.failure = report(what);
+void fail(const std::string& what) {
+  const Unwatched unwatched;
+  machine().failure = report(what);
   wait();
   std::abort();  // a thread that failed is never resumed
+}
+
+void fail_at_code(const std::string& what, const void* code) {
+  fail(what + ", at " + source_of(code, false));
+}
+
+void fail_at_place(const std::string& what, const Place& place) {
+  fail(std::string(place.what) + " " + what + ", at " + place.file + ":" +
+       std::to_string(place.line));
 }
 
 unsigned lane() { return running.thread % kWarp; }
 void fence() { running.fenced = true; }
 
 int count_at_block_barrier(bool predicate, const Place& place) {
+  const Unwatched unwatched;
   Fiber& fiber = *machine().current;
   fiber.state = Fiber::kAtBlockBarrier;
   fiber.place = place;
@@ -455,6 +477,7 @@ int count_at_block_barrier(bool predicate, const Place& place) {
 }
 
 Lanes meet_in_warp(unsigned mask, uint64_t value, const Place& place, bool orders_memory) {
+  const Unwatched unwatched;
   Fiber& fiber = *machine().current;
   fiber.state = Fiber::kInWarp;
   fiber.place = place;
@@ -464,18 +487,17 @@ Lanes meet_in_warp(unsigned mask, uint64_t value, const Place& place, bool order
   fiber.self = running;
   std::ostringstream text;
   if (!(mask >> lane() & 1u)) {
-    text << "wrong mask 0x" << std::hex << mask << " at " << place.what << ": lane " << std::dec
-         << lane() << ", which calls it, is not in it";
-    fail(text.str().c_str());
+    text << "is called by lane " << lane() << ", which is not in the mask 0x" << std::hex << mask;
+    fail_at_place(text.str(), place);
   }
   const int begin = warp_begin(fiber);
   for (int i = begin; i < std::min(begin + kWarp, machine().threads); ++i) {
     const Fiber& other = machine().fibers[i];
     if (other.state == Fiber::kInWarp && same_place(other.place, place) && other.mask != mask &&
         (mask >> (i - begin) & 1u || other.mask >> lane() & 1u)) {
-      text << "wrong mask at " << place.what << ": lane " << lane() << " brings 0x" << std::hex
-           << mask << ", lane " << std::dec << i - begin << " 0x" << std::hex << other.mask;
-      fail(text.str().c_str());
+      text << "gets different masks: 0x" << std::hex << mask << " from lane " << std::dec << lane()
+           << ", 0x" << std::hex << other.mask << " from lane " << std::dec << i - begin;
+      fail_at_place(text.str(), place);
     }
   }
   if (!release_warp(fiber)) {
@@ -590,5 +612,8 @@ EXPORT void focalops_emulation_end_stream(int stream) {
   using emulation::streams;
   std::unique_lock<std::mutex> lock(streams.mutex);
   streams.live[stream] = false;
+  if (std::find(streams.live.begin(), streams.live.end(), true) == streams.live.end()) {
+    streams.live.clear();
+  }
   streams.pass_on();
 }

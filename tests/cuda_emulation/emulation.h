@@ -19,14 +19,24 @@ struct Clock {
 };
 
 struct Running {
-  bool is_kernel = false;  // false in host code, whose accesses are not watched
-  uint32_t thread = 0;     // in the block
-  uint64_t block = 0;      // in the grid
+  bool is_kernel = false;
+  bool is_watched = false;  // kernel code, neither the host's nor the emulation's own
+  uint32_t thread = 0;      // in the block
+  uint64_t block = 0;       // in the grid
   Clock clock;
-  uint32_t segment = 0;  // of memory.cpp: this thread from one barrier to the next
-  bool fenced = false;   // a __threadfence since its last plain write
+  uint32_t segment = 0;   // of memory.cpp: this thread from one barrier to the next
+  bool fenced = false;    // a __threadfence since its last plain write
+  uint32_t accesses = 0;  // since its last switch
 };
 extern Running running;
+
+// The emulation itself is not instrumented, but may share a template's code with a kernel file that
+// is.
+class Unwatched {
+ public:
+  Unwatched() { running.is_watched = false; }
+  ~Unwatched() { running.is_watched = running.is_kernel; }
+};
 
 struct Region {
   uintptr_t begin = 0;
@@ -44,7 +54,7 @@ void begin_block(int launch);
 void end_launch(int launch);
 
 std::string thread_name(uint32_t thread, uint64_t block);
-[[noreturn]] void fail_at(const std::string& what, const void* code);
+[[noreturn]] void fail_at_code(const std::string& what, const void* code);
 std::string source_of(const void* code, bool name);  // file and line, or the function's name
 
 }  // namespace emulation

@@ -60,7 +60,7 @@ struct Byte {
 };
 
 constexpr uintptr_t kPage = 1024;
-constexpr uint64_t kMostAccesses = uint64_t{1} << 28;
+constexpr uint32_t kMostAccesses = 1u << 23;  // of a thread from one switch to the next
 
 struct {
   std::vector<Segment> segments{1};
@@ -68,8 +68,7 @@ struct {
   int launch = 0;
   int launches_running = 0;
   uint64_t time = 0;
-  uint64_t accesses = 0;  // of one block
-  Seen seen;              // by the block that runs
+  Seen seen;  // by the block that runs
   std::unordered_map<uintptr_t, std::unique_ptr<Byte[]>> pages;
   std::pair<uintptr_t, Byte*> recent[64] = {};
 
@@ -134,21 +133,22 @@ bool happened_before(uint32_t earlier_segment) {
   } else {
     text << thread_name(earlier.thread, earlier.block) << " ";
   }
-  text << did << ", with no barrier between";
-  fail_at(text.str(), code);
+  text << did << ", and nothing orders the two";
+  fail_at_code(text.str(), code);
 }
 
 void access(uintptr_t address, size_t size, Kind kind, const void* code) {
-  if (!running.is_kernel || stacks().contains(address) ||
+  if (!running.is_watched || stacks().contains(address) ||
       address - reinterpret_cast<uintptr_t>(&now) < sizeof now) {
     return;
   }
-  if (++memory.accesses > kMostAccesses) {
-    fail_at("the block does not end: it waits for what only another block or thread can do", code);
+  const Unwatched unwatched;
+  if (++running.accesses > kMostAccesses) {
+    fail_at_code("the thread does not end: it waits for what only another one can do", code);
   }
   const bool shared = shared_variables().contains(address);
   if (shared && dynamic_shared_rest().contains(address + size - 1)) {
-    fail_at("access beyond the dynamic shared memory that the launch asked for", code);
+    fail_at_code("access beyond the dynamic shared memory that the launch asked for", code);
   }
   if (running.segment == 0) {
     running.segment = static_cast<uint32_t>(memory.segments.size());
@@ -160,7 +160,7 @@ void access(uintptr_t address, size_t size, Kind kind, const void* code) {
   for (const uintptr_t end = address + size; address < end; ++address) {
     Byte& byte = memory.page(address / kPage)[address % kPage];
     if (shared && kind != kWrite && byte.write == 0 && byte.atomic == 0) {
-      fail_at("read of shared memory that the block has not written", code);
+      fail_at_code("read of shared memory that nobody in the block has written yet", code);
     }
     if (!happened_before(byte.write)) {
       fail_race(address, shared, kind, byte.write, "writes", code);
@@ -188,10 +188,11 @@ void access(uintptr_t address, size_t size, Kind kind, const void* code) {
 }
 
 void aligned_access(uintptr_t address, size_t size, Kind kind, const void* code) {
-  if (address % size != 0 && running.is_kernel) {
+  if (address % size != 0 && running.is_watched) {
+    const Unwatched unwatched;
     std::ostringstream text;
     text << "misaligned access to " << size << " bytes at 0x" << std::hex << address;
-    fail_at(text.str(), code);
+    fail_at_code(text.str(), code);
   }
   access(address, size, kind, code);
 }
@@ -199,9 +200,10 @@ void aligned_access(uintptr_t address, size_t size, Kind kind, const void* code)
 void atomic_access(const volatile void* pointer, size_t size, const void* code) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   aligned_access(address, size, kAtomic, code);
-  if (!running.is_kernel || shared_variables().contains(address)) {
+  if (!running.is_watched || shared_variables().contains(address)) {
     return;
   }
+  const Unwatched unwatched;
   Seen& published = memory.launches[memory.launch].published[address];
   memory.seen.merge(published);
   if (running.fenced) {
@@ -226,7 +228,6 @@ int begin_launch(int stream) {
 
 void begin_block(int launch) {
   memory.launch = launch;
-  memory.accesses = 0;
   memory.seen = {};
   memory.forget(shared_variables().begin, shared_variables().begin + shared_variables().size);
 }

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -93,8 +94,8 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function
 cudaError_t allow_dynamic_shared(Kernel kernel, int bytes);
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute);
 
-[[noreturn]] void fail(
-    const char* what);  // reports it with kernel, block and thread, as an exception of launch()
+// Reports it with kernel, block and thread, as an exception of launch().
+[[noreturn]] void fail(const std::string& what);
 
 // A barrier is told apart from others by its place in the source.
 struct Place {
@@ -102,6 +103,7 @@ struct Place {
   const char* file;
   int line;
 };
+[[noreturn]] void fail_at_place(const std::string& what, const Place& place);
 int count_at_block_barrier(bool predicate,
                            const Place& place);  // the number of threads with a true predicate
 
@@ -224,7 +226,7 @@ T shuffle(unsigned mask, T value, unsigned source, const Place& place) {
                 "CUDA shuffles 4 or 8 bytes");
   const Lanes lanes = meet_in_warp(mask, bits_as<uint64_t>(value), place);
   if (!(lanes.present >> source & 1u)) {
-    fail("a shuffle reads a lane that takes no part in it");
+    fail_at_place("reads a lane that takes no part in it", place);
   }
   return bits_as<T>(lanes.value[source]);
 }
