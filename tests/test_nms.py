@@ -17,7 +17,7 @@ SIZES = (0, 1, 2, 65, 511, 512, 513, 1100)
 @pytest.fixture
 def many(backend: str) -> int:
     """As many boxes as the device takes in a second."""
-    return {"cpu": 40_000, "cuda-emulated": 1200, "cuda": 200_000}[backend]
+    return {"cpu": 40_000, "cuda-emulated": 600, "cuda": 200_000}[backend]
 
 
 def random_boxes(n: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,12 +93,12 @@ def test_chains_in_which_every_other_box_is_kept(device):
 
 
 def test_degenerate_boxes(device):
-    boxes = random_boxes(600, device)
+    boxes = random_boxes(100, device)
     boxes[::3, 2:] = boxes[::3, :2]  # points
     boxes[1::3, 0], boxes[1::3, 2] = boxes[1::3, 2].clone(), boxes[1::3, 0].clone()  # inside out
     boxes[::50] = torch.inf
     boxes[1::50, 2:] = torch.inf
-    scores = torch.rand(600, device=device)
+    scores = torch.rand(100, device=device)
     for iou_threshold in (-0.5, 0.0, 0.5, 1.0, 1e300, torch.inf, torch.nan):
         keep = nms(boxes, scores, iou_threshold)
         assert torch.equal(keep, reference.nms(boxes, scores, iou_threshold))
@@ -310,8 +310,11 @@ def padded_batch(images: int, n: int, device: str, dtype: torch.dtype = torch.fl
     return boxes, scores, labels, counts
 
 
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
-@pytest.mark.parametrize("max_detections", [0, 5, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "max_detections"),
+    [*((dtype, 40) for dtype in FLOATING), (torch.float32, 0), (torch.float32, 1000)],
+    ids=str,
+)
 def test_multiclass_nms_equals_the_reference(dtype, max_detections, device):
     boxes, scores, labels, counts = padded_batch(4, 600, device, dtype)
     for these_labels, these_counts in (

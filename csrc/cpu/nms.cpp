@@ -22,6 +22,7 @@ namespace {
 constexpr int kLanes = 64;
 constexpr int64_t kSmallestTile = 256;
 constexpr int64_t kPairsWorthAThread = 1 << 21;  // half a millisecond: waking threads can take that
+constexpr int64_t kBoxesWorthAThread = 1 << 16;  // to be copied
 constexpr int64_t kLargeClass = 2048;
 
 // ---- order --------------------------------------------------------------------------------------
@@ -230,9 +231,12 @@ void suppress_classes(const Box<T>* boxes, const std::vector<int64_t>& begins, T
     suppress_class(boxes + begins[c], begins[c + 1] - begins[c], threshold, keep + begins[c]);
   };
   const auto is_large = [&](int64_t c) { return begins[c + 1] - begins[c] >= kLargeClass; };
+  int64_t pairs = 0;  // at most, in small classes
   for (int64_t c = 0; c < num_classes; ++c) {
     if (is_large(c)) {
       suppress(c);
+    } else {
+      pairs += (begins[c + 1] - begins[c]) * (begins[c + 1] - begins[c]) / 2;
     }
   }
   std::atomic<int64_t> next{0};
@@ -243,7 +247,7 @@ void suppress_classes(const Box<T>* boxes, const std::vector<int64_t>& begins, T
       }
     }
   };
-  const int64_t threads = begins.back() < kLargeClass ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = pairs < 2 * kPairsWorthAThread ? 1 : torch::stable::get_num_threads();
   torch::stable::parallel_for(0, threads, 1, take_small_classes);
 }
 
@@ -277,7 +281,7 @@ Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<
     using T = compute_t<scalar_t>;
     const auto* data = static_cast<const scalar_t*>(boxes.const_data_ptr());
     std::vector<Box<T>> sorted(size);
-    torch::stable::parallel_for(0, size, kLargeClass, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, size, kBoxesWorthAThread, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         sorted[i] = load_box(data, order[place(i)].index);
       }

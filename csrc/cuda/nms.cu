@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kChunk)
 // 100 detections an image seldom reads more than two chunks. All comparisons read shared memory or
 // the first-level cache.
 template <typename T>
-__global__ void __launch_bounds__(kChunk)
+__global__ void __launch_bounds__(kChunk, 1)  // fewer registers for more blocks would spill
     multiclass_nms_kernel(const Box<T>* all_sorted, const uint8_t* all_removed,
                           const int64_t* all_order, Integers labels, int64_t size, T threshold,
                           int64_t max_detections, Box<T>* all_kept_boxes, int64_t* all_kept_labels,
