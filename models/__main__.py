@@ -76,9 +76,8 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument("--seed", type=int)
     recipe.add_argument("--min-size", type=int, help="shorter side that images are resized to")
     recipe.add_argument("--max-size", type=int, help="limit of the longer side")
-    recipe.add_argument(
-        "--crop", type=int, help="train on random squares of this side, detect in windows of it"
-    )
+    recipe.add_argument("--crop", type=int, help="train on random squares of this side")
+    recipe.add_argument("--window", type=int, help="detect in overlapping windows of this side")
 
     sub = command(run_evaluate, "evaluate", "pycocotools' table for a checkpoint")
     sub.add_argument("checkpoint", type=Path)
@@ -124,8 +123,8 @@ def run_train(options: argparse.Namespace) -> None:
     data = open_data(options.data, options.split)
     if not options.resume:
         model["num_classes"] = len(data.categories)
-        if crop := training.get("crop"):
-            model.setdefault("min_size", crop)  # crops are not resized unless asked to be
+        if "crop" in training:
+            model.setdefault("min_size", None)  # crops keep their size unless told otherwise
         recipe = dataclasses.replace(
             recipe, **training, model=dataclasses.replace(recipe.model, **model)
         )

@@ -184,7 +184,7 @@ class TrainingStream(Dataset):
             transforms += [v2.RandomVerticalFlip(), v2.RandomApply([quarter_turn], p=0.5)]
         if photometric:
             transforms.append(
-                v2.ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2, hue=0.02)
+                v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.5, hue=0.05)
             )
         transforms += [v2.ToDtype(torch.float32, scale=True)]
         self.transform = v2.Compose(transforms)

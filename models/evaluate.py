@@ -28,12 +28,12 @@ def detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8)
     """Boxes, scores and labels, best first, of a uint8 (3, H, W) image of any size."""
     device = next(model.parameters()).device
     image = image.to(device).float() / 255
-    if recipe.crop is None:
+    if recipe.window is None:
         found: Detections = model([image])[0]
         return {name: value[: recipe.max_detections].cpu() for name, value in found.items()}
 
     height, width = image.shape[-2:]
-    cover = list(windows(height, width, recipe.crop, min(recipe.window_overlap, recipe.crop // 2)))
+    cover = list(windows(height, width, recipe.window, recipe.window_overlap))
     parts: list[Detections] = []
     for first in range(0, len(cover), batch_size):
         batch = cover[first : first + batch_size]

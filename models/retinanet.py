@@ -75,8 +75,9 @@ class RetinaNetConfig:
     nms_threshold: float = 0.5
     topk_candidates: int = 1000  # a level, before NMS
     detections_per_image: int = 300
-    # Images: the shorter side is resized to min_size unless the longer one would exceed max_size
-    min_size: int = 800
+    # Images: the shorter side is resized to min_size unless the longer one would exceed max_size;
+    # with None images keep their size
+    min_size: int | None = 800
     max_size: int = 1333
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -108,7 +109,8 @@ class RetinaNet(nn.Module):
     def __init__(self, config: RetinaNetConfig, pretrained_backbone: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.transform = GeneralizedRCNNTransform(
+        transform = GeneralizedRCNNTransform if config.min_size else UnresizedTransform
+        self.transform = transform(
             config.min_size, config.max_size, list(config.image_mean), list(config.image_std)
         )
         self.backbone = Backbone(config, pretrained_backbone)
@@ -236,6 +238,13 @@ class RetinaNet(nn.Module):
                 }
             )
         return detections
+
+
+class UnresizedTransform(GeneralizedRCNNTransform):
+    """Normalises and pads to a batch, nothing else."""
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        return image, target
 
 
 def rows(level: Tensor, columns: int) -> Tensor:

@@ -27,8 +27,7 @@ RECIPE = Recipe(
         head_depth=1,
         anchor_sizes=((16,), (32,), (64,)),
         aspect_ratios=(1.0,),
-        min_size=64,
-        max_size=128,
+        min_size=None,
     ),
     steps=4,
     batch_size=2,
@@ -38,6 +37,8 @@ RECIPE = Recipe(
     schedule="cosine",
     ema_decay=0.9,
     crop=64,
+    window=64,
+    window_overlap=16,
 )
 
 
@@ -213,7 +214,7 @@ def test_windows_find_what_the_whole_image_shows(checkpoint: Path) -> None:
     image = torch.zeros(3, 150, 170, dtype=torch.uint8)
     points = torch.randperm(150 * 170, generator=torch.Generator().manual_seed(0))[:300]
     image.view(3, -1)[:, points] = 255
-    recipe = dataclasses.replace(RECIPE, max_detections=1000, window_overlap=16)
+    recipe = dataclasses.replace(RECIPE, max_detections=1000)
     boxes = evaluation.detect(Bright(), recipe, image)["boxes"]
     found = boxes[:, 1] * 170 + boxes[:, 0]
     assert sorted(found.tolist()) == sorted(points.tolist())
@@ -227,7 +228,8 @@ def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
     saved = load_checkpoint(out / "checkpoint.pt")
     assert saved["step"] == 2
     assert saved["recipe"].model.num_classes == 2
-    assert saved["recipe"].model.min_size == saved["recipe"].crop == 64
+    assert saved["recipe"].crop == 64
+    assert saved["recipe"].model.min_size is None
     assert main([*arguments, "--resume"]) == 0
 
     image = str(coco_folder / "val2017" / "000000000100.png")
