@@ -42,14 +42,14 @@ RECIPE = Recipe(
 )
 
 
-@pytest.fixture
-def coco_folder(tmp_path: Path) -> Path:
-    return make_coco_folder(tmp_path / "coco")
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_coco_folder(tmp_path_factory.mktemp("data") / "coco")
 
 
-@pytest.fixture
-def checkpoint(coco_folder: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "run" / "checkpoint.pt"
+@pytest.fixture(scope="module")
+def checkpoint(coco_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "checkpoint.pt"
     train(RECIPE, CocoDataset(coco_folder, "train"), path, pretrained=False)
     return path
 
@@ -194,7 +194,7 @@ def test_table_is_pycocotools_own(
     assert ours == capsys.readouterr().out
 
 
-def test_windows_find_what_the_whole_image_shows(checkpoint: Path) -> None:
+def test_windows_find_what_the_whole_image_shows() -> None:
     """A model that sees bright pixels as boxes: each object is found once, wherever windows meet."""
 
     class Bright(torch.nn.Module):
@@ -267,7 +267,7 @@ def test_errors_are_one_sentence(
     broken.write_bytes(b"not a checkpoint")
     other = tmp_path / "other.pt"
     torch.save({"model": {}, "recipe": {"model": {}, "momentum": 1}, "categories": {}}, other)
-    folder, run, nowhere = str(coco_folder), str(tmp_path / "run"), str(tmp_path / "nowhere")
+    folder, run, nowhere = str(coco_folder), str(checkpoint.parent), str(tmp_path / "nowhere")
     cases = {
         f"evaluate {nowhere} --data {folder}": "nowhere does not exist",
         f"evaluate {broken} --data {folder}": "broken.pt is not a checkpoint",
