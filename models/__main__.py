@@ -182,7 +182,10 @@ def run_demo(options: argparse.Namespace) -> None:
     print(f"Training RetinaNet ({backbone}) on an aerial photograph with {crowns} tree crowns.")
     model = train(recipe, data, options.out / CHECKPOINT, device=options.device)
 
-    print(f"Evaluating on a photograph of another place ({len(val.coco.anns)} crowns).")
+    print(
+        f"Evaluating on a photograph of another place with {len(val.coco.anns)} crowns: "
+        f"{recipe.max_detections} detections count, where COCO lets 100."
+    )
     image, truth = val[0]
     detections = detect(model, recipe, image)
     results = to_results(val.image_ids[0], detections, list(val.categories))
