@@ -39,8 +39,10 @@ NVCC_FLAGS = [
 # Without contraction an IoU has the same bits on every SIMD width and on the GPU. The losses need
 # no such promise, and vectorise only where errno and the floating-point flags may be ignored.
 CPU_FLAGS = ["-fopenmp-simd", "-ffp-contract=off"]
+LOSS_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS_OF = {
-    "csrc/cpu/focal_loss.cpp": ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"],
+    "csrc/cpu/focal_loss.cpp": LOSS_FLAGS,
+    "csrc/cpu/dense_focal_loss.cpp": LOSS_FLAGS,
 }
 
 CPU = Extension("focalops.libfocalops", ["csrc/library.cpp", *sorted(glob("csrc/cpu/*.cpp"))])

@@ -301,15 +301,97 @@ inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
   }
 }
 
+// (B, C, H, W) in memory as (B, H, W, C).
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) {
+    return false;
+  }
+  int64_t stride = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != stride) {
+      return false;
+    }
+    stride *= tensor.size(d);
+  }
+  return true;
+}
+
+// What the levels of a head have in common.
+struct HeadShape {
+  int64_t images, anchors, classes;  // anchors of a position
+  int64_t rows;                      // of an image, over all levels: one an anchor
+};
+
+inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, const Tensor& labels,
+                                        double gamma, const std::optional<Tensor>& normalizer) {
+  const char* op = "dense_focal_loss";
+  if (cls_logits.empty() || cls_logits.size() > 8) {
+    fail(op, ": cls_logits must be 1 to 8 levels, got ", cls_logits.size());
+  }
+  const Tensor& first = cls_logits[0];
+  check_floating(op, "cls_logits[0]", first);
+  int64_t positions = 0;
+  for (size_t i = 0; i < cls_logits.size(); ++i) {
+    const Tensor& level = cls_logits[i];
+    const std::string name = "cls_logits[" + std::to_string(i) + "]";
+    check_like(op, name.c_str(), level, "cls_logits[0]", first);
+    if (level.dim() != 4 || (i > 0 && !same_shape(level, first, 2))) {
+      fail(op, ": ", name,
+           " must have shape (B, A * K, H, W), B and A * K the same in all levels, got ",
+           shape_of(level));
+    }
+    positions += level.size(2) * level.size(3);
+  }
+  check_same_device(op, "labels", labels, "cls_logits[0]", first);
+  if (!is_index(labels.scalar_type())) {
+    fail(op, ": labels must be int32 or int64, got ", dtype_of(labels));
+  }
+  const int64_t images = first.size(0), channels = first.size(1);
+  const bool has_rows = labels.dim() == 2 && labels.size(0) == images;
+  const int64_t rows = has_rows ? labels.size(1) : 0;
+  const int64_t anchors = positions > 0 ? rows / positions : 0;
+  if (!has_rows || rows != anchors * positions || (positions > 0 && anchors == 0)) {
+    fail(op, ": labels must have shape (", images, ", A * ", positions,
+         "), A anchors at each position of the levels, got ", shape_of(labels));
+  }
+  if (anchors > 0 && channels % anchors != 0) {
+    fail(op, ": cls_logits must have A * K channels, A = ", anchors,
+         " by the shape of labels, got ", channels);
+  }
+  const int64_t classes = anchors > 0 ? channels / anchors : 0;
+  if (classes >= int64_t{1} << 30) {
+    fail(op, ": cls_logits must have fewer than 2^30 classes, got ", classes);
+  }
+  if (!(gamma >= 0)) {
+    fail(op, ": gamma must be >= 0, got ", gamma);
+  }
+  if (normalizer.has_value()) {
+    check_same_device(op, "normalizer", *normalizer, "cls_logits[0]", first);
+    if (normalizer->dim() > 1 || (normalizer->dim() == 1 && normalizer->size(0) != images)) {
+      fail(op, ": normalizer must be a number, a 0-d tensor or a tensor of shape (", images,
+           ",), got a tensor of shape ", shape_of(*normalizer));
+    }
+    if (normalizer->scalar_type() != compute_dtype(first.scalar_type())) {
+      fail(op, ": normalizer must be float32 (float64 for float64 cls_logits), got ",
+           dtype_of(*normalizer));
+    }
+  }
+  return {images, anchors, classes, rows};
+}
+
 inline void check_scale(const Tensor& tensor, const Tensor& scale) {
   const char* op = "_scale_";
   check_floating(op, "tensor", tensor);
   check_same_device(op, "scale", scale, "tensor", tensor);
-  if (!tensor.is_contiguous()) {
-    fail(op, ": tensor must be contiguous");
+  if (!tensor.is_contiguous() && !is_channels_last(tensor)) {
+    fail(op, ": tensor must be contiguous or channels_last");
   }
-  if (scale.numel() != 1 || scale.scalar_type() != compute_dtype(tensor.scalar_type())) {
-    fail(op, ": scale must be one float32 (float64 for float64 tensors), got shape ",
+  const bool is_number = scale.dim() == 0;
+  const bool is_one_each = scale.dim() == 1 && tensor.dim() > 0 && scale.size(0) == tensor.size(0);
+  if (!(is_number || is_one_each) || scale.scalar_type() != compute_dtype(tensor.scalar_type())) {
+    fail(op,
+         ": scale must be one float32 (float64 for float64 tensors), or one for each tensor[i], "
+         "got shape ",
          shape_of(scale), " and ", dtype_of(scale));
   }
 }

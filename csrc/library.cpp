@@ -19,6 +19,14 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "beta, int ignore_index,"
       " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor "
       "grad)");
+  // cls_logits: up to 8 levels (B, A * K, H, W); labels: (B, N); normalizer: 0-d or (B,); grads:
+  // one a level, none unless compute_grad.
+  m.def(
+      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, float alpha, float gamma, int "
+      "ignore_index,"
+      " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor[] "
+      "grads)");
+  // scale: one number, or one for each tensor[i]
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 
   // boxes

@@ -3,7 +3,7 @@
 from focalops._version import __version__
 from focalops.anchors import AnchorGenerator
 from focalops.boxes import box_iou, decode_boxes, encode_boxes
-from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star
+from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss, sigmoid_focal_loss_star
 from focalops.matching import class_index_targets, match_anchors
 from focalops.nms import batched_nms, multiclass_nms, nms
 
@@ -14,6 +14,7 @@ __all__ = [
     "box_iou",
     "class_index_targets",
     "decode_boxes",
+    "dense_focal_loss",
     "encode_boxes",
     "match_anchors",
     "multiclass_nms",

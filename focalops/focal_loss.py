@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,6 +91,78 @@ def sigmoid_focal_loss_star(
     )
 
 
+def dense_focal_loss(
+    cls_logits: Sequence[Tensor],
+    labels: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    *,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""The focal loss of a head's outputs, read where the head left them: no permute, no concatenation.
+
+    Args:
+        cls_logits: 1 to 8 levels ``(B, A * K, H, W)`` of one dtype, contiguous or channels_last, each in its own way; channel
+            ``a * K + k`` is class ``k`` of anchor ``a``. What lies otherwise is copied.
+        labels: ``(B, N)``, int32 or int64, the class indices of :func:`sigmoid_focal_loss`, one an anchor, in the order
+            level, row, column, anchor. N tells A: the number of anchors over the number of positions.
+        alpha: as in :func:`sigmoid_focal_loss`.
+        gamma: as in :func:`sigmoid_focal_loss`.
+        normalizer: a number or 0-d tensor that divides the loss, such as the number of positive anchors; or ``(B,)``, one for
+            each image. Read on the device.
+        min_normalizer: least value of a divisor.
+        ignore_index: label of anchors to leave out.
+
+    Returns:
+        A 0-d tensor, float64 for float64 logits, else float32: the sum over the images of their losses, each divided by its
+        normalizer.
+
+    One launch reads the logits of all levels once and, where they require a gradient, writes it in the same pass and in the
+    same layout. It takes the only extra memory. Two runs give the same bits. Time O(logits).
+
+    >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
+    """
+    cls_logits = list(cls_logits)
+    for name, tensor in (("labels", labels), ("normalizer", normalizer)):
+        _check_is_constant(name, tensor)
+    if cls_logits and runs_reference(cls_logits[0]):
+        return reference.dense_focal_loss(
+            cls_logits,
+            labels,
+            alpha,
+            gamma,
+            normalizer=normalizer,
+            min_normalizer=min_normalizer,
+            ignore_index=ignore_index,
+        )
+    if isinstance(normalizer, Tensor):
+        if cls_logits:
+            normalizer = normalizer.to(compute_dtype(cls_logits[0].dtype))
+    else:
+        min_normalizer = 1 if normalizer is None else max(normalizer, min_normalizer)
+        normalizer = None
+    compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in cls_logits)
+    loss, _ = call(
+        ops.dense_focal_loss,
+        cls_logits,
+        labels,
+        alpha,
+        gamma,
+        ignore_index,
+        normalizer,
+        min_normalizer,
+        compute_grad,
+    )
+    return loss
+
+
+def _check_is_constant(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+
+
 def _focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -108,8 +181,7 @@ def _focal_loss(
             f"normalizer must be None unless reduction is 'sum', got reduction {reduction!r}"
         )
     for name, tensor in (("targets", targets), ("normalizer", normalizer)):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+        _check_is_constant(name, tensor)
     if runs_reference(inputs):
         return _reference(
             inputs,
@@ -277,6 +349,104 @@ def _(
     return loss, _contiguous_like(inputs) if compute_grad else inputs.new_empty(0)
 
 
+@torch.library.register_fake("focalops::dense_focal_loss")
+def _(
+    cls_logits: list[Tensor],
+    labels: Tensor,
+    alpha: float,
+    gamma: float,
+    ignore_index: int,
+    normalizer: Tensor | None,
+    min_normalizer: float,
+    compute_grad: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    _check_dense(cls_logits, labels, gamma, normalizer)
+    dtype = compute_dtype(cls_logits[0].dtype)
+    loss = cls_logits[0].new_empty((), dtype=dtype)
+    if not compute_grad:
+        return loss, []
+    return loss, [
+        torch.empty_like(level) if _is_channels_last(level) else _contiguous_like(level)
+        for level in cls_logits
+    ]
+
+
+def _is_channels_last(level: Tensor) -> bool:
+    return level.is_contiguous(memory_format=torch.channels_last)
+
+
+def _check_dense(
+    cls_logits: list[Tensor], labels: Tensor, gamma: float, normalizer: Tensor | None
+) -> None:
+    op = "dense_focal_loss"
+    check(
+        1 <= len(cls_logits) <= 8,
+        lambda: f"{op}: cls_logits must be 1 to 8 levels, got {len(cls_logits)}",
+    )
+    first = cls_logits[0]
+    check_floating(op, "cls_logits[0]", first)
+    for i, level in enumerate(cls_logits):
+        name, shape, dtype = f"cls_logits[{i}]", tuple(level.shape), level.dtype
+        check_same_device(op, name, level, "cls_logits[0]", first)
+        check(
+            dtype == first.dtype,
+            lambda: f"{op}: {name} must be {first.dtype} like cls_logits[0], got {dtype}",  # noqa: B023
+        )
+        check(
+            level.dim() == 4 and level.shape[:2] == first.shape[:2],
+            lambda: (
+                f"{op}: {name} must have shape (B, A * K, H, W), "  # noqa: B023
+                f"B and A * K the same in all levels, got {shape}"  # noqa: B023
+            ),
+        )
+    check_same_device(op, "labels", labels, "cls_logits[0]", first)
+    check(
+        labels.dtype in (torch.int32, torch.int64),
+        lambda: f"{op}: labels must be int32 or int64, got {labels.dtype}",
+    )
+    images, channels = first.shape[:2]
+    positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
+    has_rows = labels.dim() == 2 and labels.shape[0] == images
+    rows = labels.shape[1] if has_rows else 0
+    anchors = rows // positions if positions > 0 else 0
+    check(
+        has_rows and rows == anchors * positions and (positions == 0 or anchors > 0),
+        lambda: (
+            f"{op}: labels must have shape ({images}, A * {positions}), "
+            f"A anchors at each position of the levels, got {tuple(labels.shape)}"
+        ),
+    )
+    check(
+        anchors == 0 or channels % anchors == 0,
+        lambda: (
+            f"{op}: cls_logits must have A * K channels, A = {anchors} by the shape of labels, "
+            f"got {channels}"
+        ),
+    )
+    check(
+        anchors == 0 or channels // anchors < 2**30,
+        lambda: f"{op}: cls_logits must have fewer than 2^30 classes, got {channels // anchors}",
+    )
+    check(gamma >= 0, lambda: f"{op}: gamma must be >= 0, got {gamma:g}")
+    if normalizer is not None:
+        check_same_device(op, "normalizer", normalizer, "cls_logits[0]", first)
+        given = normalizer.dtype
+        size = tuple(normalizer.shape)
+        check(
+            size in ((), (images,)),
+            lambda: (
+                f"{op}: normalizer must be a number, a 0-d tensor or a tensor of shape "
+                f"({images},), got a tensor of shape {size}"
+            ),
+        )
+        check(
+            given == compute_dtype(first.dtype),
+            lambda: (
+                f"{op}: normalizer must be float32 (float64 for float64 cls_logits), got {given}"
+            ),
+        )
+
+
 @torch.library.register_fake("focalops::_scale_")
 def _(tensor: Tensor, scale: Tensor) -> None:
     pass
@@ -324,10 +494,43 @@ def _backward_sum(
         factor = grad_loss  # the saved gradient has been divided by the normalizer
     if torch.is_grad_enabled() or not has_grad:
         return _differentiable_backward(factor, inputs, targets, ctx.arguments, "sum"), *nothing
-    if _may_overwrite(grad, factor):
-        call(ops._scale_, grad, factor)
-        return grad, *nothing
-    return grad * factor, *nothing
+    return _scaled(grad, factor), *nothing
+
+
+def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    cls_logits, labels, *ctx.arguments, normalizer, ctx.min_normalizer, _ = inputs
+    ctx.save_for_backward(labels, normalizer, *cls_logits, *output[1])
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_dense(
+    ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]
+) -> tuple[list[Tensor | None] | None, ...]:
+    nothing = (None,) * 7
+    labels, normalizer, *tensors = ctx.saved_tensors
+    levels = len(ctx.needs_input_grad[0])
+    cls_logits, grads = tensors[:levels], tensors[levels:]
+    if grad_loss is None:
+        return [None] * levels, *nothing
+    if torch.is_grad_enabled() or not grads:
+        return _differentiable_dense_backward(
+            grad_loss, cls_logits, labels, normalizer, ctx.min_normalizer, ctx.arguments
+        ), *nothing
+    factor = grad_loss
+    if cls_logits[0].dtype == torch.float16:
+        factor = factor / _divisor(normalizer, ctx.min_normalizer)
+    return [_scaled(grad, factor) for grad in grads], *nothing
+
+
+def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """The gradient that the forward saved, times a number or one for each image: in place where that is allowed."""
+    if _may_overwrite(saved, factor):
+        call(ops._scale_, saved, factor)
+        return saved
+    if factor.dim() == 0:
+        return saved * factor
+    return (saved * factor.view(-1, *[1] * (saved.dim() - 1))).to(saved.dtype)
 
 
 def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
@@ -360,11 +563,36 @@ def _differentiable_backward(
     return grad
 
 
+def _differentiable_dense_backward(
+    grad_loss: Tensor,
+    cls_logits: list[Tensor],
+    labels: Tensor,
+    normalizer: Tensor | None,
+    min_normalizer: float,
+    arguments: tuple[Any, ...],  # alpha, gamma, ignore_index
+) -> list[Tensor]:
+    *parameters, ignore_index = arguments
+    with torch.enable_grad():
+        x = [t if t.requires_grad else t.detach().requires_grad_() for t in cls_logits]
+        loss = reference.dense_focal_loss(
+            x,
+            labels,
+            *parameters,
+            normalizer=min_normalizer if normalizer is None else normalizer,
+            min_normalizer=min_normalizer,
+            ignore_index=ignore_index,
+        )
+        return list(torch.autograd.grad(loss, x, grad_loss, create_graph=True))
+
+
 torch.library.register_autograd(
     "focalops::sigmoid_focal_loss", _backward_elementwise, setup_context=_setup_elementwise
 )
 torch.library.register_autograd(
     "focalops::sigmoid_focal_loss_sum", _backward_sum, setup_context=_setup_sum
+)
+torch.library.register_autograd(
+    "focalops::dense_focal_loss", _backward_dense, setup_context=_setup_dense
 )
 
 

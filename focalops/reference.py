@@ -61,6 +61,34 @@ def sigmoid_focal_loss_star(
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
 
+def dense_focal_loss(
+    cls_logits: Sequence[Tensor],  # L of [B, A * K, H, W]
+    labels: Tensor,  # [B, N], N = sum of H * W * A
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    *,
+    normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
+    min_normalizer: float = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
+    anchors = labels.shape[1] // max(positions, 1)
+    if anchors == 0:
+        return sum((level.to(compute_dtype(level.dtype)).sum() for level in cls_logits), start=0)
+    rows = [
+        level.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+        for level in cls_logits
+    ]  # L of [B, H * W * A, K]
+    x = torch.cat(rows, dim=1)
+    loss = sigmoid_focal_loss(
+        x.to(compute_dtype(x.dtype)), labels, alpha, gamma, ignore_index=ignore_index
+    ).sum(dim=(1, 2))  # [B]
+    if normalizer is None:
+        return loss.sum()
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return (loss / divisor.clamp(min=min_normalizer)).sum()
+
+
 def one_hot(targets: Tensor, num_classes: int) -> Tensor:  # [...] -> bool [..., K]
     return targets.unsqueeze(-1) == torch.arange(num_classes, device=targets.device)
 

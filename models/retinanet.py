@@ -31,9 +31,9 @@ from focalops import (
     batched_nms,
     class_index_targets,
     decode_boxes,
+    dense_focal_loss,
     encode_boxes,
     match_anchors,
-    sigmoid_focal_loss,
 )
 
 Target = dict[str, Tensor]  # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64
@@ -150,9 +150,6 @@ class RetinaNet(nn.Module):
     ) -> dict[str, Tensor]:
         """Each image's losses are divided by its number of foreground anchors, then averaged."""
         config = self.config
-        logits = torch.cat(
-            [rows(level, config.num_classes) for level in cls_logits], dim=1
-        )  # (B, N, K)
         deltas = torch.cat([rows(level, 4) for level in bbox_regression], dim=1)  # (B, N, 4)
         matches = match_anchors(
             anchors, [t["boxes"] for t in targets], config.fg_iou_threshold, config.bg_iou_threshold
@@ -163,19 +160,9 @@ class RetinaNet(nn.Module):
         foreground = matches >= 0
         counts = foreground.sum(dim=1)  # (B,)
 
-        classification = torch.stack(
-            [
-                sigmoid_focal_loss(
-                    image_logits,
-                    image_classes,
-                    config.alpha,
-                    config.gamma,
-                    reduction="sum",
-                    normalizer=count,
-                )
-                for image_logits, image_classes, count in zip(logits, classes, counts, strict=True)
-            ]
-        )
+        classification = dense_focal_loss(
+            cls_logits, classes, config.alpha, config.gamma, normalizer=counts
+        ) / len(targets)
         bbox = torch.stack(
             [
                 F.l1_loss(
@@ -189,7 +176,7 @@ class RetinaNet(nn.Module):
                 )
             ]
         )
-        return {"classification": classification.mean(), "bbox_regression": bbox.mean()}
+        return {"classification": classification, "bbox_regression": bbox.mean()}
 
     def postprocess_detections(
         self,

@@ -1,39 +1,11 @@
 // Sigmoid focal loss on the CPU: one pass over the logits, vectorised over elements, parallel over
 // chunks.
-//
-// Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer in
-// which each positive, and each logit of an ignored row, is replaced by -inf, at which a negative
-// has loss 0 and gradient 0; what is left is one formula for the whole block. The few positives are
-// added one by one.
-#include <algorithm>
-#include <atomic>
-#include <limits>
-#include <vector>
+#include "focal_loss.h"
 
-#include "../checks.h"
-#include "../math/focal.h"
-#include "memory.h"
-#include "simd.h"
+#include <vector>
 
 namespace focalops {
 namespace {
-
-constexpr int64_t kBlock = 1024;  // logits in the buffers of one thread; they stay in the L1 cache
-constexpr int64_t kChunk =
-    16 *
-    kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
-
-template <bool WithGrad, typename T, typename Loss>
-FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, Loss formula) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const LossAndGrad<T> value = formula.hard(s[i], formula.alpha.negative);
-    loss[i] = value.loss;
-    if (WithGrad) {
-      grad[i] = value.grad;
-    }
-  }
-}
 
 template <bool WithGrad, typename T, typename Loss>
 FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n,
@@ -48,44 +20,12 @@ FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64
   }
 }
 
-template <typename T>
-FOCALOPS_SIMD T sum_of(const T* values, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    sum += values[i];
-  }
-  return sum;
-}
-
-template <typename From, typename To>
-FOCALOPS_SIMD void convert(const From* from, To* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = static_cast<To>(from[i]);
-  }
-}
-
-template <typename T, typename To>
-FOCALOPS_SIMD void scale_and_convert(const T* from, T scale, To* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = static_cast<To>(scale * from[i]);
-  }
-}
-
 template <typename T, typename To>
 FOCALOPS_SIMD void multiply_and_convert(const T* a, const To* b, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     to[i] = static_cast<To>(a[i] * static_cast<T>(b[i]));
   }
 }
-
-template <typename T>
-struct Block {
-  alignas(64) T logits[kBlock];
-  alignas(64) T targets[kBlock];
-  alignas(64) T loss[kBlock];
-  alignas(64) T grad[kBlock];
-};
 
 template <typename scalar_t, typename target_t>
 struct DenseTargets {
@@ -107,57 +47,21 @@ struct DenseTargets {
 template <typename scalar_t, typename index_t>
 struct ClassIndexTargets {
   using T = compute_t<scalar_t>;
-  static constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
 
   const scalar_t* inputs;
   const index_t* targets;
   int64_t num_classes;
   int64_t ignore_index;
-  std::atomic<int64_t> invalid{kNone};
+  InvalidIndex invalid{};
 
   template <bool WithGrad, typename Loss>
   void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
-    constexpr T kNoLoss = -std::numeric_limits<T>::infinity();
-    struct Positive {
-      int64_t at;
-      T logit;
-    } positives[kBlock];
-    int64_t num_positives = 0;
-
-    convert(inputs + begin, block.logits, n);
-    const int64_t end = begin + n;
-    for (int64_t row = begin / num_classes; row * num_classes < end; ++row) {
-      const int64_t row_begin =
-          row * num_classes - begin;  // in the block, negative where the row began before it
-      const int64_t target = targets[row];
-      if (target == ignore_index) {
-        const int64_t row_end = std::min(row_begin + num_classes, n);
-        std::fill(block.logits + std::max<int64_t>(row_begin, 0), block.logits + row_end, kNoLoss);
-      } else if (target >= 0 && target < num_classes) {
-        const int64_t at = row_begin + target;
-        if (at >= 0 && at < n) {
-          positives[num_positives++] = {at, block.logits[at]};
-          block.logits[at] = kNoLoss;
-        }
-      } else if (target != num_classes) {
-        invalid.store(target, std::memory_order_relaxed);
-      }
-    }
-    evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
-    for (int64_t i = 0; i < num_positives; ++i) {
-      const auto [at, logit] = positives[i];
-      const LossAndGrad<T> value = formula.hard(-logit, formula.alpha.positive);
-      block.loss[at] = value.loss;
-      block.grad[at] = -value.grad;
-    }
+    evaluate_rows<WithGrad>(inputs, targets, num_classes, ignore_index, begin, n, formula, block,
+                            invalid);
   }
 
   void finish() const {
-    const int64_t target = invalid.load();
-    if (target != kNone) {
-      fail("sigmoid_focal_loss: class-index targets must lie in [0, ", num_classes,
-           "] or equal ignore_index, ", ignore_index, ", got ", target);
-    }
+    invalid.check("sigmoid_focal_loss", "class-index targets", num_classes, ignore_index);
   }
 };
 
@@ -206,11 +110,6 @@ void for_each_block(Targets& targets, int64_t numel, const FocalParams& params,
     });
   });
   targets.finish();
-}
-
-// Uninitialised, of the shape and dtype of contiguous inputs.
-Tensor new_like(const Tensor& inputs) {
-  return on_huge_pages(torch::stable::empty_like(inputs), inputs.element_size());
 }
 
 Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha,
@@ -271,12 +170,9 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, con
     using T = compute_t<scalar_t>;
     T divisor = static_cast<T>(min_normalizer);
     if (normalizer.has_value()) {
-      const T value = *static_cast<const T*>(normalizer->const_data_ptr());
-      divisor = value < divisor ? divisor : value;
+      divisor = clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), divisor);
     }
-    // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward
-    // divides it instead.
-    const T grad_scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
+    const T grad_scale = gradient_scale<scalar_t>(divisor);
     auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
     if (compute_grad) {
       for_each_block<true>(evaluator, numel, params,
@@ -304,16 +200,20 @@ void scale_cpu(const Tensor& tensor, const Tensor& scale) {
   dispatch_floating(tensor.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    const T factor = *static_cast<const T*>(scale.const_data_ptr());
-    if (factor == 1) {
-      return;
-    }
-    auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr());
-    torch::stable::parallel_for(0, tensor.numel(), kChunk, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        data[i] = static_cast<scalar_t>(factor * static_cast<T>(data[i]));
+    const auto* factors = static_cast<const T*>(scale.const_data_ptr());
+    const int64_t size = tensor.numel() / std::max<int64_t>(scale.numel(), 1);
+    for (int64_t slice = 0; slice < scale.numel(); ++slice) {
+      const T factor = factors[slice];
+      if (factor == 1) {
+        continue;
       }
-    });
+      auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr()) + slice * size;
+      torch::stable::parallel_for(0, size, kChunk, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          data[i] = static_cast<scalar_t>(factor * static_cast<T>(data[i]));
+        }
+      });
+    }
   });
 }
 

@@ -10,41 +10,10 @@
 //
 // Bytes moved, s = size of the logits: loss 2s, loss summed 1s, loss summed with its gradient 2s;
 // class-index targets add 4 or 8 bytes a row, dense ones their own size.
-#include "../math/focal.h"
-#include "launch.cuh"
+#include "focal_loss.cuh"
 
 namespace focalops {
 namespace {
-
-constexpr int kThreads = 256;
-// Vectors in flight: 64 bytes a thread. float64 is bound by arithmetic, and its values take two
-// registers each.
-template <typename scalar_t>
-constexpr int kUnroll = std::is_same_v<scalar_t, double> ? 1 : 4;
-
-template <typename scalar_t>
-constexpr int64_t kChunk = int64_t{kThreads} * kUnroll<scalar_t> * kVectorSize<scalar_t>;
-
-template <typename T>
-__device__ constexpr T quiet_nan() {
-  return static_cast<T>(__builtin_nanf(""));
-}
-
-template <typename T, int N>
-struct Values {
-  T loss[N];
-  T grad[N];
-};
-
-// int32 or int64, told apart at run time: a second set of kernels would save nothing.
-struct Indices {
-  const void* data;
-  bool is_int64;
-
-  __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
 
 template <typename scalar_t_>
 struct ClassIndexTargets {
@@ -54,7 +23,7 @@ struct ClassIndexTargets {
 
   Indices targets;
   int64_t num_rows;
-  int64_t num_classes;
+  int num_classes;
   int64_t ignore_index;
   FastDivisor rows_of;
 
@@ -76,44 +45,11 @@ struct ClassIndexTargets {
                                                    const Loss& formula) const {
     const uint32_t from_row = chunk.column + offset;
     const uint32_t rows = rows_of.divide(from_row);
-    int64_t row = chunk.row + rows;
-    const int64_t column = from_row - rows * num_classes;
-
-    uint32_t positive = 0, ignored = 0, invalid = 0;
-    for (int64_t first = -column; first < N && row < num_rows; first += num_classes, ++row) {
-      const int64_t target = targets[row];
-      if (target >= 0 && target < num_classes && target != ignore_index) {
-        const int64_t at = first + target;
-        positive |= at >= 0 && at < N ? 1u << at : 0u;
-      } else if (target != num_classes || target == ignore_index) {
-        const int64_t last = first + num_classes;
-        const uint32_t mask =
-            (last < N ? (1u << last) - 1 : ~0u) & ~(first > 0 ? (1u << first) - 1 : 0u);
-        (target == ignore_index ? ignored : invalid) |= mask;
-      }
-    }
-
-    Values<T, N> values;
-    if ((positive | ignored | invalid) == 0) {
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const auto value = formula.hard(static_cast<T>(logits.data[j]), formula.alpha.negative);
-        values.loss[j] = value.loss;
-        values.grad[j] = value.grad;
-      }
-      return values;
-    }
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const uint32_t bit = 1u << j;
-      const T sign = positive & bit ? T(-1) : T(1);
-      const T s = invalid & bit ? quiet_nan<T>() : sign * static_cast<T>(logits.data[j]);
-      const T alpha_t = positive & bit ? formula.alpha.positive : formula.alpha.negative;
-      const auto value = formula.hard(s, alpha_t);
-      values.loss[j] = ignored & bit ? T(0) : value.loss;
-      values.grad[j] = ignored & bit ? T(0) : sign * value.grad;
-    }
-    return values;
+    const int64_t row = chunk.row + rows;
+    const uint32_t column = rows_of.remainder(from_row, rows);
+    const auto masks =
+        class_row_masks<N>(targets, row, num_rows, column, num_classes, ignore_index);
+    return evaluate_hard(logits, masks, formula);
   }
 };
 
@@ -189,19 +125,6 @@ struct StoreGradient {
   __device__ __forceinline__ void finish() {}
 };
 
-template <typename T>
-struct Normalizer {
-  const T* value;  // null: there is none
-  T least;
-
-  __device__ __forceinline__ T divisor() const {
-    if (value == nullptr) {
-      return least;
-    }
-    return *value < least ? least : *value;  // a NaN stays
-  }
-};
-
 // One partial sum a block, added up by sum_partials_kernel: float32 within a chunk, float64 across
 // chunks and blocks.
 template <typename scalar_t, bool WithGrad>
@@ -215,22 +138,10 @@ struct SumLoss {
   double sum = 0;
 
   __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
-    T vector_sum = 0;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      vector_sum += i + j < size ? values.loss[j] : T(0);
-    }
-    sum += vector_sum;
+    sum += sum_losses(values, i, size);
     if constexpr (WithGrad) {
-      // A float16 gradient over a large normalizer is 0 before a loss scaler can help: the backward
-      // divides it instead.
-      const T scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / normalizer.divisor();
-      Vector<scalar_t, N> out;
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        out.data[j] = static_cast<scalar_t>(scale * values.grad[j]);
-      }
-      store_vector(grad_inputs, i, size, true, out);
+      const T scale = gradient_scale<scalar_t>(normalizer.divisor());
+      store_gradient(grad_inputs, i, size, true, values, scale);
     }
   }
 
@@ -270,32 +181,23 @@ __global__ void __launch_bounds__(kThreads, 3)
   sink.finish();
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const double* partials, int64_t count, Normalizer<T> normalizer, T* loss) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    sum += partials[i];
-  }
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) {
-    *loss = static_cast<T>(sum / normalizer.divisor());
-  }
-}
-
-// Multiplies in place by one number on the device, which is 1 in most training loops: then nothing
-// is read or written.
+// Multiplies in place by a number on the device, or one for each of `count` slices of `size`
+// elements. It is 1 in most training loops: then nothing is read or written. Blocks take the slices
+// in turn.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
-    scale_kernel(scalar_t* data, int64_t size, bool aligned, const compute_t<scalar_t>* scale) {
+    scale_kernel(scalar_t* data, int64_t size, bool aligned, const compute_t<scalar_t>* scale,
+                 int64_t count) {
   using T = compute_t<scalar_t>;
   constexpr int N = kVectorSize<scalar_t>;
-  const T factor = *scale;
+  const int64_t block = blockIdx.x / count, slice = blockIdx.x - block * count;
+  const T factor = scale[slice];
   if (factor == 1) {
     return;
   }
-  const int64_t stride = int64_t{gridDim.x} * kThreads * N;
-  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * N; i < size; i += stride) {
+  data += slice * size;
+  const int64_t stride = gridDim.x / count * kThreads * N;
+  for (int64_t i = (block * kThreads + threadIdx.x) * N; i < size; i += stride) {
     auto vector = load_vector<N>(data, i, size, aligned);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -319,7 +221,7 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
       const int64_t num_classes = inputs.size(inputs.dim() - 1);
       f(ClassIndexTargets<scalar_t>{{data, targets.scalar_type() == ScalarType::Long},
                                     targets.numel(),
-                                    num_classes,
+                                    static_cast<int>(num_classes),
                                     ignore_index,
                                     FastDivisor(num_classes)});
     } else if (targets.scalar_type() == inputs.scalar_type()) {
@@ -446,10 +348,12 @@ void scale_cuda(const Tensor& tensor, const Tensor& scale) {
     using scalar_t = tag_t<decltype(tag)>;
     auto* kernel = &scale_kernel<scalar_t>;
     auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr());
-    const int64_t blocks = ceil_div(tensor.numel(), kThreads * kVectorSize<scalar_t>);
-    launch(kernel, resident_grid(kernel, kThreads, 0, blocks, scope), kThreads, 0, scope.stream(),
-           data, tensor.numel(), is_aligned(data),
-           static_cast<const compute_t<scalar_t>*>(scale.const_data_ptr()));
+    const int64_t count = scale.numel(), size = tensor.numel() / count;
+    const int64_t blocks = ceil_div(size, kThreads * kVectorSize<scalar_t>);
+    const int64_t resident = resident_grid(kernel, kThreads, 0, blocks * count, scope);
+    launch(kernel, ceil_div(resident, count) * count, kThreads, 0, scope.stream(), data, size,
+           is_aligned(data) && (count == 1 || size % kVectorSize<scalar_t> == 0),
+           static_cast<const compute_t<scalar_t>*>(scale.const_data_ptr()), count);
   });
 }
 

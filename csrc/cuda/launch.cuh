@@ -82,7 +82,7 @@ constexpr int kVectorBytes = 16;
 template <typename T>
 constexpr int kVectorSize = kVectorBytes / static_cast<int>(sizeof(T));
 
-inline bool is_aligned(const void* pointer) {
+FOCALOPS_HOST_DEVICE bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
 }
 
@@ -152,6 +152,10 @@ class FastDivisor {
 
   __device__ __forceinline__ uint32_t divide(uint32_t n) const {
     return (__umulhi(n, multiplier_) + n) >> shift_;
+  }
+
+  __device__ __forceinline__ uint32_t remainder(uint32_t n, uint32_t quotient) const {
+    return n - quotient * divisor_;
   }
 
  private:

@@ -197,15 +197,19 @@ struct FocalParams {
 
 // Calls f with the loss.
 template <typename T, typename F>
+void dispatch_focal_loss(double alpha, double gamma, F&& f) {
+  if (gamma == 2) {
+    return f(FocalLoss<T, 2>{AlphaBalance<T>(alpha), T(gamma)});
+  }
+  return f(FocalLoss<T, kAnyGamma>{AlphaBalance<T>(alpha), T(gamma)});
+}
+
+template <typename T, typename F>
 void dispatch_focal_loss(const FocalParams& params, F&& f) {
-  const AlphaBalance<T> alpha(params.alpha);
   if (params.beta.has_value()) {
-    return f(FocalLossStar<T>{alpha, T(params.gamma), T(*params.beta)});
+    return f(FocalLossStar<T>{AlphaBalance<T>(params.alpha), T(params.gamma), T(*params.beta)});
   }
-  if (params.gamma == 2) {
-    return f(FocalLoss<T, 2>{alpha, T(params.gamma)});
-  }
-  return f(FocalLoss<T, kAnyGamma>{alpha, T(params.gamma)});
+  dispatch_focal_loss<T>(params.alpha, params.gamma, f);
 }
 
 }  // namespace focalops

@@ -1,0 +1,188 @@
+// The focal loss of a head's levels on the CPU, where the head left them: one pass over the logits.
+//
+// Work is cut into pieces, each of one image of one level: the unit of parallel work, and of the
+// sum's order. Rows (channels_last) are evaluated as in focal_loss.cpp. Of planes (contiguous) a
+// piece is a stretch of one anchor's positions through all classes: its labels are read once and
+// sorted by class, so that each plane finds its positives in turn.
+#include <vector>
+
+#include "../head_levels.h"
+#include "focal_loss.h"
+
+namespace focalops {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Which pieces a level consists of.
+struct Pieces {
+  int64_t first;
+  int64_t of_image;
+  int64_t stretches;  // planes only: of how many pieces a plane consists
+};
+
+template <typename scalar_t, typename index_t>
+struct Head {
+  using T = compute_t<scalar_t>;
+
+  HeadShape shape;
+  const index_t* labels;  // [B, rows]
+  int64_t ignore_index;
+  InvalidIndex invalid{};
+
+  // Evaluates the piece `part` of an image and hands each block to consume(begin, n, block), begin
+  // counted from the level's first logit.
+  template <bool WithGrad, typename Loss, typename Consume>
+  void evaluate(const HeadLevel& level, const Pieces& pieces, int64_t image, int64_t part,
+                const Loss& formula, Block<T>& block, const Consume& consume) {
+    const auto* logits = static_cast<const scalar_t*>(level.logits.const_data_ptr());
+    const index_t* first_label = labels + image * shape.rows + level.first_row;
+    const int64_t size = level.positions * shape.anchors * shape.classes;  // of an image
+    if (level.has_rows) {
+      const int64_t end = std::min((part + 1) * kChunk, size);
+      for (int64_t begin = part * kChunk; begin < end; begin += kBlock) {
+        const int64_t n = std::min(kBlock, end - begin);
+        evaluate_rows<WithGrad>(logits + image * size, first_label, shape.classes, ignore_index,
+                                begin, n, formula, block, invalid);
+        consume(image * size + begin, n, block);
+      }
+      return;
+    }
+    const int64_t anchor = part / pieces.stretches, stretch = part % pieces.stretches;
+    const int64_t begin = level.positions * stretch / pieces.stretches;
+    const int64_t n = level.positions * (stretch + 1) / pieces.stretches - begin;
+    const int64_t first_plane = (image * shape.anchors + anchor) * shape.classes;
+    evaluate_planes<WithGrad>(logits, first_label + begin * shape.anchors + anchor,
+                              first_plane * level.positions + begin, level.positions, n, formula,
+                              block, consume);
+  }
+
+  // n positions from `begin` on, in each of the classes' planes.
+  template <bool WithGrad, typename Loss, typename Consume>
+  void evaluate_planes(const scalar_t* logits, const index_t* labels_of_anchor, int64_t begin,
+                       int64_t plane_size, int64_t n, const Loss& formula, Block<T>& block,
+                       const Consume& consume) {
+    struct Labelled {
+      int64_t label, at;
+    } labelled[kBlock];
+    int64_t num_labelled = 0, num_ignored = 0;
+    int64_t ignored[kBlock];
+    for (int64_t at = 0; at < n; ++at) {
+      const int64_t label = labels_of_anchor[at * shape.anchors];
+      if (label == ignore_index) {
+        ignored[num_ignored++] = at;
+      } else if (label >= 0 && label < shape.classes) {
+        labelled[num_labelled++] = {label, at};
+      } else if (label != shape.classes) {
+        invalid.note(label);
+      }
+    }
+    std::sort(labelled, labelled + num_labelled,
+              [](const Labelled& a, const Labelled& b) { return a.label < b.label; });
+
+    Positive<T> positives[kBlock];
+    int64_t next = 0;
+    for (int64_t k = 0; k < shape.classes; ++k, begin += plane_size) {
+      convert(logits + begin, block.logits, n);
+      for (int64_t i = 0; i < num_ignored; ++i) {
+        block.logits[ignored[i]] = kNoLoss<T>;
+      }
+      int64_t num_positives = 0;
+      for (; next < num_labelled && labelled[next].label == k; ++next) {
+        const int64_t at = labelled[next].at;
+        positives[num_positives++] = {at, block.logits[at]};
+        block.logits[at] = kNoLoss<T>;
+      }
+      evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
+      evaluate_positives<WithGrad>(positives, num_positives, formula, block);
+      consume(begin, n, block);
+    }
+  }
+};
+
+std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cpu(
+    const std::vector<Tensor>& cls_logits, const Tensor& labels_, double alpha, double gamma,
+    int64_t ignore_index, const std::optional<Tensor>& normalizer, double min_normalizer,
+    bool compute_grad) {
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels_, gamma, normalizer);
+  const auto levels = head_levels(cls_logits, shape);
+  const Tensor labels = torch::stable::contiguous(labels_);
+  const Tensor& like = cls_logits[0];
+  Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
+  std::vector<Tensor> grads;
+  std::vector<Pieces> pieces;
+  int64_t num_pieces = 0;
+  for (const HeadLevel& level : levels) {
+    if (compute_grad) {
+      grads.push_back(new_like(level.logits));
+    }
+    const int64_t stretches = ceil_div(level.positions, kBlock);
+    const int64_t chunks = ceil_div(level.positions * shape.anchors * shape.classes, kChunk);
+    const int64_t of_image = level.has_rows ? chunks : shape.anchors * stretches;
+    pieces.push_back({num_pieces, of_image, stretches});
+    num_pieces += shape.images * of_image;
+  }
+  std::vector<double> sums(num_pieces);
+
+  const auto run = [&](auto scalar_tag, auto index_tag) {
+    using scalar_t = tag_t<decltype(scalar_tag)>;
+    using index_t = tag_t<decltype(index_tag)>;
+    using T = compute_t<scalar_t>;
+    std::vector<T> divisors(shape.images, static_cast<T>(min_normalizer));
+    if (normalizer.has_value()) {
+      const Tensor given = torch::stable::contiguous(*normalizer);
+      const auto* values = static_cast<const T*>(given.const_data_ptr());
+      for (int64_t b = 0; b < shape.images; ++b) {
+        divisors[b] = clamped_divisor(values[given.dim() == 1 ? b : 0], divisors[b]);
+      }
+    }
+    Head<scalar_t, index_t> head{shape, static_cast<const index_t*>(labels.const_data_ptr()),
+                                 ignore_index};
+    dispatch_focal_loss<T>(alpha, gamma, [&](const auto& formula) {
+      torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
+        Block<T> block;
+        size_t l = 0;
+        for (int64_t piece = begin; piece < end; ++piece) {
+          while (l + 1 < pieces.size() && piece >= pieces[l + 1].first) {
+            ++l;
+          }
+          const int64_t image = (piece - pieces[l].first) / pieces[l].of_image;
+          const int64_t part = (piece - pieces[l].first) % pieces[l].of_image;
+          double sum = 0;
+          if (compute_grad) {
+            auto* grad = static_cast<scalar_t*>(grads[l].mutable_data_ptr());
+            const T scale = gradient_scale<scalar_t>(divisors[image]);
+            head.template evaluate<true>(levels[l], pieces[l], image, part, formula, block,
+                                         [&](int64_t at, int64_t n, const auto& values) {
+                                           sum += sum_of(values.loss, n);
+                                           scale_and_convert(values.grad, scale, grad + at, n);
+                                         });
+          } else {
+            head.template evaluate<false>(
+                levels[l], pieces[l], image, part, formula, block,
+                [&](int64_t, int64_t n, const auto& values) { sum += sum_of(values.loss, n); });
+          }
+          sums[piece] = sum / divisors[image];
+        }
+      });
+    });
+    head.invalid.check("dense_focal_loss", "labels", shape.classes, ignore_index);
+    double sum = 0;
+    for (const double piece_sum : sums) {
+      sum += piece_sum;
+    }
+    *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(sum);
+  };
+  dispatch_floating(like.scalar_type(), [&](auto scalar_tag) {
+    dispatch_index(labels.scalar_type(), [&](auto index_tag) { run(scalar_tag, index_tag); });
+  });
+  return {loss, grads};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("dense_focal_loss", TORCH_BOX(&dense_focal_loss_cpu));
+}
+
+}  // namespace focalops

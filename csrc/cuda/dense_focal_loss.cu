@@ -1,0 +1,287 @@
+// The focal loss of a head's levels on CUDA, where the head left them: one launch reads each logit
+// once and, where a gradient is wanted, writes it once, in the same layout. No permute, no cat.
+//
+// The levels travel by value in a kernel parameter. Work is cut into items of one image of one
+// level each, strided by the grid; the layout is the same for a whole item, so that no warp
+// diverges over it.
+//   rows (channels_last)  an item is a chunk of kThreads x kUnroll vectors, as in focal_loss.cu: a
+//                         vector finds its row by one division and makes masks from the labels.
+//   planes (contiguous)   a thread owns a 16-byte vector of positions of one anchor and walks a
+//                         slice of the classes, from plane to plane; neighbouring threads have
+//                         neighbouring positions. The labels of its positions stay in registers.
+// Where an image's rows or a plane do not begin at a multiple of 16 bytes, their elements are
+// accessed one by one.
+//
+// Bytes moved, s = size of the logits: loss 1s, with gradient 2s; and the labels.
+#include "../head_levels.h"
+#include "focal_loss.cuh"
+
+namespace focalops {
+namespace {
+
+constexpr int kMaxLevels = 8;
+constexpr int64_t kClassesOfSlice = 16;
+// Planes in flight: the labels take registers too.
+template <typename scalar_t>
+constexpr int kPlanes = kUnroll<scalar_t> > 1 ? kUnroll<scalar_t> / 2 : 1;
+
+struct Level {
+  const void* logits;
+  void* grad;
+  int64_t positions;
+  int64_t first_row;
+  int64_t first_item;
+  int64_t items_of_image;
+  FastDivisor vectors_of_plane{1};
+  bool has_rows;
+};
+
+template <typename scalar_t_>
+struct Head {
+  using scalar_t = scalar_t_;
+  using T = compute_t<scalar_t>;
+
+  Level levels[kMaxLevels];
+  int num_levels;
+  int64_t num_items;
+  Indices labels;  // [B, rows]
+  int64_t rows;
+  int64_t ignore_index;
+  int anchors;
+  int classes;
+  int classes_of_slice;
+  FastDivisor rows_of;    // by classes
+  FastDivisor slices_of;  // by the number of slices
+  Normalizer<T> normalizer;
+};
+
+// Evaluates a thread's share of item `part` of an image and returns the sum of its losses.
+template <bool WithGrad, typename scalar_t, typename Loss, typename T = compute_t<scalar_t>>
+__device__ __forceinline__ T evaluate_rows(const Head<scalar_t>& head, const Level& level,
+                                           int64_t image, int64_t part, T scale,
+                                           const Loss& formula) {
+  constexpr int N = kVectorSize<scalar_t>;
+  const int64_t rows = level.positions * head.anchors, size = rows * head.classes;
+  const int64_t begin = part * kChunk<scalar_t>, first_row = begin / head.classes;
+  const auto first_column = static_cast<uint32_t>(begin - first_row * head.classes);
+  // From here on all is counted from the beginning of the chunk, in 32 bits.
+  const int left = static_cast<int>(min(size - begin, kChunk<scalar_t>));
+  const int rows_left = static_cast<int>(min(rows - first_row, kChunk<scalar_t>));
+  const Indices labels = head.labels.from(image * head.rows + level.first_row + first_row);
+  const auto* logits = static_cast<const scalar_t*>(level.logits) + image * size + begin;
+  const bool aligned = is_aligned(logits);
+
+  Vector<scalar_t, N> vectors[kUnroll<scalar_t>];
+#pragma unroll
+  for (int u = 0; u < kUnroll<scalar_t>; ++u) {
+    const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * N;
+    vectors[u] = load_vector<N>(logits, i, left, aligned);
+  }
+  T sum = 0;
+#pragma unroll
+  for (int u = 0; u < kUnroll<scalar_t>; ++u) {
+    const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * N;
+    if (i < left) {
+      const uint32_t from_row = first_column + i;
+      const uint32_t row = head.rows_of.divide(from_row);
+      const uint32_t column = head.rows_of.remainder(from_row, row);
+      const auto masks = class_row_masks<N>(labels, static_cast<int>(row), rows_left, column,
+                                            head.classes, head.ignore_index);
+      const auto values = evaluate_hard(vectors[u], masks, formula);
+      sum += sum_losses(values, i, left);
+      if constexpr (WithGrad) {
+        auto* grad = static_cast<scalar_t*>(level.grad) + image * size + begin;
+        store_gradient(grad, i, left, is_aligned(grad), values, scale);
+      }
+    }
+  }
+  return sum;
+}
+
+template <bool WithGrad, typename scalar_t, typename Loss, typename T = compute_t<scalar_t>>
+__device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const Level& level,
+                                             int64_t image, int64_t part, T scale,
+                                             const Loss& formula) {
+  constexpr int N = kVectorSize<scalar_t>;
+  const auto unit = static_cast<uint32_t>(part * kThreads + threadIdx.x);
+  const uint32_t slice_of_image = level.vectors_of_plane.divide(unit);
+  const uint32_t anchor = head.slices_of.divide(slice_of_image);
+  if (anchor >= static_cast<uint32_t>(head.anchors)) {
+    return 0;
+  }
+  const int64_t size = level.positions;
+  const int64_t i = int64_t{level.vectors_of_plane.remainder(unit, slice_of_image)} * N;
+  const int begin = head.slices_of.remainder(slice_of_image, anchor) * head.classes_of_slice;
+  const int end = min(begin + head.classes_of_slice, head.classes);
+
+  int positive_class[N];
+  ElementMasks row_masks;
+  const int64_t row = image * head.rows + level.first_row + i * head.anchors + anchor;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    // What lies past the end of the plane is read as background and left out of the sum.
+    const int64_t label = i + j < size ? head.labels[row + j * head.anchors] : head.classes;
+    const bool is_class = label >= 0 && label < head.classes && label != head.ignore_index;
+    positive_class[j] = is_class ? static_cast<int>(label) : -1;
+    row_masks.ignored |= label == head.ignore_index ? 1u << j : 0u;
+    row_masks.invalid |=
+        !is_class && label != head.classes && label != head.ignore_index ? 1u << j : 0u;
+  }
+
+  T sum = 0;
+  const int64_t first_plane = (image * head.anchors + anchor) * head.classes;
+  const auto* logits = static_cast<const scalar_t*>(level.logits);
+  for (int first = begin; first < end; first += kPlanes<scalar_t>) {
+    Vector<scalar_t, N> vectors[kPlanes<scalar_t>];
+#pragma unroll
+    for (int u = 0; u < kPlanes<scalar_t>; ++u) {
+      if (first + u < end) {
+        const auto* plane = logits + (first_plane + first + u) * size;
+        vectors[u] = load_vector<N>(plane, i, size, is_aligned(plane));
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kPlanes<scalar_t>; ++u) {
+      if (first + u < end) {
+        ElementMasks masks = row_masks;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          masks.positive |= positive_class[j] == first + u ? 1u << j : 0u;
+        }
+        const auto values = evaluate_hard(vectors[u], masks, formula);
+        sum += sum_losses(values, i, size);
+        if constexpr (WithGrad) {
+          auto* plane = static_cast<scalar_t*>(level.grad) + (first_plane + first + u) * size;
+          store_gradient(plane, i, size, is_aligned(plane), values, scale);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
+template <bool WithGrad, typename scalar_t, typename Loss>
+__global__ void __launch_bounds__(kThreads, 3)
+    dense_focal_loss_kernel(const __grid_constant__ Head<scalar_t> head, Loss formula,
+                            double* partials) {
+  double sum = 0;
+  for (int64_t item = blockIdx.x; item < head.num_items; item += gridDim.x) {
+    int l = 0;
+    while (l + 1 < head.num_levels && item >= head.levels[l + 1].first_item) {
+      ++l;
+    }
+    const Level& level = head.levels[l];
+    const int64_t image = (item - level.first_item) / level.items_of_image;
+    const int64_t part = item - level.first_item - image * level.items_of_image;
+    const auto divisor = head.normalizer.divisor(image);
+    const auto scale = gradient_scale<scalar_t>(divisor);
+    const auto item_sum = level.has_rows
+                              ? evaluate_rows<WithGrad>(head, level, image, part, scale, formula)
+                              : evaluate_planes<WithGrad>(head, level, image, part, scale, formula);
+    sum += static_cast<double>(item_sum) / divisor;
+  }
+  sum = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) {
+    partials[blockIdx.x] = sum;
+  }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename scalar_t>
+Head<scalar_t> make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape,
+                         const Tensor& labels, int64_t ignore_index,
+                         const Normalizer<compute_t<scalar_t>>& normalizer,
+                         std::vector<Tensor>& grads) {
+  const int64_t slices = ceil_div(shape.classes, kClassesOfSlice);
+  Head<scalar_t> head{{},
+                      static_cast<int>(levels.size()),
+                      0,
+                      {labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long},
+                      shape.rows,
+                      ignore_index,
+                      static_cast<int>(shape.anchors),
+                      static_cast<int>(shape.classes),
+                      static_cast<int>(ceil_div(shape.classes, slices)),
+                      FastDivisor(shape.classes),
+                      FastDivisor(slices),
+                      normalizer};
+  for (size_t l = 0; l < levels.size(); ++l) {
+    const HeadLevel& from = levels[l];
+    Level& to = head.levels[l];
+    to.logits = from.logits.const_data_ptr();
+    to.grad = grads.empty() ? nullptr : grads[l].mutable_data_ptr();
+    to.positions = from.positions;
+    to.first_row = from.first_row;
+    to.first_item = head.num_items;
+    to.has_rows = from.has_rows;
+    if (from.has_rows) {
+      to.items_of_image =
+          ceil_div(from.positions * shape.anchors * shape.classes, kChunk<scalar_t>);
+    } else {
+      const int64_t vectors = ceil_div(from.positions, kVectorSize<scalar_t>);
+      const int64_t units = vectors * slices * shape.anchors;
+      if (units + kThreads >= int64_t{1} << 31) {
+        fail("dense_focal_loss: an image of cls_logits[", l, "] is too large, got shape ",
+             shape_of(from.logits));
+      }
+      to.vectors_of_plane = FastDivisor(vectors > 0 ? vectors : 1);
+      to.items_of_image = ceil_div(units, kThreads);
+    }
+    head.num_items += shape.images * to.items_of_image;
+  }
+  return head;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
+    const std::vector<Tensor>& cls_logits, const Tensor& labels_, double alpha, double gamma,
+    int64_t ignore_index, const std::optional<Tensor>& normalizer_, double min_normalizer,
+    bool compute_grad) {
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels_, gamma, normalizer_);
+  const Tensor& like = cls_logits[0];
+  const LaunchScope scope(like);
+  const auto levels = head_levels(cls_logits, shape);
+  const Tensor labels = torch::stable::contiguous(labels_);
+  Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
+  std::vector<Tensor> grads;
+  if (compute_grad) {
+    for (const HeadLevel& level : levels) {
+      grads.push_back(torch::stable::empty_like(level.logits));
+    }
+  }
+  if (shape.images * shape.rows * shape.classes == 0) {
+    return {torch::stable::zero_(loss), grads};
+  }
+  dispatch_floating(like.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    std::optional<Tensor> given;  // held until the launch
+    if (normalizer_.has_value()) {
+      given = torch::stable::contiguous(*normalizer_);
+    }
+    const Normalizer<T> normalizer{
+        given.has_value() ? static_cast<const T*>(given->const_data_ptr()) : nullptr,
+        static_cast<T>(min_normalizer), given.has_value() && given->dim() == 1};
+    const auto head = make_head<scalar_t>(levels, shape, labels, ignore_index, normalizer, grads);
+    dispatch_focal_loss<T>(alpha, gamma, [&](const auto& formula) {
+      using Loss = std::decay_t<decltype(formula)>;
+      auto* kernel = compute_grad ? &dense_focal_loss_kernel<true, scalar_t, Loss>
+                                  : &dense_focal_loss_kernel<false, scalar_t, Loss>;
+      const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
+      Tensor partials = torch::stable::new_empty(like, {grid}, ScalarType::Double);
+      auto* sums = static_cast<double*>(partials.mutable_data_ptr());
+      launch(kernel, grid, kThreads, 0, scope.stream(), head, formula, sums);
+      launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), sums, grid,
+             Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
+    });
+  });
+  return {loss, grads};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
+  m.impl("dense_focal_loss", TORCH_BOX(&dense_focal_loss_cuda));
+}
+
+}  // namespace focalops
