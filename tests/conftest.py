@@ -5,8 +5,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 from cuda_emulation import emulated_cuda
+from hypothesis import settings
 
 from focalops._library import no_cuda_reason
+
+# The same examples every time, so that a failure is of the change at hand; `pytest --hypothesis-profile=search`
+# looks for new ones.
+settings.register_profile("same", derandomize=True, max_examples=200, deadline=None)
+settings.register_profile("search", deadline=None, max_examples=2000)
+settings.load_profile("same")
 
 
 def backends() -> list[str]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -501,7 +501,6 @@ def test_star_errors(device):
 LOGITS = st.floats(-60, 60, width=32)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     st.lists(LOGITS, min_size=1, max_size=40),
     st.sampled_from(GAMMAS),

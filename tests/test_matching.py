@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
@@ -151,7 +151,6 @@ CORNERS = st.tuples(*[st.sampled_from([-3.0, 0, 1, 1.5, 2, 4, 7, 1e6, 1e30, math
 THRESHOLDS = st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.5, 1.0, 1.5])
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.lists(CORNERS, min_size=1, max_size=40),
     st.lists(CORNERS, max_size=12),

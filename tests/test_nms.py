@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torchvision
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -165,7 +165,6 @@ coordinates = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     rows=st.lists(st.tuples(coordinates, coordinates, coordinates, coordinates), max_size=90),
     iou_threshold=st.floats(0, 1),
