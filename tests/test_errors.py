@@ -1,0 +1,241 @@
+"""A wrong argument gets one sentence: which it is, what it must be, what it was; the same from every backend."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import focalops
+
+Arguments = dict[str, Any]
+
+
+def right_arguments() -> dict[str, Arguments]:
+    """For each op, arguments that it takes."""
+    boxes, scores, indices = torch.zeros(6, 4), torch.zeros(6), torch.zeros(6).long()
+    focal = {"inputs": torch.zeros(6, 5), "targets": indices}
+    return {
+        "batched_nms": {"boxes": boxes, "scores": scores, "idxs": indices, "iou_threshold": 0.5},
+        "box_iou": {"boxes1": boxes, "boxes2": boxes},
+        "class_index_targets": {
+            "matches": indices.view(2, 3),
+            "gt_labels": indices.view(2, 3),
+            "num_classes": 5,
+        },
+        "decode_boxes": {"deltas": boxes, "anchors": boxes},
+        "dense_focal_loss": {
+            "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
+            "labels": torch.zeros(2, 57).long(),
+        },
+        "encode_boxes": {"boxes": boxes, "anchors": boxes},
+        "match_anchors": {"anchors": boxes, "gt_boxes": torch.zeros(2, 3, 4)},
+        "multiclass_nms": {
+            "boxes": torch.zeros(2, 3, 4),
+            "scores": torch.zeros(2, 3),
+            "labels": indices.view(2, 3),
+            "iou_threshold": 0.5,
+        },
+        "nms": {"boxes": boxes, "scores": scores, "iou_threshold": 0.5},
+        "sigmoid_focal_loss": focal,
+        "sigmoid_focal_loss_star": focal,
+    }
+
+
+FLOATING = "float16, bfloat16, float32 or float64"
+ELSEWHERE = "must be on cpu like {}, got meta"
+
+
+def elsewhere(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def to_bool(tensor: Tensor) -> Tensor:
+    return tensor.bool()
+
+
+def always(value: Any) -> Callable[[Any], Any]:
+    return lambda _: value
+
+
+def nms_of(boxes: str, shape: str) -> list[tuple[str, Callable, str]]:
+    """What all kinds of NMS say, of boxes of this form and scores of this shape."""
+    return [
+        ("boxes", Tensor.long, f"boxes must be {FLOATING}, got torch.int64"),
+        ("boxes", lambda b: b[..., :3], f"boxes must have shape {boxes}, got "),
+        ("boxes", lambda b: b[0], f"boxes must have shape {boxes}, got "),
+        ("scores", Tensor.long, f"scores must be {FLOATING}, got torch.int64"),
+        ("scores", lambda s: s[..., 1:], f"scores must have shape {shape}, one for each box, got "),
+        ("scores", lambda s: s[..., None], f"scores must have shape {shape}, one for each box, got "),
+        ("scores", elsewhere, "scores " + ELSEWHERE.format("boxes")),
+    ]  # fmt: skip
+
+
+def focal_of(inputs: str) -> list[tuple[str, Callable, str]]:
+    return [
+        (inputs, Tensor.long, f"{inputs} must be {FLOATING}, got torch.int64"),
+        ("targets", lambda t: t[:3], f"targets must have the shape of {inputs}, (6, 5), or that shape without its last dimension, got (3,)"),
+        ("targets", lambda t: t[:, None], f"targets must have the shape of {inputs}, (6, 5), or that shape without its last dimension, got (6, 1)"),
+        ("targets", Tensor.float, "class-index targets must be int32 or int64, got torch.float32"),
+        ("targets", lambda _: torch.zeros(6, 5, requires_grad=True), "targets must not require grad"),
+        ("targets", elsewhere, "targets " + ELSEWHERE.format(inputs)),
+        ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+        ("normalizer", always(2), "normalizer must be None unless reduction is 'sum', got reduction 'none'"),
+    ]  # fmt: skip
+
+
+# Of each op: argument, what is made of a right one, the sentence.
+WRONG: dict[str, list[tuple[str, Callable, str]]] = {
+    "batched_nms": [
+        *nms_of("(N, 4)", "(6,)"),
+        ("idxs", Tensor.float, "idxs must be int32 or int64, got torch.float32"),
+        ("idxs", lambda i: i[:2], "idxs must have shape (6,), one for each box, got (2,)"),
+        ("idxs", elsewhere, "idxs " + ELSEWHERE.format("boxes")),
+    ],
+    "box_iou": [
+        ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (N, 4) or (B, N, 4), got (6, 3)"),
+        ("boxes1", to_bool, "boxes1 must be float32 or float64, got torch.bool"),
+        ("boxes2", to_bool, "boxes2 must be torch.float32 like boxes1, got torch.bool"),
+        ("boxes2", lambda b: b[0], "boxes2 must have shape (M, 4), got (4,)"),
+        ("boxes2", lambda b: b[None], "boxes2 must have shape (M, 4), got (1, 6, 4)"),
+        ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
+    ],
+    "class_index_targets": [
+        ("gt_labels", lambda x: [x[0]], "gt_labels must have one entry for each of the 2 images, got 1"),
+        ("gt_labels", lambda x: x[0], "gt_labels must be a list of (M_i,) or have shape (2, M), got (3,)"),
+    ],
+    "decode_boxes": [
+        ("deltas", to_bool, f"deltas must be {FLOATING}, got torch.bool"),
+        ("deltas", lambda d: d[:, :2], "deltas must have shape (..., 4), got (6, 2)"),
+        ("anchors", lambda a: a[:, :2], "anchors must have shape (..., 4), got (6, 2)"),
+        ("anchors", lambda a: a[:3], "anchors must have a shape that broadcasts with that of deltas, (6, 4), got (3, 4)"),
+        ("anchors", to_bool, "anchors must be float32 (float64 for float64 deltas), got torch.bool"),
+        ("anchors", elsewhere, "anchors " + ELSEWHERE.format("deltas")),
+        ("weights", always((1,)), "weights must be 4 numbers, got 1"),
+        ("image_size", always((3, 4, 5)), "image_size must be 2 numbers, height and width, got 3"),
+    ],
+    "dense_focal_loss": [
+        ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
+        ("cls_logits", lambda c: c[:1] * 9, "cls_logits must be 1 to 8 levels, got 9"),
+        ("cls_logits", lambda c: [c[0].long(), c[1]], f"cls_logits[0] must be {FLOATING}, got torch.int64"),
+        ("cls_logits", lambda c: [c[0], c[1].double()], "cls_logits[1] must be torch.float32 like cls_logits[0], got torch.float64"),
+        ("cls_logits", lambda c: [c[0], c[1][0]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (15, 2, 2)"),
+        ("cls_logits", lambda c: [c[0], c[1][:, 1:]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (2, 14, 2, 2)"),
+        ("cls_logits", lambda c: [c[0], elsewhere(c[1])], "cls_logits[1] " + ELSEWHERE.format("cls_logits[0]")),
+        ("labels", Tensor.float, "labels must be int32 or int64, got torch.float32"),
+        ("labels", lambda x: x[:1], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (1, 57)"),
+        ("labels", lambda x: x[:, 1:], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (2, 56)"),
+        ("labels", lambda x: x[:, :38], "cls_logits must have A * K channels, A = 2 by the shape of labels, got 15"),
+        ("labels", elsewhere, "labels " + ELSEWHERE.format("cls_logits[0]")),
+        ("gamma", always(-1), "gamma must be >= 0, got -1"),
+        ("gamma", always(math.nan), "gamma must be >= 0, got nan"),
+        ("normalizer", always(torch.ones(3)), "normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
+        ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
+    ],
+    "encode_boxes": [
+        ("boxes", to_bool, "boxes must be float32 or float64, got torch.bool"),
+        ("boxes", lambda b: b[:, :3], "boxes must have shape (..., 4), got (6, 3)"),
+        ("anchors", lambda a: a[:, :1], "anchors must have shape (..., 4), got (6, 1)"),
+        ("anchors", lambda a: a[:3], "anchors must have a shape that broadcasts with that of boxes, (6, 4), got (3, 4)"),
+        ("anchors", to_bool, "anchors must be torch.float32 like boxes, got torch.bool"),
+        ("anchors", elsewhere, "anchors " + ELSEWHERE.format("boxes")),
+        ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
+    ],
+    "match_anchors": [
+        ("anchors", lambda a: a[0], "anchors must have shape (A, 4), got (4,)"),
+        ("anchors", to_bool, "anchors must be float32 or float64, got torch.bool"),
+        ("gt_boxes", to_bool, "gt_boxes must be torch.float32 like anchors, got torch.bool"),
+        ("gt_boxes", lambda g: g[0], "gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), got (3, 4)"),
+        ("gt_boxes", lambda g: [g[0], g[0, 0]], "gt_boxes[1] must have shape (M, 4), got (4,)"),
+        ("gt_boxes", elsewhere, "gt_boxes " + ELSEWHERE.format("anchors")),
+        ("counts", always(torch.ones(2)), "counts must be int32 or int64, got torch.float32"),
+        ("counts", always(torch.ones(3).int()), "counts must have shape (2,), one for each image, got (3,)"),
+        ("fg_iou_threshold", always(0.25), "bg_iou_threshold must be <= fg_iou_threshold, 0.25, got 0.4"),
+        ("bg_iou_threshold", always(math.nan), "bg_iou_threshold must be <= fg_iou_threshold, 0.5, got nan"),
+    ],
+    "multiclass_nms": [
+        *nms_of("(B, N, 4)", "(2, 3)"),
+        ("labels", Tensor.float, "labels must be int32 or int64, got torch.float32"),
+        ("labels", lambda x: x[0], "labels must have shape (2, 3), one for each box, got (3,)"),
+        ("labels", elsewhere, "labels " + ELSEWHERE.format("boxes")),
+        ("counts", always(torch.zeros(3).int()), "counts must have shape (2,), one for each image, got (3,)"),
+        ("counts", always(torch.zeros(2).bool()), "counts must be int32 or int64, got torch.bool"),
+        ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
+    ],
+    "nms": nms_of("(N, 4)", "(6,)"),
+    "sigmoid_focal_loss": [
+        *focal_of("inputs"),
+        ("gamma", always(-1), "gamma must be >= 0, got -1"),
+        ("gamma", always(math.nan), "gamma must be >= 0, got nan"),
+    ],
+    "sigmoid_focal_loss_star": [
+        *focal_of("inputs"),
+        ("gamma", always(0), "gamma must be > 0, got 0"),
+    ],
+}  # fmt: skip
+
+# Any number does.
+ANY_VALUE = {
+    "allow_low_quality_matches",
+    "alpha",
+    "beta",
+    "clip",
+    "ignore_index",
+    "iou_threshold",
+    "matches",
+    "min_normalizer",
+    "num_classes",
+}
+
+CASES = [(op, *case) for op, cases in WRONG.items() for case in cases]
+
+
+def moved(arguments: Arguments, device: str) -> Arguments:
+    """To a device, but for tensors that lie elsewhere."""
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_meta:
+            return value
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+
+    return pytree.tree_map(move, arguments)
+
+
+def sentence_of(op: str, arguments: Arguments) -> str:
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        getattr(focalops, op)(**arguments)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), CASES)
+def test_says_what_is_wrong(op, argument, wrong, sentence, device):
+    arguments = right_arguments()[op]
+    arguments[argument] = wrong(arguments.get(argument))
+    in_words = sentence.replace("on cpu", f"on {torch.zeros(0, device=device).device}")
+    said = sentence_of(op, moved(arguments, device))
+    assert in_words in said and "\n" not in said.strip()
+
+    if sentence.endswith("got meta"):
+        return  # nothing lies elsewhere once all is fake
+    assert sentence in sentence_of(op, moved(arguments, "meta"))
+    with FakeTensorMode() as mode:
+        fake = pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
+        assert sentence in sentence_of(op, fake)
+
+
+@pytest.mark.parametrize("op", WRONG)
+def test_right_arguments_are_taken(op, device):
+    getattr(focalops, op)(**moved(right_arguments()[op], device))
+
+
+def test_every_argument_of_every_op_is_in_the_table():
+    functions = {n for n in focalops.__all__ if inspect.isfunction(getattr(focalops, n))}
+    assert functions == WRONG.keys() == right_arguments().keys()
+    for op, cases in WRONG.items():
+        parameters = set(inspect.signature(getattr(focalops, op)).parameters)
+        assert parameters - ANY_VALUE <= {argument for argument, _, _ in cases}, op
