@@ -1,0 +1,186 @@
+"""Every public op under the compiler and the transforms of torch, in one table."""
+
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+import focalops
+from focalops import (
+    batched_nms,
+    box_iou,
+    class_index_targets,
+    decode_boxes,
+    dense_focal_loss,
+    encode_boxes,
+    match_anchors,
+    multiclass_nms,
+    nms,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
+)
+
+Inputs = tuple[Tensor, ...]
+
+
+def boxes(*shape: int) -> Tensor:
+    corner, size = torch.rand(*shape, 2) * 60, torch.rand(*shape, 2) * 40 + 1
+    return torch.cat((corner, corner + size), dim=-1)
+
+
+def focal(n: int) -> Inputs:
+    return torch.randn(n, 5), torch.randint(0, 6, (n,))
+
+
+def head(n: int) -> Inputs:
+    """Two levels of 2 anchors and 3 classes: 2 (n + 4) anchors an image."""
+    levels = torch.randn(2, 6, n, 1), torch.randn(2, 6, 2, 2)
+    return (*levels, torch.randint(0, 4, (2, 2 * n + 8)))
+
+
+def padded(n: int) -> Inputs:
+    counts = torch.tensor([n, n // 2])
+    return boxes(2, n), torch.rand(2, n), torch.randint(0, 3, (2, n)), counts
+
+
+# Of each op: a call, and what makes its inputs for a size.
+EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
+    "batched_nms": (
+        lambda b, s, i: batched_nms(b, s, i, 0.5),
+        lambda n: (boxes(n), torch.rand(n), torch.randint(0, 3, (n,))),
+    ),
+    "box_iou": (box_iou, lambda n: (boxes(n), boxes(3))),
+    "class_index_targets": (
+        lambda m, x: class_index_targets(m, x, 4),
+        lambda n: (torch.randint(-2, 3, (2, n)), torch.randint(0, 4, (2, 3))),
+    ),
+    "decode_boxes": (
+        lambda d, a: decode_boxes(d, a, image_size=(80, 90)),
+        lambda n: (torch.randn(n, 4), boxes(n)),
+    ),
+    "dense_focal_loss": (lambda p3, p4, labels: dense_focal_loss([p3, p4], labels), head),
+    "encode_boxes": (encode_boxes, lambda n: (boxes(n), boxes(n))),
+    "match_anchors": (
+        lambda a, g, c: match_anchors(a, g, counts=c),
+        lambda n: (boxes(n), boxes(2, 4), torch.tensor([4, 1])),
+    ),
+    "multiclass_nms": (lambda b, s, i, c: multiclass_nms(b, s, i, 0.5, 7, counts=c), padded),
+    "nms": (lambda b, s: nms(b, s, 0.5), lambda n: (boxes(n), torch.rand(n))),
+    "sigmoid_focal_loss": (lambda x, t: sigmoid_focal_loss(x, t, reduction="sum"), focal),
+    "sigmoid_focal_loss_star": (lambda x, t: sigmoid_focal_loss_star(x, t, beta=1.0), focal),
+}
+
+# Their results are as many as are kept.
+DYNAMIC = {"batched_nms", "nms"}
+# Matching, its targets and NMS choose: there is nothing to differentiate.
+DIFFERENTIABLE = EXAMPLES.keys() - DYNAMIC - {"class_index_targets", "match_anchors", "multiclass_nms"}  # fmt: skip
+
+
+def example(op: str, n: int, device: str) -> tuple[Callable, Inputs]:
+    function, make = EXAMPLES[op]
+    return function, tuple(tensor.to(device) for tensor in make(n))
+
+
+def with_grad(function: Callable, inputs: Inputs) -> list[Tensor]:
+    """Results, and the gradients of all inputs that have one."""
+    inputs = tuple(t.clone().requires_grad_(t.is_floating_point()) for t in inputs)
+    results = pytree.tree_leaves(function(*inputs))
+    total = sum((r.sum() for r in results if r.requires_grad), torch.zeros(()))
+    if total.requires_grad:
+        total.backward()
+    return [*results, *(t.grad for t in inputs if t.grad is not None)]
+
+
+def test_every_op_is_in_the_table():
+    functions = {n for n in focalops.__all__ if inspect.isfunction(getattr(focalops, n))}
+    assert functions == EXAMPLES.keys()
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_compiles_to_one_graph(op, device):
+    function, inputs = example(op, 13, device)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(with_grad(compiled, inputs), with_grad(function, inputs))
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_exports_with_a_dynamic_size(op, device):
+    function, inputs = example(op, 13, device)
+
+    class Model(torch.nn.Module):
+        def forward(self, *inputs: Tensor):
+            return function(*inputs)
+
+    _, others = example(op, 29, device)
+    # What differs between two sizes is dynamic.
+    sizes = [
+        {d: torch.export.Dim.AUTO for d in range(a.dim()) if a.shape[d] != b.shape[d]}
+        for a, b in zip(inputs, others, strict=True)
+    ]
+    program = torch.export.export(Model(), inputs, dynamic_shapes=(tuple(sizes),))
+    torch.testing.assert_close(program.module()(*others), function(*others))
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(op, dtype, device):
+    function, inputs = example(op, 13, device)
+    with torch.autocast(device, dtype=dtype):
+        results = function(*inputs)
+    torch.testing.assert_close(results, function(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", sorted(EXAMPLES.keys() - DYNAMIC))
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_a_loop(op, device):
+    function, _ = example(op, 5, device)
+    batch = [example(op, 5, device)[1] for _ in range(3)]
+    together = torch.vmap(function)(*(torch.stack(tensors) for tensors in zip(*batch, strict=True)))
+    loop = [function(*inputs) for inputs in batch]
+    expected = pytree.tree_map(lambda *results: torch.stack(results), *loop)
+    torch.testing.assert_close(together, expected)
+
+
+@pytest.mark.parametrize("op", sorted(DIFFERENTIABLE))
+def test_activation_checkpointing(op, device):
+    function, inputs = example(op, 13, device)
+
+    def checkpointed(*inputs: Tensor) -> Tensor:
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+    expected = with_grad(function, inputs)
+    assert len(expected) > 1
+    torch.testing.assert_close(with_grad(checkpointed, inputs), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_runs_on_the_current_stream(op, backend, device):
+    if backend != "cuda":
+        pytest.skip("needs a GPU; the emulation interleaves streams in test_cuda_emulation.py")
+    function, inputs = example(op, 400, device)
+    expected = with_grad(function, inputs)
+    delayed = [torch.zeros_like(t) for t in inputs]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(10_000_000)  # a kernel on any other stream would see the zeros
+        for to, tensor in zip(delayed, inputs, strict=True):
+            to.copy_(tensor)
+        results = with_grad(function, tuple(delayed))
+    torch.cuda.synchronize()
+    torch.testing.assert_close(results, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("op", EXAMPLES)
+def test_runs_on_a_second_gpu(op):
+    if torch.cuda.device_count() < 2 or focalops._library.no_cuda_reason is not None:
+        pytest.skip("needs two GPUs")
+    function, inputs = example(op, 29, "cuda:1")  # cuda:0 is the current one
+    first = tuple(tensor.to("cuda:0") for tensor in inputs)
+    torch.testing.assert_close(
+        pytree.tree_map(lambda t: t.cpu(), function(*inputs)),
+        pytree.tree_map(lambda t: t.cpu(), function(*first)),
+    )
