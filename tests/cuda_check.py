@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +52,7 @@ def find_tool(name: str, nvcc: str) -> str:
     raise SystemExit(f"cuda-check needs {name}: it comes with the CUDA toolkit and with `triton`")
 
 
-def compile_kernels(source: Path, arch: str, nvcc: str, flags: list[str]) -> dict:
+def compile_kernels(source: Path, arch: str, nvcc: str, flags: Iterable[str]) -> dict:
     """Registers, bytes and 16-byte instructions of each kernel of the file."""
     number = arch.replace(".", "")
     cubin = ROOT / "build" / "cuda-check" / f"{source.stem}.sm_{number}.cubin"
@@ -134,7 +135,8 @@ def main() -> None:
 
     build = settings()
     nvcc, version = build["nvcc_for_torch"]()
-    flags = [*build["COMMON_FLAGS"], *build["NVCC_FLAGS"]]
+    # Spills are counted, and listed all together: ptxas need not stop at the first.
+    flags = {*build["COMMON_FLAGS"], *build["NVCC_FLAGS"]} - {"-Xptxas=-warn-spills"}
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     archs = build["DEFAULT_ARCHS"]
     resources: Resources = {arch: {} for arch in archs}
