@@ -21,7 +21,7 @@ CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.c
 NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 
-.PHONY: demo test test-sanitize cuda-check bench report build lint format clean FORCE
+.PHONY: demo test test-sanitize fuzz cuda-check bench report build lint format clean FORCE
 
 demo: $(BUILT)
 	$(PY) -m models demo
@@ -36,6 +36,9 @@ test-sanitize: $(BUILT)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FOCALOPS_EMULATION=sanitized \
 	$(PY) -m pytest -k cuda-emulated $(ARGS)
+
+fuzz: $(BUILT)
+	PYTHONPATH=. $(PY) tests/fuzz.py $(ARGS)
 
 # What can be said of the CUDA kernels without a GPU: they compile for every architecture, without
 # spills, as tests/cuda_resources.json has it (ARGS=--update rewrites it).

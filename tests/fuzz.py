@@ -1,4 +1,4 @@
-"""Random comparison with torchvision, for as long as one likes: `python tests/fuzz.py --minutes 60 --seed 1`.
+"""Random comparison with torchvision, for as long as one likes: `make fuzz ARGS="--minutes 60 --seed 1"`.
 
 Not a part of the test run. A difference stops it and prints the seed of its round.
 """
