@@ -237,6 +237,30 @@ inline bool targets_are_dense(const Tensor& inputs, const Tensor& targets) {
   return inputs.dim() == targets.dim();
 }
 
+// (B, C, H, W) in memory as (B, H, W, C).
+inline bool is_channels_last(const Tensor& tensor) {
+  if (tensor.dim() != 4) {
+    return false;
+  }
+  int64_t stride = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != stride) {
+      return false;
+    }
+    stride *= tensor.size(d);
+  }
+  return true;
+}
+
+// The gradient is written over a tensor only where it lies as the kernels write it.
+inline void check_overwritten(const char* op, const char* name, const Tensor& tensor,
+                              bool may_be_channels_last) {
+  if (!tensor.is_contiguous() && !(may_be_channels_last && is_channels_last(tensor))) {
+    fail(op, ": inplace_backward needs ", name, " to be contiguous",
+         may_be_channels_last ? " or channels_last" : "", ", and it is not");
+  }
+}
+
 inline const char* focal_loss_name(const FocalParams& params) {
   return params.beta.has_value() ? "sigmoid_focal_loss_star" : "sigmoid_focal_loss";
 }
@@ -301,21 +325,6 @@ inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
   }
 }
 
-// (B, C, H, W) in memory as (B, H, W, C).
-inline bool is_channels_last(const Tensor& tensor) {
-  if (tensor.dim() != 4) {
-    return false;
-  }
-  int64_t stride = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (tensor.size(d) != 1 && tensor.stride(d) != stride) {
-      return false;
-    }
-    stride *= tensor.size(d);
-  }
-  return true;
-}
-
 // What the levels of a head have in common.
 struct HeadShape {
   int64_t images, anchors, classes;  // anchors of a position
@@ -377,6 +386,13 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
     }
   }
   return {images, anchors, classes, rows};
+}
+
+inline void check_overwritten(const std::vector<Tensor>& cls_logits) {
+  for (size_t i = 0; i < cls_logits.size(); ++i) {
+    const std::string name = "cls_logits[" + std::to_string(i) + "]";
+    check_overwritten("dense_focal_loss", name.c_str(), cls_logits[i], true);
+  }
 }
 
 inline void check_scale(const Tensor& tensor, const Tensor& scale) {

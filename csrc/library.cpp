@@ -19,6 +19,10 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "beta, int ignore_index,"
       " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor "
       "grad)");
+  // The same with the gradient written over inputs.
+  m.def(
+      "_sigmoid_focal_loss_sum_(Tensor(a!) inputs, Tensor targets, float alpha, float gamma, "
+      "float? beta, int ignore_index, Tensor? normalizer, float min_normalizer) -> Tensor loss");
   // cls_logits: up to 8 levels (B, A * K, H, W); labels: (B, N); normalizer: 0-d or (B,); grads:
   // one a level, none unless compute_grad.
   m.def(
@@ -26,6 +30,10 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "ignore_index,"
       " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor[] "
       "grads)");
+  // The same with the gradients written over cls_logits.
+  m.def(
+      "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, int "
+      "ignore_index, Tensor? normalizer, float min_normalizer) -> Tensor loss");
   // scale: one number, or one for each tensor[i]
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 

@@ -32,6 +32,7 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""The focal loss of logits, :math:`-\alpha_t (1 - p_t)^\gamma \log(p_t)`.
 
@@ -51,19 +52,32 @@ def sigmoid_focal_loss(
         normalizer: with ``"sum"``, a number or 0-d tensor that divides the sum, such as the number of positive anchors;
             as a tensor it is read on the device.
         min_normalizer: least value of the divisor.
+        inplace_backward: with ``"sum"`` and ``"mean"``, write the gradient over ``inputs``: no extra memory. Where a
+            gradient is computed, whatever reads ``inputs`` after this call reads the gradient; autograd refuses a backward
+            that needs the logits. Eager mode only, one backward, once differentiable; ``inputs`` must be contiguous,
+            and neither a leaf nor a view.
 
     Returns:
         ``"none"``: the losses, in the shape and dtype of ``inputs``. Otherwise a 0-d tensor, float64 for float64 inputs,
         else float32.
 
     With ``"sum"`` and ``"mean"`` the logits are read once: where they require a gradient, it is written in the same pass,
-    and takes the only extra memory, one tensor of the size of ``inputs``. Computed in float32 (float64 for float64), two
+    and takes the only extra memory, one tensor of the size of ``inputs`` (none with ``inplace_backward``). Computed in float32 (float64 for float64), two
     runs give the same bits. Time O(inputs).
 
     >>> sigmoid_focal_loss(logits, labels, reduction="sum", normalizer=num_positives)  # (N, K), (N,)
     """
     return _focal_loss(
-        inputs, targets, alpha, gamma, None, reduction, ignore_index, normalizer, min_normalizer
+        inputs,
+        targets,
+        alpha,
+        gamma,
+        None,
+        reduction,
+        ignore_index,
+        normalizer,
+        min_normalizer,
+        inplace_backward,
     )
 
 
@@ -78,6 +92,7 @@ def sigmoid_focal_loss_star(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""FL*, the alternate form of the focal loss: :math:`-\alpha_t \log(\sigma(\gamma x_t + \beta)) / \gamma`.
 
@@ -87,7 +102,16 @@ def sigmoid_focal_loss_star(
     (whose defaults are ``alpha=-1, gamma=1``).
     """
     return _focal_loss(
-        inputs, targets, alpha, gamma, beta, reduction, ignore_index, normalizer, min_normalizer
+        inputs,
+        targets,
+        alpha,
+        gamma,
+        beta,
+        reduction,
+        ignore_index,
+        normalizer,
+        min_normalizer,
+        inplace_backward,
     )
 
 
@@ -100,6 +124,7 @@ def dense_focal_loss(
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
     ignore_index: int = -100,
+    inplace_backward: bool = False,
 ) -> Tensor:
     r"""The focal loss of a head's outputs, read where the head left them: no permute, no concatenation.
 
@@ -114,13 +139,15 @@ def dense_focal_loss(
             each image. Read on the device.
         min_normalizer: least value of a divisor.
         ignore_index: label of anchors to leave out.
+        inplace_backward: write the gradients over ``cls_logits``, as in :func:`sigmoid_focal_loss`; each level must be
+            contiguous or channels_last and require a gradient.
 
     Returns:
         A 0-d tensor, float64 for float64 logits, else float32: the sum over the images of their losses, each divided by its
         normalizer.
 
     One launch reads the logits of all levels once and, where they require a gradient, writes it in the same pass and in the
-    same layout. It takes the only extra memory. Two runs give the same bits. Time O(logits).
+    same layout. It takes the only extra memory, or none with ``inplace_backward``. Two runs give the same bits. Time O(logits).
 
     >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
     """
@@ -144,6 +171,14 @@ def dense_focal_loss(
         min_normalizer = 1 if normalizer is None else max(normalizer, min_normalizer)
         normalizer = None
     compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in cls_logits)
+    if inplace_backward and compute_grad:
+        for i, level in enumerate(cls_logits):
+            _check_may_hold_gradient(f"cls_logits[{i}]", level)
+        if len(set(map(id, cls_logits))) < len(cls_logits):
+            raise ValueError("inplace_backward needs different tensors for different levels")
+        return _DenseInPlace.apply(
+            labels, alpha, gamma, ignore_index, normalizer, min_normalizer, *cls_logits
+        )
     loss, _ = call(
         ops.dense_focal_loss,
         cls_logits,
@@ -173,9 +208,12 @@ def _focal_loss(
     ignore_index: int,
     normalizer: Tensor | float | None,
     min_normalizer: float,
+    inplace_backward: bool,
 ) -> Tensor:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    if inplace_backward and reduction == "none":
+        raise ValueError("inplace_backward needs reduction 'sum' or 'mean', got 'none'")
     if normalizer is not None and reduction != "sum":
         raise ValueError(
             f"normalizer must be None unless reduction is 'sum', got reduction {reduction!r}"
@@ -214,6 +252,9 @@ def _focal_loss(
     elif normalizer is not None:
         min_normalizer, normalizer = max(normalizer, min_normalizer), None
     compute_grad = inputs.requires_grad and torch.is_grad_enabled()
+    if inplace_backward and compute_grad:
+        _check_may_hold_gradient("inputs", inputs)
+        return _SumInPlace.apply(*arguments, normalizer, min_normalizer)
     loss, _ = call(ops.sigmoid_focal_loss_sum, *arguments, normalizer, min_normalizer, compute_grad)
     return loss
 
@@ -447,6 +488,16 @@ def _check_dense(
         )
 
 
+@torch.library.register_fake("focalops::_sigmoid_focal_loss_sum_")
+def _(inputs: Tensor, *_: Any) -> Tensor:
+    return inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
+
+
+@torch.library.register_fake("focalops::_dense_focal_loss_")
+def _(cls_logits: list[Tensor], *_: Any) -> Tensor:
+    return cls_logits[0].new_empty((), dtype=compute_dtype(cls_logits[0].dtype))
+
+
 @torch.library.register_fake("focalops::_scale_")
 def _(tensor: Tensor, scale: Tensor) -> None:
     pass
@@ -488,13 +539,10 @@ def _backward_sum(
         return None, *nothing
     inputs, targets, normalizer, grad = ctx.saved_tensors
     has_grad = grad.numel() == inputs.numel()
-    if torch.is_grad_enabled() or not has_grad or inputs.dtype == torch.float16:
-        factor = grad_loss / _divisor(normalizer, ctx.min_normalizer)
-    else:
-        factor = grad_loss  # the saved gradient has been divided by the normalizer
     if torch.is_grad_enabled() or not has_grad:
+        factor = grad_loss / _divisor(normalizer, ctx.min_normalizer)
         return _differentiable_backward(factor, inputs, targets, ctx.arguments, "sum"), *nothing
-    return _scaled(grad, factor), *nothing
+    return _scaled(grad, _factor(grad, grad_loss, normalizer, ctx.min_normalizer)), *nothing
 
 
 def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
@@ -506,7 +554,7 @@ def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[T
 
 def _backward_dense(
     ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]
-) -> tuple[list[Tensor | None] | None, ...]:
+) -> tuple[Sequence[Tensor | None] | None, ...]:
     nothing = (None,) * 7
     labels, normalizer, *tensors = ctx.saved_tensors
     levels = len(ctx.needs_input_grad[0])
@@ -517,10 +565,17 @@ def _backward_dense(
         return _differentiable_dense_backward(
             grad_loss, cls_logits, labels, normalizer, ctx.min_normalizer, ctx.arguments
         ), *nothing
-    factor = grad_loss
-    if cls_logits[0].dtype == torch.float16:
-        factor = factor / _divisor(normalizer, ctx.min_normalizer)
+    factor = _factor(grads[0], grad_loss, normalizer, ctx.min_normalizer)
     return [_scaled(grad, factor) for grad in grads], *nothing
+
+
+def _factor(
+    saved: Tensor, grad_loss: Tensor, normalizer: Tensor | None, min_normalizer: float
+) -> Tensor:
+    """What the gradient that the forward saved lacks: in float16 it has not been divided by the normalizer."""
+    if saved.dtype == torch.float16:
+        return grad_loss / _divisor(normalizer, min_normalizer)
+    return grad_loss
 
 
 def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
@@ -594,6 +649,95 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "focalops::dense_focal_loss", _backward_dense, setup_context=_setup_dense
 )
+
+
+# ---- the gradient over the logits ----------------------------------------------------------------
+
+
+def _check_may_hold_gradient(name: str, logits: Tensor) -> None:
+    """The sentence that says why autograd would give wrong gradients, or none, if these logits were overwritten."""
+    reason = None
+    if (
+        torch.compiler.is_compiling()
+        or type(logits) is not Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(logits)
+        or torch._C._functorch.is_legacy_batchedtensor(logits)
+    ):
+        reason = "be a plain tensor in eager mode, and it is traced, transformed or of a subclass"
+    elif not logits.requires_grad:
+        reason = "require grad"
+    elif logits.is_leaf:
+        reason = "be computed by an op, and it is a leaf"
+    elif logits._is_view():
+        reason = "not be a view"
+    if reason is not None:
+        raise ValueError(f"inplace_backward needs {name} to {reason}")
+
+
+def _check_graph_is_freed() -> None:
+    if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+        raise RuntimeError(
+            "inplace_backward has one gradient for one backward: it works with neither "
+            "retain_graph nor create_graph"
+        )
+
+
+class _SumInPlace(torch.autograd.Function):
+    """sigmoid_focal_loss_sum with the gradient written over the logits, by the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        targets: Tensor,
+        *arguments: Any,  # alpha, gamma, beta, ignore_index, normalizer, min_normalizer
+    ) -> Tensor:
+        loss = call(ops._sigmoid_focal_loss_sum_, inputs, targets, *arguments)
+        torch.autograd.graph.increment_version(inputs)
+        *_, normalizer, ctx.min_normalizer = arguments
+        ctx.save_for_backward(inputs, normalizer)
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_graph_is_freed()
+        nothing = (None,) * 7
+        if grad_loss is None:
+            return None, *nothing
+        inputs, normalizer = ctx.saved_tensors
+        factor = _factor(inputs, grad_loss, normalizer, ctx.min_normalizer)
+        torch.autograd.graph.increment_version(inputs)
+        return _scaled(inputs.detach(), factor), *nothing
+
+
+class _DenseInPlace(torch.autograd.Function):
+    """dense_focal_loss with the gradients written over the logits, by the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        labels: Tensor,
+        *arguments: Any,  # alpha, gamma, ignore_index, normalizer, min_normalizer, *cls_logits
+    ) -> Tensor:
+        options, cls_logits = arguments[:5], list(arguments[5:])
+        loss = call(ops._dense_focal_loss_, cls_logits, labels, *options)
+        torch.autograd.graph.increment_version(cls_logits)
+        *_, normalizer, ctx.min_normalizer = options
+        ctx.save_for_backward(normalizer, *cls_logits)
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_graph_is_freed()
+        normalizer, *cls_logits = ctx.saved_tensors
+        nothing = (None,) * 6
+        if grad_loss is None:
+            return *nothing, *(None for _ in cls_logits)
+        factor = _factor(cls_logits[0], grad_loss, normalizer, ctx.min_normalizer)
+        torch.autograd.graph.increment_version(cls_logits)
+        return *nothing, *(_scaled(level.detach(), factor) for level in cls_logits)
 
 
 # ---- vmap ---------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
+    inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
     x = inputs.to(compute_dtype(inputs.dtype))
     if targets.shape == inputs.shape:
@@ -51,6 +52,7 @@ def sigmoid_focal_loss_star(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
+    inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
     x = inputs.to(compute_dtype(inputs.dtype))
     is_dense = targets.shape == inputs.shape
@@ -70,11 +72,14 @@ def dense_focal_loss(
     normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
     min_normalizer: float = 1,
     ignore_index: int = -100,
+    inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
     positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
     anchors = labels.shape[1] // max(positions, 1)
     if anchors == 0:
-        return sum((level.to(compute_dtype(level.dtype)).sum() for level in cls_logits), start=0)
+        return torch.stack(
+            [level.to(compute_dtype(level.dtype)).sum() for level in cls_logits]
+        ).sum()
     rows = [
         level.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
         for level in cls_logits

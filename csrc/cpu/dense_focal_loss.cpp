@@ -100,22 +100,18 @@ struct Head {
   }
 };
 
-std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cpu(
-    const std::vector<Tensor>& cls_logits, const Tensor& labels_, double alpha, double gamma,
-    int64_t ignore_index, const std::optional<Tensor>& normalizer, double min_normalizer,
-    bool compute_grad) {
-  const HeadShape shape = check_dense_focal_loss(cls_logits, labels_, gamma, normalizer);
-  const auto levels = head_levels(cls_logits, shape);
+// Writes the gradients into `grads`, where there are any; they may be the logits themselves.
+Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& shape,
+                        const Tensor& labels_, double alpha, double gamma, int64_t ignore_index,
+                        const std::optional<Tensor>& normalizer, double min_normalizer,
+                        const std::vector<Tensor>& grads) {
+  const bool compute_grad = !grads.empty();
   const Tensor labels = torch::stable::contiguous(labels_);
-  const Tensor& like = cls_logits[0];
+  const Tensor& like = levels[0].logits;
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
-  std::vector<Tensor> grads;
   std::vector<Pieces> pieces;
   int64_t num_pieces = 0;
   for (const HeadLevel& level : levels) {
-    if (compute_grad) {
-      grads.push_back(new_like(level.logits));
-    }
     const int64_t stretches = ceil_div(level.positions, kBlock);
     const int64_t chunks = ceil_div(level.positions * shape.anchors * shape.classes, kChunk);
     const int64_t of_image = level.has_rows ? chunks : shape.anchors * stretches;
@@ -176,13 +172,39 @@ std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cpu(
   dispatch_floating(like.scalar_type(), [&](auto scalar_tag) {
     dispatch_index(labels.scalar_type(), [&](auto index_tag) { run(scalar_tag, index_tag); });
   });
+  return loss;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cpu(
+    const std::vector<Tensor>& cls_logits, const Tensor& labels, double alpha, double gamma,
+    int64_t ignore_index, const std::optional<Tensor>& normalizer, double min_normalizer,
+    bool compute_grad) {
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+  const auto levels = head_levels(cls_logits, shape);
+  std::vector<Tensor> grads;
+  for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
+    grads.push_back(new_like(levels[l].logits));
+  }
+  Tensor loss = dense_focal_loss(levels, shape, labels, alpha, gamma, ignore_index, normalizer,
+                                 min_normalizer, grads);
   return {loss, grads};
+}
+
+Tensor dense_focal_loss_inplace_cpu(const std::vector<Tensor>& cls_logits, const Tensor& labels,
+                                    double alpha, double gamma, int64_t ignore_index,
+                                    const std::optional<Tensor>& normalizer,
+                                    double min_normalizer) {
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+  check_overwritten(cls_logits);
+  return dense_focal_loss(head_levels(cls_logits, shape), shape, labels, alpha, gamma, ignore_index,
+                          normalizer, min_normalizer, cls_logits);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
   m.impl("dense_focal_loss", TORCH_BOX(&dense_focal_loss_cpu));
+  m.impl("_dense_focal_loss_", TORCH_BOX(&dense_focal_loss_inplace_cpu));
 }
 
 }  // namespace focalops

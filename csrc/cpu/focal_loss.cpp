@@ -150,18 +150,12 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor&
   return grad_inputs;
 }
 
-std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, const Tensor& targets_,
-                                                      double alpha, double gamma,
-                                                      std::optional<double> beta,
-                                                      int64_t ignore_index,
-                                                      const std::optional<Tensor>& normalizer,
-                                                      double min_normalizer, bool compute_grad) {
-  const FocalParams params{alpha, gamma, beta};
-  check_focal_loss_sum(inputs_, targets_, params, normalizer);
-  const Tensor inputs = torch::stable::contiguous(inputs_),
-               targets = torch::stable::contiguous(targets_);
+// Writes the gradient into `grad`, where there is one; it may be `inputs` itself.
+Tensor focal_loss_sum(const Tensor& inputs, const Tensor& targets_, const FocalParams& params,
+                      int64_t ignore_index, const std::optional<Tensor>& normalizer,
+                      double min_normalizer, const std::optional<Tensor>& grad) {
+  const Tensor targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
-  Tensor grad = compute_grad ? new_like(inputs) : torch::stable::new_empty(inputs, {0});
   const int64_t numel = inputs.numel();
   std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
 
@@ -173,8 +167,8 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, con
       divisor = clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), divisor);
     }
     const T grad_scale = gradient_scale<scalar_t>(divisor);
-    auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
-    if (compute_grad) {
+    if (grad.has_value()) {
+      auto* out = static_cast<scalar_t*>(grad->mutable_data_ptr());
       for_each_block<true>(evaluator, numel, params,
                            [&](int64_t begin, int64_t n, const auto& block) {
                              block_sums[begin / kBlock] = sum_of(block.loss, n);
@@ -192,7 +186,36 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, con
     }
     *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(sum / divisor);
   });
-  return {loss, grad};
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cpu(const Tensor& inputs_, const Tensor& targets,
+                                                      double alpha, double gamma,
+                                                      std::optional<double> beta,
+                                                      int64_t ignore_index,
+                                                      const std::optional<Tensor>& normalizer,
+                                                      double min_normalizer, bool compute_grad) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_sum(inputs_, targets, params, normalizer);
+  const Tensor inputs = torch::stable::contiguous(inputs_);
+  std::optional<Tensor> grad;
+  if (compute_grad) {
+    grad = new_like(inputs);
+  }
+  Tensor loss =
+      focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer, grad);
+  return {loss, compute_grad ? *grad : torch::stable::new_empty(inputs, {0})};
+}
+
+Tensor sigmoid_focal_loss_sum_inplace_cpu(const Tensor& inputs, const Tensor& targets, double alpha,
+                                          double gamma, std::optional<double> beta,
+                                          int64_t ignore_index,
+                                          const std::optional<Tensor>& normalizer,
+                                          double min_normalizer) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_sum(inputs, targets, params, normalizer);
+  check_overwritten(focal_loss_name(params), "inputs", inputs, false);
+  return focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer, inputs);
 }
 
 void scale_cpu(const Tensor& tensor, const Tensor& scale) {
@@ -223,6 +246,7 @@ STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
   m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cpu));
   m.impl("_sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cpu));
   m.impl("sigmoid_focal_loss_sum", TORCH_BOX(&sigmoid_focal_loss_sum_cpu));
+  m.impl("_sigmoid_focal_loss_sum_", TORCH_BOX(&sigmoid_focal_loss_sum_inplace_cpu));
   m.impl("_scale_", TORCH_BOX(&scale_cpu));
 }
 

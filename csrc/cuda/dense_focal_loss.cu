@@ -192,7 +192,7 @@ template <typename scalar_t>
 Head<scalar_t> make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape,
                          const Tensor& labels, int64_t ignore_index,
                          const Normalizer<compute_t<scalar_t>>& normalizer,
-                         std::vector<Tensor>& grads) {
+                         const std::vector<Tensor>& grads) {
   const int64_t slices = ceil_div(shape.classes, kClassesOfSlice);
   Head<scalar_t> head{{},
                       static_cast<int>(levels.size()),
@@ -233,24 +233,17 @@ Head<scalar_t> make_head(const std::vector<HeadLevel>& levels, const HeadShape& 
   return head;
 }
 
-std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
-    const std::vector<Tensor>& cls_logits, const Tensor& labels_, double alpha, double gamma,
-    int64_t ignore_index, const std::optional<Tensor>& normalizer_, double min_normalizer,
-    bool compute_grad) {
-  const HeadShape shape = check_dense_focal_loss(cls_logits, labels_, gamma, normalizer_);
-  const Tensor& like = cls_logits[0];
-  const LaunchScope scope(like);
-  const auto levels = head_levels(cls_logits, shape);
+// Writes the gradients into `grads`, where there are any; they may be the logits themselves: each
+// thread has read its logits before it writes there.
+Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& shape,
+                        const Tensor& labels_, double alpha, double gamma, int64_t ignore_index,
+                        const std::optional<Tensor>& normalizer_, double min_normalizer,
+                        const std::vector<Tensor>& grads, const LaunchScope& scope) {
+  const Tensor& like = levels[0].logits;
   const Tensor labels = torch::stable::contiguous(labels_);
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
-  std::vector<Tensor> grads;
-  if (compute_grad) {
-    for (const HeadLevel& level : levels) {
-      grads.push_back(torch::stable::empty_like(level.logits));
-    }
-  }
   if (shape.images * shape.rows * shape.classes == 0) {
-    return {torch::stable::zero_(loss), grads};
+    return torch::stable::zero_(loss);
   }
   dispatch_floating(like.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
@@ -265,8 +258,8 @@ std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
     const auto head = make_head<scalar_t>(levels, shape, labels, ignore_index, normalizer, grads);
     dispatch_focal_loss<T>(alpha, gamma, [&](const auto& formula) {
       using Loss = std::decay_t<decltype(formula)>;
-      auto* kernel = compute_grad ? &dense_focal_loss_kernel<true, scalar_t, Loss>
-                                  : &dense_focal_loss_kernel<false, scalar_t, Loss>;
+      auto* kernel = grads.empty() ? &dense_focal_loss_kernel<false, scalar_t, Loss>
+                                   : &dense_focal_loss_kernel<true, scalar_t, Loss>;
       const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
       Tensor partials = torch::stable::new_empty(like, {grid}, ScalarType::Double);
       auto* sums = static_cast<double*>(partials.mutable_data_ptr());
@@ -275,13 +268,41 @@ std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
              Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
     });
   });
+  return loss;
+}
+
+std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
+    const std::vector<Tensor>& cls_logits, const Tensor& labels, double alpha, double gamma,
+    int64_t ignore_index, const std::optional<Tensor>& normalizer, double min_normalizer,
+    bool compute_grad) {
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+  const LaunchScope scope(cls_logits[0]);
+  const auto levels = head_levels(cls_logits, shape);
+  std::vector<Tensor> grads;
+  for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
+    grads.push_back(torch::stable::empty_like(levels[l].logits));
+  }
+  Tensor loss = dense_focal_loss(levels, shape, labels, alpha, gamma, ignore_index, normalizer,
+                                 min_normalizer, grads, scope);
   return {loss, grads};
+}
+
+Tensor dense_focal_loss_inplace_cuda(const std::vector<Tensor>& cls_logits, const Tensor& labels,
+                                     double alpha, double gamma, int64_t ignore_index,
+                                     const std::optional<Tensor>& normalizer,
+                                     double min_normalizer) {
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+  check_overwritten(cls_logits);
+  const LaunchScope scope(cls_logits[0]);
+  return dense_focal_loss(head_levels(cls_logits, shape), shape, labels, alpha, gamma, ignore_index,
+                          normalizer, min_normalizer, cls_logits, scope);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
   m.impl("dense_focal_loss", TORCH_BOX(&dense_focal_loss_cuda));
+  m.impl("_dense_focal_loss_", TORCH_BOX(&dense_focal_loss_inplace_cuda));
 }
 
 }  // namespace focalops

@@ -134,6 +134,7 @@ struct SumLoss {
 
   double* partials;
   scalar_t* grad_inputs;
+  bool aligned;
   Normalizer<T> normalizer;
   double sum = 0;
 
@@ -141,7 +142,7 @@ struct SumLoss {
     sum += sum_losses(values, i, size);
     if constexpr (WithGrad) {
       const T scale = gradient_scale<scalar_t>(normalizer.divisor());
-      store_gradient(grad_inputs, i, size, true, values, scale);
+      store_gradient(grad_inputs, i, size, aligned, values, scale);
     }
   }
 
@@ -291,22 +292,16 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor
   return grad_inputs;
 }
 
-std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_,
-                                                       const Tensor& targets_, double alpha,
-                                                       double gamma, std::optional<double> beta,
-                                                       int64_t ignore_index,
-                                                       const std::optional<Tensor>& normalizer_,
-                                                       double min_normalizer, bool compute_grad) {
-  const FocalParams params{alpha, gamma, beta};
-  check_focal_loss_sum(inputs_, targets_, params, normalizer_);
-  const LaunchScope scope(inputs_);
-  const Tensor inputs = torch::stable::contiguous(inputs_),
-               targets = torch::stable::contiguous(targets_);
+// Writes the gradient into `grad`, where there is one; it may be `inputs` itself: each thread has
+// read its logits before it writes there.
+Tensor focal_loss_sum(const Tensor& inputs, const Tensor& targets_, const FocalParams& params,
+                      int64_t ignore_index, const std::optional<Tensor>& normalizer_,
+                      double min_normalizer, const std::optional<Tensor>& grad,
+                      const LaunchScope& scope) {
+  const Tensor targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
-  Tensor grad =
-      compute_grad ? torch::stable::empty_like(inputs) : torch::stable::new_empty(inputs, {0});
   if (inputs.numel() == 0) {
-    return {torch::stable::zero_(loss), grad};
+    return torch::stable::zero_(loss);
   }
   dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
@@ -321,21 +316,52 @@ std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_,
       partials = torch::stable::new_empty(inputs, {grid}, ScalarType::Double);
       return static_cast<double*>(partials->mutable_data_ptr());
     };
-    if (compute_grad) {
-      auto* out = static_cast<scalar_t*>(grad.mutable_data_ptr());
+    if (grad.has_value()) {
+      auto* out = static_cast<scalar_t*>(grad->mutable_data_ptr());
       launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t grid) {
-        return SumLoss<scalar_t, true>{new_partials(grid), out, normalizer};
+        return SumLoss<scalar_t, true>{new_partials(grid), out, is_aligned(out), normalizer};
       });
     } else {
       launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t grid) {
-        return SumLoss<scalar_t, false>{new_partials(grid), nullptr, normalizer};
+        return SumLoss<scalar_t, false>{new_partials(grid), nullptr, true, normalizer};
       });
     }
     launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(),
            static_cast<const double*>(partials->const_data_ptr()), count, normalizer,
            static_cast<T*>(loss.mutable_data_ptr()));
   });
-  return {loss, grad};
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> sigmoid_focal_loss_sum_cuda(const Tensor& inputs_, const Tensor& targets,
+                                                       double alpha, double gamma,
+                                                       std::optional<double> beta,
+                                                       int64_t ignore_index,
+                                                       const std::optional<Tensor>& normalizer,
+                                                       double min_normalizer, bool compute_grad) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_sum(inputs_, targets, params, normalizer);
+  const LaunchScope scope(inputs_);
+  const Tensor inputs = torch::stable::contiguous(inputs_);
+  std::optional<Tensor> grad;
+  if (compute_grad) {
+    grad = torch::stable::empty_like(inputs);
+  }
+  Tensor loss = focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer,
+                               grad, scope);
+  return {loss, compute_grad ? *grad : torch::stable::new_empty(inputs, {0})};
+}
+
+Tensor sigmoid_focal_loss_sum_inplace_cuda(const Tensor& inputs, const Tensor& targets,
+                                           double alpha, double gamma, std::optional<double> beta,
+                                           int64_t ignore_index,
+                                           const std::optional<Tensor>& normalizer,
+                                           double min_normalizer) {
+  const FocalParams params{alpha, gamma, beta};
+  check_focal_loss_sum(inputs, targets, params, normalizer);
+  check_overwritten(focal_loss_name(params), "inputs", inputs, false);
+  return focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer, inputs,
+                        LaunchScope(inputs));
 }
 
 void scale_cuda(const Tensor& tensor, const Tensor& scale) {
@@ -363,6 +389,7 @@ STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
   m.impl("sigmoid_focal_loss", TORCH_BOX(&sigmoid_focal_loss_cuda));
   m.impl("_sigmoid_focal_loss_backward", TORCH_BOX(&sigmoid_focal_loss_backward_cuda));
   m.impl("sigmoid_focal_loss_sum", TORCH_BOX(&sigmoid_focal_loss_sum_cuda));
+  m.impl("_sigmoid_focal_loss_sum_", TORCH_BOX(&sigmoid_focal_loss_sum_inplace_cuda));
   m.impl("_scale_", TORCH_BOX(&scale_cuda));
 }
 

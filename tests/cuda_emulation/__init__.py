@@ -54,7 +54,7 @@ def _in_every_order(name: str) -> Callable[..., Any]:
             these = list(args)
             if order != ORDERS[0]:
                 for i in mutated:
-                    these[i] = args[i].clone()
+                    these[i] = torch.utils._pytree.tree_map(torch.clone, args[i])
             result = op(*these)
             results.append((result, [these[i] for i in mutated]))
         for other in results[:-1]:
