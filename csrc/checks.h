@@ -113,8 +113,18 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor,
   }
 }
 
-inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2) {
-  const char* op = "box_iou";
+// The public names of the IoU family, in the order of IouKind.
+inline const char* iou_name(int64_t kind) {
+  constexpr const char* kNames[] = {"box_iou", "generalized_box_iou", "distance_box_iou",
+                                    "complete_box_iou"};
+  if (kind < 0 || kind > 3) {
+    fail("box_iou: kind must lie in [0, 3], got ", kind);
+  }
+  return kNames[kind];
+}
+
+inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2, int64_t kind) {
+  const char* op = iou_name(kind);
   check_coordinates(op, "boxes1", boxes1);
   const int64_t dim = boxes1.dim();
   if ((dim != 2 && dim != 3) || boxes1.size(dim - 1) != 4) {
@@ -131,9 +141,9 @@ inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2) {
 }
 
 inline void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxes1,
-                                   const Tensor& boxes2) {
-  check_box_iou(boxes1, boxes2);
-  const char* op = "box_iou";
+                                   const Tensor& boxes2, int64_t kind) {
+  check_box_iou(boxes1, boxes2, kind);
+  const char* op = iou_name(kind);
   check_like(op, "grad_output", grad_output, "boxes1", boxes1);
   const int64_t dim = boxes1.dim();
   if (grad_output.dim() != dim || !same_shape(grad_output, boxes1, dim - 1) ||
@@ -145,6 +155,29 @@ inline void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxe
 inline void check_rows_of_4(const char* op, const char* name, const Tensor& tensor) {
   if (tensor.dim() == 0 || tensor.size(tensor.dim() - 1) != 4) {
     fail(op, ": ", name, " must have shape (..., 4), got ", shape_of(tensor));
+  }
+}
+
+inline void check_box_pair_loss(const Tensor& boxes1, const Tensor& boxes2, int64_t kind) {
+  const std::string name = std::string(iou_name(kind)) + "_loss";
+  const char* op = name.c_str();
+  check_coordinates(op, "boxes1", boxes1);
+  check_rows_of_4(op, "boxes1", boxes1);
+  check_like(op, "boxes2", boxes2, "boxes1", boxes1);
+  if (!same_shape(boxes1, boxes2)) {
+    fail(op, ": boxes2 must have the shape of boxes1, ", shape_of(boxes1), ", got ",
+         shape_of(boxes2));
+  }
+}
+
+inline void check_box_pair_loss_backward(const Tensor& grad_output, const Tensor& boxes1,
+                                         const Tensor& boxes2, int64_t kind) {
+  check_box_pair_loss(boxes1, boxes2, kind);
+  const std::string name = std::string(iou_name(kind)) + "_loss";
+  check_like(name.c_str(), "grad_output", grad_output, "boxes1", boxes1);
+  if (grad_output.dim() + 1 != boxes1.dim() ||
+      !same_shape(grad_output, boxes1, grad_output.dim())) {
+    fail(name, ": grad_output must have the shape of the output, got ", shape_of(grad_output));
   }
 }
 

@@ -37,10 +37,19 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   // scale: one number, or one for each tensor[i]
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 
-  // boxes
-  m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
+  // boxes. kind: 0 IoU, 1 generalized, 2 distance, 3 complete; eps is added to the divisors of the
+  // penalties, and in the losses to the union.
+  m.def("box_iou(Tensor boxes1, Tensor boxes2, int kind=0, float eps=0) -> Tensor");
   m.def(
-      "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2) -> Tensor grad_boxes1");
+      "_box_iou_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2, int kind=0, float eps=0)"
+      " -> Tensor grad_boxes1");
+  // One loss a pair, 1 - IoU.
+  m.def("box_pair_loss(Tensor boxes1, Tensor boxes2, int kind, float eps) -> Tensor");
+  // A gradient is empty unless compute_grad.
+  m.def(
+      "_box_pair_loss_backward(Tensor grad_output, Tensor boxes1, Tensor boxes2, int kind, float "
+      "eps,"
+      " bool compute_grad1, bool compute_grad2) -> (Tensor grad_boxes1, Tensor grad_boxes2)");
   m.def("encode_boxes(Tensor boxes, Tensor anchors, float[] weights) -> Tensor");
   m.def(
       "_encode_boxes_backward(Tensor grad_output, Tensor boxes, Tensor anchors, float[] weights)"

@@ -22,6 +22,59 @@ inline Tensor new_matrix(const Tensor& boxes1, const Tensor& boxes2) {  // (N, M
   return torch::stable::new_empty(boxes1, shape);
 }
 
+inline Tensor new_pairs(const Tensor& boxes) {  // (..., 4) -> (...)
+  const std::vector<int64_t> shape(boxes.sizes().begin(), boxes.sizes().end() - 1);
+  return torch::stable::new_empty(boxes, shape);
+}
+
+inline Tensor new_gradient(const Tensor& boxes, bool is_wanted) {
+  return is_wanted ? new_rows(boxes, boxes.scalar_type()) : torch::stable::new_empty(boxes, {0});
+}
+
+// The gradient of pairs; that of their sum is one number for all, and stays one.
+struct PairUpstream {
+  Tensor tensor;
+  int64_t stride;
+
+  explicit PairUpstream(const Tensor& grad_output) : tensor(grad_output), stride(0) {
+    for (int64_t d = 0; d < grad_output.dim(); ++d) {
+      if (grad_output.size(d) != 1 && grad_output.stride(d) != 0) {
+        stride = 1;
+      }
+    }
+    if (stride == 1) {
+      tensor = torch::stable::contiguous(grad_output);
+    }
+  }
+};
+
+// Calls f with an integral constant of the IouKind. The check_<op>() functions have refused every
+// other number before.
+template <typename F>
+void dispatch_iou_kind(int64_t kind, F&& f) {
+  switch (kind) {
+    case 0:
+      return f(std::integral_constant<IouKind, IouKind::kPlain>{});
+    case 1:
+      return f(std::integral_constant<IouKind, IouKind::kGeneralized>{});
+    case 2:
+      return f(std::integral_constant<IouKind, IouKind::kDistance>{});
+    default:
+      return f(std::integral_constant<IouKind, IouKind::kComplete>{});
+  }
+}
+
+// Calls f(tag, formula) with the TypeTag of the dtype and the IouFormula of the kind.
+template <typename F>
+void dispatch_iou(ScalarType dtype, int64_t kind, double union_eps, double outer_eps, const F& f) {
+  dispatch_compute(dtype, [&](auto tag) {
+    using T = tag_t<decltype(tag)>;
+    dispatch_iou_kind(kind, [&](auto kind_tag) {
+      f(tag, IouFormula<decltype(kind_tag)::value, T>{T(union_eps), T(outer_eps)});
+    });
+  });
+}
+
 template <typename T>
 BoxCoder<T> box_coder(const std::vector<double>& weights, double clip = 0,
                       const std::vector<double>& image_size = {}) {

@@ -2,7 +2,20 @@
 
 from focalops._version import __version__
 from focalops.anchors import AnchorGenerator
-from focalops.boxes import box_iou, decode_boxes, encode_boxes
+from focalops.box_losses import (
+    box_iou_loss,
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+)
+from focalops.boxes import (
+    box_iou,
+    complete_box_iou,
+    decode_boxes,
+    distance_box_iou,
+    encode_boxes,
+    generalized_box_iou,
+)
 from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss, sigmoid_focal_loss_star
 from focalops.matching import class_index_targets, match_anchors
 from focalops.nms import batched_nms, multiclass_nms, nms
@@ -12,10 +25,17 @@ __all__ = [
     "__version__",
     "batched_nms",
     "box_iou",
+    "box_iou_loss",
     "class_index_targets",
+    "complete_box_iou",
+    "complete_box_iou_loss",
     "decode_boxes",
     "dense_focal_loss",
+    "distance_box_iou",
+    "distance_box_iou_loss",
     "encode_boxes",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
     "match_anchors",
     "multiclass_nms",
     "nms",

@@ -1,4 +1,4 @@
-"""Boxes: pairwise IoU, and the coding of boxes as deltas from anchors.
+"""Boxes: the pairwise IoU family, and the coding of boxes as deltas from anchors.
 
 Boxes are ``(x1, y1, x2, y2)`` in absolute pixels with ``x1 <= x2`` and ``y1 <= y2``.
 """
@@ -42,10 +42,61 @@ def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 
     >>> box_iou(detections, gt_boxes).max(dim=1)
     """
+    return _iou_matrix(0, boxes1, boxes2)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    r"""The generalized IoU of every box of one set with every box of another.
+
+    With C the smallest box that encloses both, :math:`IoU - (|C| - |A \cup B|) / |C|`, in (-1, 1]. A drop-in for
+    ``torchvision.ops.generalized_box_iou``, except that a quotient of two zeros counts as 0, not NaN: that of two points
+    at one place is 0. Everything else is as in :func:`box_iou`.
+
+    Source: Rezatofighi et al., "Generalized Intersection over Union", arXiv 1902.09630.
+    """
+    return _iou_matrix(1, boxes1, boxes2)
+
+
+def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    r"""The distance IoU of every box of one set with every box of another.
+
+    With d the distance of the centers and c the diagonal of the smallest box that encloses both,
+    :math:`IoU - d^2 / (c^2 + eps)`. A drop-in for ``torchvision.ops.distance_box_iou``, except that the IoU of two empty
+    boxes is 0, not NaN. Everything else is as in :func:`box_iou`.
+
+    Source: Zheng et al., "Distance-IoU Loss", arXiv 1911.08287.
+    """
+    return _iou_matrix(2, boxes1, boxes2, eps)
+
+
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    r"""The complete IoU of every box of one set with every box of another.
+
+    The distance IoU less :math:`\alpha v`, where :math:`v = 4 / \pi^2 (\arctan(w_1 / h_1) - \arctan(w_2 / h_2))^2` and
+    :math:`\alpha = v / (1 - IoU + v + eps)`, which counts as constant in the gradient. A drop-in for
+    ``torchvision.ops.complete_box_iou``, except that the IoU of two empty boxes and the arctangent of a point are 0, not
+    NaN. Everything else is as in :func:`box_iou`.
+
+    Source: Zheng et al., "Distance-IoU Loss", arXiv 1911.08287.
+    """
+    return _iou_matrix(3, boxes1, boxes2, eps)
+
+
+# In the order of IouKind in csrc/math/box.h.
+IOU_NAMES = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
+
+
+def _iou_matrix(kind: int, boxes1: Tensor, boxes2: Tensor, eps: float = 0) -> Tensor:
     if runs_reference(boxes1):
-        return reference.box_iou(boxes1, boxes2)
+        return _reference_iou(boxes1, boxes2, kind, eps)
     dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
-    return call(ops.box_iou, as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype))
+    boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
+    return call(ops.box_iou, boxes1, boxes2, kind, float(eps))
+
+
+def _reference_iou(boxes1: Tensor, boxes2: Tensor, kind: int, eps: float) -> Tensor:
+    options = {"eps": eps} if kind >= 2 else {}
+    return getattr(reference, IOU_NAMES[kind])(boxes1, boxes2, **options)
 
 
 def encode_boxes(
@@ -146,7 +197,7 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
     )
 
 
-def _check_rows_of_4(op: str, name: str, tensor: Tensor) -> None:
+def check_rows_of_4(op: str, name: str, tensor: Tensor) -> None:
     check(
         tensor.shape[-1:] == (4,),
         lambda: f"{op}: {name} must have shape (..., 4), got {tuple(tensor.shape)}",
@@ -154,7 +205,7 @@ def _check_rows_of_4(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_anchors(op: str, anchors: Tensor, like_name: str, like: Tensor) -> None:
-    _check_rows_of_4(op, "anchors", anchors)
+    check_rows_of_4(op, "anchors", anchors)
     check(
         anchors.shape == like.shape,
         lambda: (
@@ -179,8 +230,8 @@ def _check_coder_gradient(op: str, grad_output: Tensor, anchors: Tensor) -> None
     )
 
 
-def _check_box_iou(boxes1: Tensor, boxes2: Tensor) -> None:
-    op = "box_iou"
+def _check_box_iou(boxes1: Tensor, boxes2: Tensor, kind: int) -> None:
+    op = IOU_NAMES[kind]
     check_coordinates(op, "boxes1", boxes1)
     check(
         boxes1.dim() in (2, 3) and boxes1.shape[-1] == 4,
@@ -203,7 +254,7 @@ def _check_box_iou(boxes1: Tensor, boxes2: Tensor) -> None:
 def _check_encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float]) -> None:
     op = "encode_boxes"
     check_coordinates(op, "boxes", boxes)
-    _check_rows_of_4(op, "boxes", boxes)
+    check_rows_of_4(op, "boxes", boxes)
     check_like(op, "anchors", anchors, "boxes", boxes)
     _check_anchors(op, anchors, "boxes", boxes)
     _check_weights(op, weights)
@@ -214,7 +265,7 @@ def _check_decode_boxes(
 ) -> None:
     op = "decode_boxes"
     check_floating(op, "deltas", deltas)
-    _check_rows_of_4(op, "deltas", deltas)
+    check_rows_of_4(op, "deltas", deltas)
     check_same_device(op, "anchors", anchors, "deltas", deltas)
     check(
         anchors.dtype == compute_dtype(deltas.dtype),
@@ -229,15 +280,15 @@ def _check_decode_boxes(
 
 
 @torch.library.register_fake("focalops::box_iou")
-def _(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    _check_box_iou(boxes1, boxes2)
+def _(boxes1: Tensor, boxes2: Tensor, kind: int = 0, eps: float = 0) -> Tensor:
+    _check_box_iou(boxes1, boxes2, kind)
     return boxes1.new_empty((*boxes1.shape[:-1], boxes2.shape[-2]))
 
 
 @torch.library.register_fake("focalops::_box_iou_backward")
-def _(grad_output: Tensor, boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    op = "box_iou"
-    _check_box_iou(boxes1, boxes2)
+def _(grad_output: Tensor, boxes1: Tensor, boxes2: Tensor, kind: int = 0, eps: float = 0) -> Tensor:
+    op = IOU_NAMES[kind]
+    _check_box_iou(boxes1, boxes2, kind)
     check_like(op, "grad_output", grad_output, "boxes1", boxes1)
     check(
         grad_output.shape == (*boxes1.shape[:-1], boxes2.shape[-2]),
@@ -294,13 +345,13 @@ def _(
 # ---- autograd: each op takes two tensors, then its settings ---------------------------------------
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     first, second, *ctx.settings = inputs
     ctx.save_for_backward(first, second)
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
+def gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
     needs_first, needs_second = ctx.needs_input_grad[:2]
     return (
         first if needs_first else None,
@@ -309,7 +360,7 @@ def _gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[A
     )
 
 
-def _differentiable(
+def differentiable(
     function: Callable[..., Tensor], ctx: Any, grad_output: Tensor
 ) -> tuple[Any, ...]:
     """The gradients through formulas that autograd can differentiate again."""
@@ -319,40 +370,41 @@ def _differentiable(
         )
         output = function(first, second, *ctx.settings)
         grads = torch.autograd.grad(output, (first, second), grad_output, create_graph=True)
-    return _gradients(ctx, *grads)
+    return gradients(ctx, *grads)
 
 
 def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return None, None
+        return gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return _differentiable(reference.box_iou, ctx, grad_output)
+        return differentiable(_reference_iou, ctx, grad_output)
     boxes1, boxes2 = ctx.saved_tensors
-    needs1, needs2 = ctx.needs_input_grad
-    transposed = grad_output.transpose(-1, -2)
-    return (
-        call(ops._box_iou_backward, grad_output, boxes1, boxes2) if needs1 else None,
-        call(ops._box_iou_backward, transposed, boxes2, boxes1) if needs2 else None,
+    needs1, needs2 = ctx.needs_input_grad[:2]
+    transposed = grad_output.transpose(-1, -2)  # the family is symmetric
+    return gradients(
+        ctx,
+        call(ops._box_iou_backward, grad_output, boxes1, boxes2, *ctx.settings) if needs1 else None,
+        call(ops._box_iou_backward, transposed, boxes2, boxes1, *ctx.settings) if needs2 else None,
     )
 
 
 def _backward_encode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return _gradients(ctx, None, None)
+        return gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return _differentiable(reference.encode_boxes, ctx, grad_output)
+        return differentiable(reference.encode_boxes, ctx, grad_output)
     grads = call(ops._encode_boxes_backward, grad_output, *ctx.saved_tensors, *ctx.settings)
-    return _gradients(ctx, *grads)
+    return gradients(ctx, *grads)
 
 
 def _backward_decode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return _gradients(ctx, None, None)
+        return gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return _differentiable(_reference_decode_boxes, ctx, grad_output)
+        return differentiable(_reference_decode_boxes, ctx, grad_output)
     needs_anchors = ctx.needs_input_grad[1]
     arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, needs_anchors)
-    return _gradients(ctx, *call(ops._decode_boxes_backward, *arguments))
+    return gradients(ctx, *call(ops._decode_boxes_backward, *arguments))
 
 
 def _reference_decode_boxes(
@@ -366,4 +418,4 @@ for name, backward in (
     ("encode_boxes", _backward_encode_boxes),
     ("decode_boxes", _backward_decode_boxes),
 ):
-    torch.library.register_autograd(f"focalops::{name}", backward, setup_context=_setup_context)
+    torch.library.register_autograd(f"focalops::{name}", backward, setup_context=setup_context)

@@ -154,14 +154,96 @@ def box_area(boxes: Tensor) -> Tensor:
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    return _iou_matrix("iou", boxes1, boxes2, 0)
+
+
+def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    return _iou_matrix("giou", boxes1, boxes2, 0)
+
+
+def distance_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    return _iou_matrix("diou", boxes1, boxes2, eps)
+
+
+def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tensor:
+    return _iou_matrix("ciou", boxes1, boxes2, eps)
+
+
+def box_iou_loss(
+    boxes1: Tensor,  # [..., 4]
+    boxes2: Tensor,  # [..., 4]
+    reduction: str = "none",
+    eps: float = 1e-7,
+) -> Tensor:
+    return _iou_loss("iou", boxes1, boxes2, reduction, eps)
+
+
+def generalized_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    return _iou_loss("giou", boxes1, boxes2, reduction, eps)
+
+
+def distance_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    return _iou_loss("diou", boxes1, boxes2, reduction, eps)
+
+
+def complete_box_iou_loss(
+    boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
+) -> Tensor:
+    return _iou_loss("ciou", boxes1, boxes2, reduction, eps)
+
+
+def _iou_matrix(kind: str, boxes1: Tensor, boxes2: Tensor, eps: float) -> Tensor:
     dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
     a = boxes1.to(dtype).unsqueeze(-2)  # [..., N, 1, 4]
     b = boxes2.to(dtype).unsqueeze(-3)  # [..., 1, M, 4]
+    return _iou(kind, a, b, 0, eps)
+
+
+def _iou_loss(kind: str, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
+    dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
+    loss = 1 - _iou(kind, boxes1.to(dtype), boxes2.to(dtype), eps, eps)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (max(loss.numel(), 1) if reduction == "mean" else 1)
+
+
+def _iou(kind: str, a: Tensor, b: Tensor, union_eps: float, eps: float) -> Tensor:
     width_height = F.relu(torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2]))
     intersection = width_height[..., 0] * width_height[..., 1]
     union = box_area(a) + box_area(b) - intersection
-    empty = union == 0
-    return torch.where(empty, 0, intersection / torch.where(empty, 1, union))
+    overlap = _divide(intersection, union + union_eps)
+    if kind == "iou":
+        return overlap
+    # Of the smallest box that encloses both.
+    outer = torch.max(a[..., 2:], b[..., 2:]) - torch.min(a[..., :2], b[..., :2])
+    w, h = outer.unbind(-1)
+    if kind == "giou":
+        return overlap - _divide(w * h - union, w * h + eps)
+    x, y = (0.5 * (a[..., :2] + a[..., 2:]) - 0.5 * (b[..., :2] + b[..., 2:])).unbind(-1)
+    distance_iou = overlap - _divide(x * x + y * y, w * w + h * h + eps)
+    if kind == "diou":
+        return distance_iou
+    v = 4 / math.pi**2 * (_diagonal_angle(a) - _diagonal_angle(b)) ** 2
+    weight = _divide(v, 1 - overlap + v + eps).detach()
+    return distance_iou - weight * v
+
+
+def _divide(a: Tensor, b: Tensor) -> Tensor:
+    """0 where b is 0: there a is too."""
+    is_zero = b == 0
+    return torch.where(is_zero, 0, a / torch.where(is_zero, 1, b))
+
+
+def _diagonal_angle(boxes: Tensor) -> Tensor:
+    """atan(w / h), 0 for a point; as atan2 its gradient is finite where h is 0."""
+    w, h = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    is_point = (w == 0) & (h == 0)
+    sign = torch.where(h < 0, -1, 1)
+    return torch.atan2(torch.where(is_point, 0, sign * w), torch.where(is_point, 1, sign * h))
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1, 1, 1, 1)) -> Tensor:

@@ -1,4 +1,4 @@
-"""box_iou, encode_boxes and decode_boxes against the reference, torchvision and float64."""
+"""The IoU family, encode_boxes and decode_boxes against the reference, torchvision and float64."""
 
 import math
 
@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
-from focalops import box_iou, decode_boxes, encode_boxes, reference
+from focalops import (
+    box_iou,
+    complete_box_iou,
+    decode_boxes,
+    distance_box_iou,
+    encode_boxes,
+    generalized_box_iou,
+    reference,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # One pair, fewer columns than a 16-byte vector, rows that begin at 16-byte boundaries and rows that do not, more columns
@@ -145,6 +153,76 @@ def test_box_iou_of_any_boxes(corners, split):
     # The area of the larger ones is infinite in float32; of the others each IoU is a number in [0, 1].
     small = (boxes1.abs().amax(1) < 1e18)[:, None] & (boxes2.abs().amax(1) < 1e18)
     assert ((iou >= 0) & (iou <= 1))[small].all()
+
+
+# ---- generalized, distance and complete IoU -----------------------------------------------------
+
+FAMILY = (generalized_box_iou, distance_box_iou, complete_box_iou)
+FAMILY_IDS = ("generalized", "distance", "complete")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 2), (33, 8), (5, 1030), (2, 4100)], ids=str)
+@pytest.mark.parametrize("function", FAMILY, ids=FAMILY_IDS)
+def test_family(function, shape, dtype, device):
+    n, m = shape
+    boxes1, boxes2 = (random_boxes(k, device=device, dtype=dtype) for k in (n, m))
+    exact = getattr(reference, function.__name__)
+    assert_close_to_float64(function, exact, boxes1, boxes2)
+
+
+@pytest.mark.parametrize("function", FAMILY, ids=FAMILY_IDS)
+def test_family_is_torchvisions(function, device):
+    boxes1, boxes2 = (random_boxes(2, n, device=device, dtype=torch.float64) for n in (40, 30))
+    theirs = getattr(torchvision.ops, function.__name__)
+    for a, b in ((boxes1, boxes2), (boxes1[0], boxes2[1])):
+        values, grads = gradients(function, a, b)
+        expected, expected_grads = gradients(theirs, a, b)
+        torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", FAMILY, ids=FAMILY_IDS)
+def test_family_of_degenerate_boxes_is_finite(function, device):
+    boxes1, boxes2 = grid_boxes(60, device), grid_boxes(50, device)
+    values, grads = gradients(function, boxes1, boxes2)
+    expected, expected_grads = gradients(getattr(reference, function.__name__), boxes1, boxes2)
+    assert values.isfinite().all() and all(grad.isfinite().all() for grad in grads)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+    # Sums of up to 60 terms, of which the greatest are some 10.
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", FAMILY, ids=FAMILY_IDS)
+def test_family_gradcheck(function, device):
+    boxes = [random_boxes(n, device=device, dtype=torch.float64).requires_grad_() for n in (3, 2)]
+    if function is not complete_box_iou:  # its weight is not differentiated
+        torch.autograd.gradcheck(function, boxes)
+    (first,) = torch.autograd.grad(function(*boxes).sum(), boxes[0], create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), boxes[1])
+    twin = getattr(reference, function.__name__)
+    (first,) = torch.autograd.grad(twin(*boxes).sum(), boxes[0], create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(first.square().sum(), boxes[1])[0])
+
+
+def test_eps_is_added_to_the_diagonal(device):
+    boxes = torch.tensor([[0.0, 0, 1, 1], [1, 1, 2, 2]], device=device)
+    for function in (distance_box_iou, complete_box_iou):
+        assert function(boxes[:1], boxes[1:], 2.0).item() == pytest.approx(-0.2)
+        assert function(boxes[:1], boxes[1:], eps=0).item() == pytest.approx(-0.25)
+
+
+@given(st.lists(st.tuples(*[COORDINATES] * 4), min_size=2, max_size=12))
+def test_family_of_any_boxes(corners):
+    boxes = torch.tensor(corners, dtype=torch.float64)
+    boxes = torch.cat((torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])), 1)  # fmt: skip
+    iou = box_iou(boxes, boxes)
+    for function in FAMILY:
+        values = function(boxes, boxes)
+        torch.testing.assert_close(values, getattr(reference, function.__name__)(boxes, boxes))
+        torch.testing.assert_close(values, values.T)
+        assert (values <= iou + 1e-9).all() and (values >= -3).all()
+    assert (generalized_box_iou(boxes, boxes) >= -1 - 1e-9).all()
 
 
 # ---- encode_boxes and decode_boxes --------------------------------------------------------------
@@ -311,6 +389,8 @@ def test_opcheck(device):
     plain1, plain2 = boxes1.detach(), boxes2.detach()
     upstream = torch.rand(5, 3, device=device)
     torch.library.opcheck(ops._box_iou_backward.default, (upstream, plain1, plain2))
+    torch.library.opcheck(ops.box_iou.default, (boxes1, boxes2, 3, 1e-7))
+    torch.library.opcheck(ops._box_iou_backward.default, (upstream, plain1, plain2, 1, 1e-7))
     weights, anchors = list(WEIGHTS), random_boxes(5, device=device).requires_grad_()
     torch.library.opcheck(ops.encode_boxes.default, (boxes1, anchors, weights))
     upstream, plain_anchors = torch.rand(5, 4, device=device), anchors.detach()
@@ -345,6 +425,7 @@ ERRORS = [
     (lambda x: box_iou(x[None], x), r"box_iou: boxes2 must have shape \(1, M, 4\) as boxes1 is batched, got \(5, 4\)"),
     (lambda x: box_iou(x > 0, x > 0), "box_iou: boxes1 must be float32 or float64, got torch.bool"),
     (lambda x: box_iou(x, x > 0), "box_iou: boxes2 must be torch.float32 like boxes1, got torch.bool"),
+    (lambda x: complete_box_iou(x[:, :3], x), r"complete_box_iou: boxes1 must have shape \(N, 4\) or \(B, N, 4\), got \(5, 3\)"),
     (lambda x: encode_boxes(x[:, :3], x), r"encode_boxes: boxes must have shape \(..., 4\), got \(5, 3\)"),
     (lambda x: encode_boxes(x, x[:, :1]), r"encode_boxes: anchors must have shape \(..., 4\), got \(5, 1\)"),
     (lambda x: encode_boxes(x, x[:3]), r"encode_boxes: anchors must have a shape that broadcasts with that of boxes, \(5, 4\), got \(3, 4\)"),

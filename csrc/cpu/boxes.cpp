@@ -1,4 +1,4 @@
-// Pairwise IoU and box coding on the CPU.
+// The IoU family, as matrices and as losses of pairs, and box coding on the CPU.
 //
 // A matrix is made in blocks of rows and columns, in parallel over blocks. The boxes of a block's
 // columns (of its rows, for the gradient, which sums over columns) are laid out coordinate by
@@ -24,10 +24,13 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 struct BoxLanes {
-  alignas(64) T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes];
+  alignas(64) T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes], angle[kLanes];
+
+  FOCALOPS_HOST_DEVICE Box<T> box(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
+  FOCALOPS_HOST_DEVICE IouTerms<T> terms(int64_t i) const { return {area[i], angle[i]}; }
 };
 
-template <typename T>
+template <IouKind Kind, typename T>
 FOCALOPS_SIMD void lay_out(const T* boxes, int64_t n, BoxLanes<T>& lanes) {
   for (int64_t i = 0; i < n; ++i) {
     const Box<T> box = load_box(boxes + 4 * i);
@@ -35,28 +38,32 @@ FOCALOPS_SIMD void lay_out(const T* boxes, int64_t n, BoxLanes<T>& lanes) {
     lanes.y1[i] = box.y1;
     lanes.x2[i] = box.x2;
     lanes.y2[i] = box.y2;
-    lanes.area[i] = area(box);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const IouTerms<T> terms = iou_terms<Kind>(lanes.box(i));
+    lanes.area[i] = terms.area;
+    lanes.angle[i] = terms.angle;
   }
 }
 
-template <typename T>
-FOCALOPS_SIMD void iou_of_row(const Box<T>& row, T row_area, const BoxLanes<T>& columns, int64_t n,
-                              T* out) {
+template <IouKind Kind, typename T>
+FOCALOPS_SIMD void iou_of_row(IouFormula<Kind, T> formula, const Box<T>& row, IouTerms<T> of_row,
+                              const BoxLanes<T>& columns, int64_t n, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Box<T> column{columns.x1[i], columns.y1[i], columns.x2[i], columns.y2[i]};
-    out[i] = iou(row, column, row_area, columns.area[i]);
+    out[i] = formula.value(row, columns.box(i), of_row, columns.terms(i));
   }
 }
 
 // Adds one column's part to the gradients of n rows.
-template <typename T>
-FOCALOPS_SIMD void add_iou_gradient(const BoxLanes<T>& rows, const Box<T>& column, T column_area,
-                                    const T* upstream, int64_t n, BoxLanes<T>& grad) {
+template <IouKind Kind, typename T>
+FOCALOPS_SIMD void add_iou_gradient(IouFormula<Kind, T> formula, const BoxLanes<T>& rows,
+                                    const Box<T>& column, IouTerms<T> of_column, const T* upstream,
+                                    int64_t n, BoxLanes<T>& grad) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Box<T> row{rows.x1[i], rows.y1[i], rows.x2[i], rows.y2[i]};
-    const Box<T> part = iou_gradient(row, column, rows.area[i], column_area);
+    const Box<T> part = formula.gradient(rows.box(i), column, rows.terms(i), of_column);
     grad.x1[i] += upstream[i] * part.x1;
     grad.y1[i] += upstream[i] * part.y1;
     grad.x2[i] += upstream[i] * part.x2;
@@ -64,8 +71,18 @@ FOCALOPS_SIMD void add_iou_gradient(const BoxLanes<T>& rows, const Box<T>& colum
   }
 }
 
-Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_) {
-  check_box_iou(boxes1_, boxes2_);
+template <IouKind Kind, typename T>
+IouTerms<T> terms_of(const IouFormula<Kind, T>&, const Box<T>& box) {
+  return iou_terms<Kind>(box);
+}
+
+template <IouKind Kind, typename T>
+void lay_out_for(const IouFormula<Kind, T>&, const T* boxes, int64_t n, BoxLanes<T>& lanes) {
+  lay_out<Kind>(boxes, n, lanes);
+}
+
+Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_, int64_t kind, double eps) {
+  check_box_iou(boxes1_, boxes2_, kind);
   const Tensor boxes1 = torch::stable::contiguous(boxes1_),
                boxes2 = torch::stable::contiguous(boxes2_);
   const int64_t dim = boxes1.dim();
@@ -74,7 +91,7 @@ Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_) {
   Tensor output =
       on_huge_pages(new_matrix(boxes1, boxes2), boxes1.scalar_type() == ScalarType::Double ? 8 : 4);
 
-  dispatch_compute(boxes1.scalar_type(), [&](auto tag) {
+  dispatch_iou(boxes1.scalar_type(), kind, 0, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     const auto* rows = static_cast<const T*>(boxes1.const_data_ptr());
     const auto* columns = static_cast<const T*>(boxes2.const_data_ptr());
@@ -90,10 +107,11 @@ Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_) {
             const int64_t first_column = block % column_blocks * kLanes;
             const int64_t last_row = std::min(first_row + kRows, num_rows);
             const int64_t n = std::min(kLanes, num_columns - first_column);
-            lay_out(columns + 4 * (image * num_columns + first_column), n, lanes);
+            lay_out_for(formula, columns + 4 * (image * num_columns + first_column), n, lanes);
             for (int64_t i = image * num_rows + first_row; i < image * num_rows + last_row; ++i) {
               const Box<T> row = load_box(rows + 4 * i);
-              iou_of_row(row, area(row), lanes, n, out + i * num_columns + first_column);
+              iou_of_row(formula, row, terms_of(formula, row), lanes, n,
+                         out + i * num_columns + first_column);
             }
           }
         });
@@ -101,9 +119,9 @@ Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_) {
   return output;
 }
 
-Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_,
-                            const Tensor& boxes2_) {
-  check_box_iou_backward(grad_output, boxes1_, boxes2_);
+Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_, const Tensor& boxes2_,
+                            int64_t kind, double eps) {
+  check_box_iou_backward(grad_output, boxes1_, boxes2_, kind);
   const Tensor boxes1 = torch::stable::contiguous(boxes1_),
                boxes2 = torch::stable::contiguous(boxes2_);
   const int64_t dim = boxes1.dim();
@@ -114,7 +132,7 @@ Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_,
                 column_stride = grad_output.stride(dim - 1);
   Tensor grad_boxes1 = torch::stable::empty_like(boxes1);
 
-  dispatch_compute(boxes1.scalar_type(), [&](auto tag) {
+  dispatch_iou(boxes1.scalar_type(), kind, 0, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     const auto* rows = static_cast<const T*>(boxes1.const_data_ptr());
     const auto* columns = static_cast<const T*>(boxes2.const_data_ptr());
@@ -131,7 +149,7 @@ Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_,
         const int64_t split = block % splits;
         const int64_t n = std::min(kLanes, num_rows - first_row);
         const int64_t last_column = std::min((split + 1) * kSplitColumns, num_columns);
-        lay_out(rows + 4 * (image * num_rows + first_row), n, lanes);
+        lay_out_for(formula, rows + 4 * (image * num_rows + first_row), n, lanes);
         grad = {};
         for (int64_t column = split * kSplitColumns; column < last_column; ++column) {
           const Box<T> box = load_box(columns + 4 * (image * num_columns + column));
@@ -140,11 +158,11 @@ Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_,
           for (int64_t i = 0; i < n; ++i) {
             lane_upstream[i] = from[i * row_stride];
           }
-          add_iou_gradient(lanes, box, area(box), lane_upstream, n, grad);
+          add_iou_gradient(formula, lanes, box, terms_of(formula, box), lane_upstream, n, grad);
         }
         Box<T>* out = &partials[split * batch * num_rows + image * num_rows + first_row];
         for (int64_t i = 0; i < n; ++i) {
-          out[i] = {grad.x1[i], grad.y1[i], grad.x2[i], grad.y2[i]};
+          out[i] = grad.box(i);
         }
       }
     });
@@ -160,6 +178,107 @@ Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_,
     }
   });
   return grad_boxes1;
+}
+
+// ---- losses of pairs ----------------------------------------------------------------------------
+
+template <IouKind Kind, typename T>
+FOCALOPS_SIMD void pair_losses(IouFormula<Kind, T> formula, const BoxLanes<T>& first,
+                               const BoxLanes<T>& second, int64_t n, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = 1 - formula.value(first.box(i), second.box(i), first.terms(i), second.terms(i));
+  }
+}
+
+// By the boxes of `first`; `stride` of the upstream gradient is 0 or 1.
+template <IouKind Kind, typename T>
+FOCALOPS_SIMD void pair_loss_gradients(IouFormula<Kind, T> formula, const T* upstream,
+                                       int64_t stride, const BoxLanes<T>& first,
+                                       const BoxLanes<T>& second, int64_t n, BoxLanes<T>& grad,
+                                       T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Box<T> part =
+        formula.gradient(first.box(i), second.box(i), first.terms(i), second.terms(i));
+    const T factor = -upstream[i * stride];
+    grad.x1[i] = factor * part.x1;
+    grad.y1[i] = factor * part.y1;
+    grad.x2[i] = factor * part.x2;
+    grad.y2[i] = factor * part.y2;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    out[4 * i] = grad.x1[i];
+    out[4 * i + 1] = grad.y1[i];
+    out[4 * i + 2] = grad.x2[i];
+    out[4 * i + 3] = grad.y2[i];
+  }
+}
+
+// Calls f(begin, n, first, second) for each block of pairs, in parallel.
+template <IouKind Kind, typename T, typename F>
+void for_each_block(const IouFormula<Kind, T>& formula, const Tensor& boxes1, const Tensor& boxes2,
+                    const F& f) {
+  const auto* data1 = static_cast<const T*>(boxes1.const_data_ptr());
+  const auto* data2 = static_cast<const T*>(boxes2.const_data_ptr());
+  const int64_t num_pairs = boxes1.numel() / 4;
+  torch::stable::parallel_for(
+      0, ceil_div(num_pairs, kLanes), kCoderGrain / kLanes, [&](int64_t block, int64_t last) {
+        BoxLanes<T> first, second;
+        for (; block < last; ++block) {
+          const int64_t begin = block * kLanes, n = std::min(kLanes, num_pairs - begin);
+          lay_out_for(formula, data1 + 4 * begin, n, first);
+          lay_out_for(formula, data2 + 4 * begin, n, second);
+          f(begin, n, first, second);
+        }
+      });
+}
+
+Tensor box_pair_loss_cpu(const Tensor& boxes1_, const Tensor& boxes2_, int64_t kind, double eps) {
+  check_box_pair_loss(boxes1_, boxes2_, kind);
+  const Tensor boxes1 = torch::stable::contiguous(boxes1_),
+               boxes2 = torch::stable::contiguous(boxes2_);
+  Tensor output = new_pairs(boxes1);
+  dispatch_iou(boxes1.scalar_type(), kind, eps, eps, [&](auto tag, const auto& formula) {
+    using T = tag_t<decltype(tag)>;
+    auto* out = static_cast<T*>(output.mutable_data_ptr());
+    for_each_block(formula, boxes1, boxes2,
+                   [&](int64_t begin, int64_t n, const auto& first, const auto& second) {
+                     pair_losses(formula, first, second, n, out + begin);
+                   });
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> box_pair_loss_backward_cpu(const Tensor& grad_output_,
+                                                      const Tensor& boxes1_, const Tensor& boxes2_,
+                                                      int64_t kind, double eps, bool compute_grad1,
+                                                      bool compute_grad2) {
+  check_box_pair_loss_backward(grad_output_, boxes1_, boxes2_, kind);
+  const Tensor boxes1 = torch::stable::contiguous(boxes1_),
+               boxes2 = torch::stable::contiguous(boxes2_);
+  const PairUpstream upstream(grad_output_);
+  Tensor grad1 = new_gradient(boxes1, compute_grad1), grad2 = new_gradient(boxes2, compute_grad2);
+  dispatch_iou(boxes1.scalar_type(), kind, eps, eps, [&](auto tag, const auto& formula) {
+    using T = tag_t<decltype(tag)>;
+    const auto* from = static_cast<const T*>(upstream.tensor.const_data_ptr());
+    auto* out1 = static_cast<T*>(grad1.mutable_data_ptr());
+    auto* out2 = static_cast<T*>(grad2.mutable_data_ptr());
+    for_each_block(formula, boxes1, boxes2,
+                   [&](int64_t begin, int64_t n, const auto& first, const auto& second) {
+                     BoxLanes<T> grad;
+                     const T* of_block = from + begin * upstream.stride;
+                     if (compute_grad1) {
+                       pair_loss_gradients(formula, of_block, upstream.stride, first, second, n,
+                                           grad, out1 + 4 * begin);
+                     }
+                     if (compute_grad2) {
+                       pair_loss_gradients(formula, of_block, upstream.stride, second, first, n,
+                                           grad, out2 + 4 * begin);
+                     }
+                   });
+  });
+  return {grad1, grad2};
 }
 
 // ---- box coding
@@ -287,6 +406,8 @@ std::tuple<Tensor, Tensor> decode_boxes_backward_cpu(const Tensor& grad_output,
 STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
   m.impl("box_iou", TORCH_BOX(&box_iou_cpu));
   m.impl("_box_iou_backward", TORCH_BOX(&box_iou_backward_cpu));
+  m.impl("box_pair_loss", TORCH_BOX(&box_pair_loss_cpu));
+  m.impl("_box_pair_loss_backward", TORCH_BOX(&box_pair_loss_backward_cpu));
   m.impl("encode_boxes", TORCH_BOX(&encode_boxes_cpu));
   m.impl("_encode_boxes_backward", TORCH_BOX(&encode_boxes_backward_cpu));
   m.impl("decode_boxes", TORCH_BOX(&decode_boxes_cpu));

@@ -1,4 +1,4 @@
-// Pairwise IoU and box coding on CUDA.
+// The IoU family, as matrices and as losses of pairs, and box coding on CUDA.
 //
 // box_iou: a thread keeps 16 bytes' worth of columns, their boxes and areas, in registers and walks
 // down some rows, so that a row's stores are contiguous across the threads. 4 N M bytes are written
@@ -9,7 +9,8 @@
 // often transposed as not. Rows with very many columns are split among blocks at fixed places and
 // added up in a second kernel, in a fixed order.
 //
-// Box coding: a thread for each box; every row of 4 is one access.
+// Losses of pairs, box coding: a thread for each; every row of 4 is one access. A loss moves 36
+// bytes a pair, its gradient 52 for each set that wants one.
 #include "../math/box.h"
 #include "../rows.h"
 #include "launch.cuh"
@@ -38,11 +39,12 @@ __device__ __forceinline__ int64_t column_of(int64_t first, int lane, int lanes,
   return Vectorised ? first + lane * N + j : first + j * lanes + lane;
 }
 
-template <typename T, bool Vectorised>
-__global__ void __launch_bounds__(kThreads) box_iou_kernel(Rows<Box<T>, T> boxes1,  // [B, N, 4]
-                                                           Rows<Box<T>, T> boxes2,  // [B, M, 4]
-                                                           Matrix matrix,
-                                                           T* output) {  // [B, N, M]
+template <IouKind Kind, typename T, bool Vectorised>
+__global__ void __launch_bounds__(kThreads)
+    box_iou_kernel(IouFormula<Kind, T> formula, Rows<Box<T>, T> boxes1,  // [B, N, 4]
+                   Rows<Box<T>, T> boxes2,                               // [B, M, 4]
+                   Matrix matrix,
+                   T* output) {  // [B, N, M]
   constexpr int N = kVectorSize<T>;
   const int lane = threadIdx.x % matrix.lanes;
   const int rows_at_once = kThreads / matrix.lanes;
@@ -53,12 +55,12 @@ __global__ void __launch_bounds__(kThreads) box_iou_kernel(Rows<Box<T>, T> boxes
                             threadIdx.x / matrix.lanes;
 
   Box<T> columns[N];
-  T column_areas[N];
+  IouTerms<T> of_columns[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const int64_t column = column_of<N, Vectorised>(first_column, lane, matrix.lanes, j);
     columns[j] = column < matrix.num_columns ? boxes2.load(image, column) : Box<T>{0, 0, 0, 0};
-    column_areas[j] = area(columns[j]);
+    of_columns[j] = iou_terms<Kind>(columns[j]);
   }
   for (int k = 0; k < kRowsPerThread; ++k) {
     const int64_t row = first_row + k * rows_at_once;
@@ -66,11 +68,11 @@ __global__ void __launch_bounds__(kThreads) box_iou_kernel(Rows<Box<T>, T> boxes
       return;
     }
     const Box<T> box = boxes1.load(image, row);
-    const T box_area = area(box);
+    const IouTerms<T> of_box = iou_terms<Kind>(box);
     Vector<T, N> values;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      values.data[j] = iou(box, columns[j], box_area, column_areas[j]);
+      values.data[j] = formula.value(box, columns[j], of_box, of_columns[j]);
     }
     T* out = output + (image * matrix.num_rows + row) * matrix.num_columns;
     if constexpr (Vectorised) {
@@ -99,11 +101,12 @@ struct Upstream {
   int64_t image_stride, row_stride, column_stride;
 };
 
-template <typename T>
+template <IouKind Kind, typename T>
 __global__ void __launch_bounds__(kThreads)
-    box_iou_backward_kernel(const T* grad_output, Upstream strides,  // [B, N, M]
-                            Rows<Box<T>, T> boxes1,                  // [B, N, 4]
-                            Rows<Box<T>, T> boxes2,                  // [B, M, 4]
+    box_iou_backward_kernel(IouFormula<Kind, T> formula, const T* grad_output,
+                            Upstream strides,        // [B, N, M]
+                            Rows<Box<T>, T> boxes1,  // [B, N, 4]
+                            Rows<Box<T>, T> boxes2,  // [B, M, 4]
                             int64_t num_images, int64_t num_rows, int64_t num_columns,
                             int64_t row_tiles, int64_t splits,
                             T* partials) {  // [splits, B, N, 4]
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool columns_are_neighbours = strides.column_stride <= strides.row_stride;
 
   const Box<T> box = row < num_rows ? boxes1.load(image, row) : Box<T>{0, 0, 0, 0};
-  const T box_area = area(box);
+  const IouTerms<T> of_box = iou_terms<Kind>(box);
   Box<T> sum{0, 0, 0, 0};
   const int64_t end =
       num_columns < (split + 1) * kSplitColumns ? num_columns : (split + 1) * kSplitColumns;
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kThreads)
     const int n = end - first_column < kTile ? static_cast<int>(end - first_column) : kTile;
     for (int c = slot; c < n && row < num_rows; c += kSlots) {
       const Box<T> column = columns[c];
-      const Box<T> part = iou_gradient(box, column, box_area, area(column));
+      const Box<T> part = formula.gradient(box, column, of_box, iou_terms<Kind>(column));
       const T factor = upstream[lane][c];
       sum.x1 += factor * part.x1;
       sum.y1 += factor * part.y1;
@@ -173,6 +176,34 @@ __global__ void __launch_bounds__(kThreads)
       sum += partials[split * size + i];
     }
     output[i] = static_cast<T>(sum);
+  }
+}
+
+// ---- losses of pairs ----------------------------------------------------------------------------
+
+template <IouKind Kind, typename T>
+__global__ void __launch_bounds__(kThreads)
+    box_pair_loss_kernel(IouFormula<Kind, T> formula, Rows<Box<T>, T> boxes1,
+                         Rows<Box<T>, T> boxes2, int64_t num_pairs, T* output) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < num_pairs) {
+    const Box<T> a = boxes1.load(0, i), b = boxes2.load(0, i);
+    output[i] = 1 - formula.value(a, b, iou_terms<Kind>(a), iou_terms<Kind>(b));
+  }
+}
+
+// By the first set; the family is symmetric.
+template <IouKind Kind, typename T>
+__global__ void __launch_bounds__(kThreads)
+    box_pair_loss_backward_kernel(IouFormula<Kind, T> formula, const T* grad_output, int64_t stride,
+                                  Rows<Box<T>, T> boxes1, Rows<Box<T>, T> boxes2, int64_t num_pairs,
+                                  Box<T>* grad) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < num_pairs) {
+    const Box<T> a = boxes1.load(0, i), b = boxes2.load(0, i);
+    const Box<T> part = formula.gradient(a, b, iou_terms<Kind>(a), iou_terms<Kind>(b));
+    const T factor = -grad_output[i * stride];
+    grad[i] = {factor * part.x1, factor * part.y1, factor * part.x2, factor * part.y2};
   }
 }
 
@@ -253,8 +284,28 @@ Rows<Box<T>, T> batched_boxes(const Tensor& boxes) {
   return {boxes, {4 * boxes.size(boxes.dim() - 2), 4}};
 }
 
-Tensor box_iou_cuda(const Tensor& boxes1_, const Tensor& boxes2_) {
-  check_box_iou(boxes1_, boxes2_);
+template <IouKind Kind, typename T>
+auto* box_iou_kernel_of(const IouFormula<Kind, T>&, bool vectorised) {
+  return vectorised ? &box_iou_kernel<Kind, T, true> : &box_iou_kernel<Kind, T, false>;
+}
+
+template <IouKind Kind, typename T>
+auto* box_iou_backward_kernel_of(const IouFormula<Kind, T>&) {
+  return &box_iou_backward_kernel<Kind, T>;
+}
+
+template <IouKind Kind, typename T>
+auto* box_pair_loss_kernel_of(const IouFormula<Kind, T>&) {
+  return &box_pair_loss_kernel<Kind, T>;
+}
+
+template <IouKind Kind, typename T>
+auto* box_pair_loss_backward_kernel_of(const IouFormula<Kind, T>&) {
+  return &box_pair_loss_backward_kernel<Kind, T>;
+}
+
+Tensor box_iou_cuda(const Tensor& boxes1_, const Tensor& boxes2_, int64_t kind, double eps) {
+  check_box_iou(boxes1_, boxes2_, kind);
   const LaunchScope scope(boxes1_);
   const Tensor boxes1 = torch::stable::contiguous(boxes1_),
                boxes2 = torch::stable::contiguous(boxes2_);
@@ -264,7 +315,7 @@ Tensor box_iou_cuda(const Tensor& boxes1_, const Tensor& boxes2_) {
   }
   const int64_t dim = boxes1.dim();
   const int64_t num_images = dim == 3 ? boxes1.size(0) : 1;
-  dispatch_compute(boxes1.scalar_type(), [&](auto tag) {
+  dispatch_iou(boxes1.scalar_type(), kind, 0, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     constexpr int N = kVectorSize<T>;
     Matrix matrix{boxes1.size(dim - 2), boxes2.size(dim - 2), 1, 0, 0};
@@ -273,18 +324,17 @@ Tensor box_iou_cuda(const Tensor& boxes1_, const Tensor& boxes2_) {
     }
     matrix.row_tiles = ceil_div(matrix.num_rows, kThreads / matrix.lanes * kRowsPerThread);
     matrix.column_tiles = ceil_div(matrix.num_columns, matrix.lanes * N);
-    auto* kernel =
-        matrix.num_columns % N == 0 ? &box_iou_kernel<T, true> : &box_iou_kernel<T, false>;
-    launch(kernel, num_images * matrix.row_tiles * matrix.column_tiles, kThreads, 0, scope.stream(),
-           batched_boxes<T>(boxes1), batched_boxes<T>(boxes2), matrix,
+    launch(box_iou_kernel_of(formula, matrix.num_columns % N == 0),
+           num_images * matrix.row_tiles * matrix.column_tiles, kThreads, 0, scope.stream(),
+           formula, batched_boxes<T>(boxes1), batched_boxes<T>(boxes2), matrix,
            static_cast<T*>(output.mutable_data_ptr()));
   });
   return output;
 }
 
 Tensor box_iou_backward_cuda(const Tensor& grad_output, const Tensor& boxes1_,
-                             const Tensor& boxes2_) {
-  check_box_iou_backward(grad_output, boxes1_, boxes2_);
+                             const Tensor& boxes2_, int64_t kind, double eps) {
+  check_box_iou_backward(grad_output, boxes1_, boxes2_, kind);
   const LaunchScope scope(boxes1_);
   const Tensor boxes1 = torch::stable::contiguous(boxes1_),
                boxes2 = torch::stable::contiguous(boxes2_);
@@ -304,11 +354,11 @@ Tensor box_iou_backward_cuda(const Tensor& grad_output, const Tensor& boxes1_,
                 splits = ceil_div(num_columns, kSplitColumns);
   Tensor partials =
       splits == 1 ? grad_boxes1 : torch::stable::new_empty(boxes1, {splits, boxes1.numel()});
-  dispatch_compute(boxes1.scalar_type(), [&](auto tag) {
+  dispatch_iou(boxes1.scalar_type(), kind, 0, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     auto* parts = static_cast<T*>(partials.mutable_data_ptr());
-    launch(&box_iou_backward_kernel<T>, num_images * row_tiles * splits, kThreads, 0,
-           scope.stream(), static_cast<const T*>(grad_output.const_data_ptr()), strides,
+    launch(box_iou_backward_kernel_of(formula), num_images * row_tiles * splits, kThreads, 0,
+           scope.stream(), formula, static_cast<const T*>(grad_output.const_data_ptr()), strides,
            batched_boxes<T>(boxes1), batched_boxes<T>(boxes2), num_images, num_rows, num_columns,
            row_tiles, splits, parts);
     if (splits > 1) {
@@ -317,6 +367,57 @@ Tensor box_iou_backward_cuda(const Tensor& grad_output, const Tensor& boxes1_,
     }
   });
   return grad_boxes1;
+}
+
+Tensor box_pair_loss_cuda(const Tensor& boxes1_, const Tensor& boxes2_, int64_t kind, double eps) {
+  check_box_pair_loss(boxes1_, boxes2_, kind);
+  const LaunchScope scope(boxes1_);
+  const Tensor boxes1 = torch::stable::contiguous(boxes1_),
+               boxes2 = torch::stable::contiguous(boxes2_);
+  Tensor output = new_pairs(boxes1);
+  const int64_t num_pairs = output.numel();
+  if (num_pairs == 0) {
+    return output;
+  }
+  dispatch_iou(boxes1.scalar_type(), kind, eps, eps, [&](auto tag, const auto& formula) {
+    using T = tag_t<decltype(tag)>;
+    launch(box_pair_loss_kernel_of(formula), ceil_div(num_pairs, kThreads), kThreads, 0,
+           scope.stream(), formula, Rows<Box<T>, T>(boxes1, {0, 4}),
+           Rows<Box<T>, T>(boxes2, {0, 4}), num_pairs, static_cast<T*>(output.mutable_data_ptr()));
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor> box_pair_loss_backward_cuda(const Tensor& grad_output,
+                                                       const Tensor& boxes1_, const Tensor& boxes2_,
+                                                       int64_t kind, double eps, bool compute_grad1,
+                                                       bool compute_grad2) {
+  check_box_pair_loss_backward(grad_output, boxes1_, boxes2_, kind);
+  const LaunchScope scope(boxes1_);
+  const Tensor boxes1 = torch::stable::contiguous(boxes1_),
+               boxes2 = torch::stable::contiguous(boxes2_);
+  const PairUpstream upstream(grad_output);
+  Tensor grad1 = new_gradient(boxes1, compute_grad1), grad2 = new_gradient(boxes2, compute_grad2);
+  const int64_t num_pairs = boxes1.numel() / 4;
+  if (num_pairs == 0) {
+    return {grad1, grad2};
+  }
+  dispatch_iou(boxes1.scalar_type(), kind, eps, eps, [&](auto tag, const auto& formula) {
+    using T = tag_t<decltype(tag)>;
+    const auto run = [&](const Tensor& of, const Tensor& other, Tensor& grad) {
+      launch(box_pair_loss_backward_kernel_of(formula), ceil_div(num_pairs, kThreads), kThreads, 0,
+             scope.stream(), formula, static_cast<const T*>(upstream.tensor.const_data_ptr()),
+             upstream.stride, Rows<Box<T>, T>(of, {0, 4}), Rows<Box<T>, T>(other, {0, 4}),
+             num_pairs, static_cast<Box<T>*>(grad.mutable_data_ptr()));
+    };
+    if (compute_grad1) {
+      run(boxes1, boxes2, grad1);
+    }
+    if (compute_grad2) {
+      run(boxes2, boxes1, grad2);
+    }
+  });
+  return {grad1, grad2};
 }
 
 Tensor encode_boxes_cuda(const Tensor& boxes, const Tensor& anchors,
@@ -423,6 +524,8 @@ std::tuple<Tensor, Tensor> decode_boxes_backward_cuda(const Tensor& grad_output,
 STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
   m.impl("box_iou", TORCH_BOX(&box_iou_cuda));
   m.impl("_box_iou_backward", TORCH_BOX(&box_iou_backward_cuda));
+  m.impl("box_pair_loss", TORCH_BOX(&box_pair_loss_cuda));
+  m.impl("_box_pair_loss_backward", TORCH_BOX(&box_pair_loss_backward_cuda));
   m.impl("encode_boxes", TORCH_BOX(&encode_boxes_cuda));
   m.impl("_encode_boxes_backward", TORCH_BOX(&encode_boxes_backward_cuda));
   m.impl("decode_boxes", TORCH_BOX(&decode_boxes_cuda));

@@ -73,14 +73,19 @@ FOCALOPS_HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   return mul(width, height);
 }
 
+// Of x / divisor(d): where d is 0, so is every x here. A division that is always taken can be
+// vectorised.
+template <typename T>
+FOCALOPS_HOST_DEVICE T divisor(T d) {
+  return d == 0 ? T(1) : d;
+}
+
 // Intersection over union; a NaN coordinate gives a NaN, through the area. `area_a` and `area_b`
 // are area(a) and area(b): the caller has them at hand.
 template <typename T>
 FOCALOPS_HOST_DEVICE T iou(const Box<T>& a, const Box<T>& b, T area_a, T area_b) {
   const T both = intersection(a, b);
-  const T either = sub(add(area_a, area_b), both);
-  // Where either is 0, both is 0 too. A division that is always taken can be vectorised.
-  return div(both, either == 0 ? T(1) : either);
+  return div(both, divisor(sub(add(area_a, area_b), both)));
 }
 
 template <typename T>
@@ -102,27 +107,165 @@ FOCALOPS_HOST_DEVICE T share_of_greater(T a, T b) {
   return a > b ? T(1) : a == b ? T(0.5) : T(0);
 }
 
-// d iou(a, b) / d a. Boxes that only touch do not pull at each other: there the intersection has no
-// gradient.
-template <typename T>
-FOCALOPS_HOST_DEVICE Box<T> iou_gradient(const Box<T>& a, const Box<T>& b, T area_a, T area_b) {
-  const T width = max_of(min_of(a.x2, b.x2) - max_of(a.x1, b.x1), T(0));
-  const T height = max_of(min_of(a.y2, b.y2) - max_of(a.y1, b.y1), T(0));
-  const T both = width * height;
-  const T either = area_a + area_b - both;
-  const T per_either = either == 0 ? T(0) : 1 / (either == 0 ? T(1) : either);
-  const T value = both * per_either;
-  const T by_both = (1 + value) * per_either;  // either shrinks as both grows
-  const T by_area = -value * per_either;
-  const T by_width = width > 0 ? by_both * height : T(0);
-  const T by_height = height > 0 ? by_both * width : T(0);
-  const T by_a_width = by_area * (a.y2 - a.y1);
-  const T by_a_height = by_area * (a.x2 - a.x1);
-  return {-by_width * share_of_greater(a.x1, b.x1) - by_a_width,
-          -by_height * share_of_greater(a.y1, b.y1) - by_a_height,
-          by_width * share_of_greater(b.x2, a.x2) + by_a_width,
-          by_height * share_of_greater(b.y2, a.y2) + by_a_height};
+// ---- the IoU family: IoU, generalized IoU (Rezatofighi et al., 2019), distance and complete IoU
+// (Zheng et al., 2020)
+
+enum class IouKind { kPlain, kGeneralized, kDistance, kComplete };
+
+template <IouKind Kind>
+constexpr bool kHasDistance = Kind == IouKind::kDistance || Kind == IouKind::kComplete;
+
+FOCALOPS_HOST_DEVICE double arctangent(double x) { return atan(x); }
+
+// Within 2 ulp. atanf is a call that no loop is vectorised over. A minimax polynomial on
+// [-tan(pi / 8), tan(pi / 8)] (Moshier, Cephes), to which larger x are reduced by pi / 4 or pi / 2.
+FOCALOPS_HOST_DEVICE float arctangent(float x) {
+  const float magnitude = x < 0 ? -x : x;
+  const bool is_large = magnitude > 2.414213562f, is_middle = magnitude > 0.4142135624f;
+  const float above = is_large ? -1.0f : is_middle ? sub(magnitude, 1.0f) : magnitude;
+  const float below = is_large ? magnitude : is_middle ? add(magnitude, 1.0f) : 1.0f;
+  const float offset = is_large ? 1.5707963268f : is_middle ? 0.7853981634f : 0.0f;
+  const float r = div(above, below), z = mul(r, r);
+  float p = 8.05374449538e-2f;
+  p = sub(mul(p, z), 1.38776856032e-1f);
+  p = add(mul(p, z), 1.99777106478e-1f);
+  p = sub(mul(p, z), 3.33329491539e-1f);
+  const float value = add(offset, add(mul(mul(p, z), r), r));
+  return x < 0 ? -value : value;
 }
+
+// The angle of a box's diagonal, from the vertical; 0 for a point.
+template <typename T>
+FOCALOPS_HOST_DEVICE T diagonal_angle(const Box<T>& box) {
+  const T w = sub(box.x2, box.x1), h = sub(box.y2, box.y1);
+  const bool is_point = (w == 0) & (h == 0);
+  return arctangent(div(w, is_point ? T(1) : h));
+}
+
+// What a box has of its own: it is found once where the box meets many others.
+template <typename T>
+struct IouTerms {
+  T area;
+  T angle;  // complete IoU only
+};
+
+template <IouKind Kind, typename T>
+FOCALOPS_HOST_DEVICE IouTerms<T> iou_terms(const Box<T>& box) {
+  return {area(box), Kind == IouKind::kComplete ? diagonal_angle(box) : T(0)};
+}
+
+// The eps are added to divisors: losses have both, matrices none of the union.
+template <IouKind Kind, typename T>
+struct IouFormula {
+  T union_eps;
+  T outer_eps;  // of the enclosing box, and of complete IoU's weight
+
+  FOCALOPS_HOST_DEVICE T value(const Box<T>& a, const Box<T>& b, const IouTerms<T>& of_a,
+                               const IouTerms<T>& of_b) const {
+    const T both = intersection(a, b);
+    const T either = sub(add(of_a.area, of_b.area), both);
+    T value = div(both, divisor(add(either, union_eps)));
+    if constexpr (Kind != IouKind::kPlain) {
+      const T overlap = value;
+      const T width = sub(max_of(a.x2, b.x2), min_of(a.x1, b.x1));
+      const T height = sub(max_of(a.y2, b.y2), min_of(a.y1, b.y1));
+      if constexpr (Kind == IouKind::kGeneralized) {
+        const T outer = mul(width, height);
+        value = sub(value, div(sub(outer, either), divisor(add(outer, outer_eps))));
+      } else {
+        const T x = center_distance(a.x1, a.x2, b.x1, b.x2);
+        const T y = center_distance(a.y1, a.y2, b.y1, b.y2);
+        const T diagonal = add(add(mul(width, width), mul(height, height)), outer_eps);
+        value = sub(value, div(add(mul(x, x), mul(y, y)), divisor(diagonal)));
+      }
+      if constexpr (Kind == IouKind::kComplete) {
+        const T v = aspect_term(sub(of_a.angle, of_b.angle));
+        value = sub(value, mul(aspect_weight(v, overlap), v));
+      }
+    }
+    return value;
+  }
+
+  // d value(a, b) / d a; the weight of complete IoU counts as constant, as in the paper. Boxes that
+  // only touch do not pull at each other by their intersection.
+  FOCALOPS_HOST_DEVICE Box<T> gradient(const Box<T>& a, const Box<T>& b, const IouTerms<T>& of_a,
+                                       const IouTerms<T>& of_b) const {
+    const T width = max_of(min_of(a.x2, b.x2) - max_of(a.x1, b.x1), T(0));
+    const T height = max_of(min_of(a.y2, b.y2) - max_of(a.y1, b.y1), T(0));
+    const T a_width = a.x2 - a.x1, a_height = a.y2 - a.y1;
+    const T both = width * height;
+    const T either = of_a.area + of_b.area - both;
+    const T per_either = reciprocal_or_0(either + union_eps);
+    const T overlap = both * per_either;
+    T by_both = (1 + overlap) * per_either;  // either shrinks as both grows
+    T by_area = -overlap * per_either;
+    T by_x = 0, by_y = 0;  // by each corner, through the center
+    T by_a_width = 0, by_a_height = 0, by_outer_width = 0, by_outer_height = 0;
+    if constexpr (Kind != IouKind::kPlain) {
+      const T outer_width = max_of(a.x2, b.x2) - min_of(a.x1, b.x1);
+      const T outer_height = max_of(a.y2, b.y2) - min_of(a.y1, b.y1);
+      if constexpr (Kind == IouKind::kGeneralized) {
+        const T outer = outer_width * outer_height;
+        const T per_outer = reciprocal_or_0(outer + outer_eps);
+        const T by_outer = ((outer - either) * per_outer - 1) * per_outer;
+        by_both -= per_outer;
+        by_area += per_outer;
+        by_outer_width = by_outer * outer_height;
+        by_outer_height = by_outer * outer_width;
+      } else {
+        const T x = center_distance(a.x1, a.x2, b.x1, b.x2);
+        const T y = center_distance(a.y1, a.y2, b.y1, b.y2);
+        const T per_diagonal =
+            reciprocal_or_0(outer_width * outer_width + outer_height * outer_height + outer_eps);
+        const T by_diagonal = (x * x + y * y) * per_diagonal * 2 * per_diagonal;
+        by_x = -x * per_diagonal;
+        by_y = -y * per_diagonal;
+        by_outer_width = by_diagonal * outer_width;
+        by_outer_height = by_diagonal * outer_height;
+      }
+    }
+    if constexpr (Kind == IouKind::kComplete) {
+      const T difference = of_a.angle - of_b.angle;
+      const T weight = aspect_weight(aspect_term(difference), overlap);
+      const T by_angle = -2 * kAspect * weight * difference;
+      const T per_square = reciprocal_or_0(a_width * a_width + a_height * a_height);
+      by_a_width = by_angle * a_height * per_square;
+      by_a_height = -by_angle * a_width * per_square;
+    }
+    by_a_width += by_area * a_height;
+    by_a_height += by_area * a_width;
+    const T by_width = width > 0 ? by_both * height : T(0);
+    const T by_height = height > 0 ? by_both * width : T(0);
+    Box<T> grad{-by_width * share_of_greater(a.x1, b.x1) - by_a_width,
+                -by_height * share_of_greater(a.y1, b.y1) - by_a_height,
+                by_width * share_of_greater(b.x2, a.x2) + by_a_width,
+                by_height * share_of_greater(b.y2, a.y2) + by_a_height};
+    if constexpr (Kind != IouKind::kPlain) {
+      grad.x1 += by_x - by_outer_width * share_of_greater(b.x1, a.x1);
+      grad.y1 += by_y - by_outer_height * share_of_greater(b.y1, a.y1);
+      grad.x2 += by_x + by_outer_width * share_of_greater(a.x2, b.x2);
+      grad.y2 += by_y + by_outer_height * share_of_greater(a.y2, b.y2);
+    }
+    return grad;
+  }
+
+ private:
+  static constexpr T kAspect = T(0.405284734569351085775517852838911);  // 4 / pi^2
+
+  static FOCALOPS_HOST_DEVICE T center_distance(T a1, T a2, T b1, T b2) {
+    return sub(mul(T(0.5), add(a1, a2)), mul(T(0.5), add(b1, b2)));
+  }
+
+  static FOCALOPS_HOST_DEVICE T aspect_term(T difference) {
+    return mul(kAspect, mul(difference, difference));
+  }
+
+  FOCALOPS_HOST_DEVICE T aspect_weight(T v, T overlap) const {
+    return div(v, divisor(add(add(sub(T(1), overlap), v), outer_eps)));
+  }
+
+  static FOCALOPS_HOST_DEVICE T reciprocal_or_0(T x) { return x == 0 ? T(0) : 1 / divisor(x); }
+};
 
 // ---- box coding (Girshick et al., "Rich feature hierarchies", 2014, appendix C)
 // ------------------------------------
