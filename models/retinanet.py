@@ -12,10 +12,11 @@ torchvision's RetinaNet.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,10 +57,13 @@ class RetinaNetConfig:
         3  # of the five, counted from the top; the rest keeps its ImageNet weights
     )
     frozen_batch_norm: bool = True
+    batch_norm_eps: float = 1e-5
     min_level: int = 3  # the stride of level l is 2**l
     max_level: int = 7
     pyramid_channels: int = 256
+    p6_from: Literal["p5", "c5"] = "p5"
     head_depth: int = 4  # 3x3 convolutions before the last one
+    head_norm_groups: int | None = None  # of a GroupNorm behind each of them; None: no norm
     head_std: float | None = 0.01  # of their first weights; None keeps the variance (He et al.)
     prior_probability: float = 0.01
     # Anchors, one entry a level
@@ -70,14 +74,16 @@ class RetinaNetConfig:
     bg_iou_threshold: float = 0.4
     alpha: float = 0.25
     gamma: float = 2.0
+    box_loss: Literal["l1", "smooth_l1", "giou", "diou", "ciou"] = "l1"
     # Detections
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     topk_candidates: int = 1000  # a level, before NMS
     detections_per_image: int = 300
-    # Images: the shorter side is resized to min_size unless the longer one would exceed max_size;
-    # with None images keep their size
-    min_size: int | None = 800
+    # Images: the shorter side is resized to min_size (of several one is drawn for each image in
+    # training, and the last one used otherwise) unless the longer one would exceed max_size; with
+    # None images keep their size
+    min_size: int | tuple[int, ...] | None = 800
     max_size: int = 1333
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -93,6 +99,10 @@ class RetinaNetConfig:
             raise ValueError(
                 f"anchor_sizes must have one entry for each of the {levels} levels, "
                 f"got {len(self.anchor_sizes)}"
+            )
+        if self.box_loss not in BOX_LOSSES:
+            raise ValueError(
+                f"box_loss must be one of {', '.join(BOX_LOSSES)}, got {self.box_loss!r}"
             )
 
     @classmethod
@@ -118,6 +128,22 @@ class RetinaNet(nn.Module):
             config.anchor_sizes, (config.aspect_ratios,) * len(config.anchor_sizes)
         )
         self.head = RetinaNetHead(config, self.anchor_generator.num_anchors_per_location()[0])
+
+    @classmethod
+    def from_torchvision(cls, model: nn.Module) -> RetinaNet:
+        """A copy of torchvision's retinanet_resnet50_fpn, its _v2 or another of its RetinaNets on a
+        ResNet: same losses, gradients and detections, same names of the parameters.
+
+        Where no RetinaNetConfig means the same, a ValueError says what stands against it.
+        """
+        from models.convert import config_of
+
+        copy = cls(config_of(model))
+        copy.load_state_dict(model.state_dict())
+        trained = {name: p.requires_grad for name, p in model.named_parameters()}
+        for name, parameter in copy.named_parameters():
+            parameter.requires_grad_(trained[name])
+        return copy.to(next(model.parameters()).device).train(model.training)
 
     def forward(
         self,
@@ -165,10 +191,11 @@ class RetinaNet(nn.Module):
         ) / len(targets)
         bbox = torch.stack(
             [
-                F.l1_loss(
+                box_loss(
+                    config.box_loss,
                     image_deltas[is_foreground],
-                    encode_boxes(target["boxes"][match[is_foreground]], anchors[is_foreground]),
-                    reduction="sum",
+                    anchors[is_foreground],
+                    target["boxes"][match[is_foreground]],
                 )
                 / count.clamp(min=1)
                 for image_deltas, target, match, is_foreground, count in zip(
@@ -244,6 +271,28 @@ def rows(level: Tensor, columns: int) -> Tensor:
     )
 
 
+BOX_LOSSES = {
+    "l1": F.l1_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "giou": torchvision.ops.generalized_box_iou_loss,
+    "diou": torchvision.ops.distance_box_iou_loss,
+    "ciou": torchvision.ops.complete_box_iou_loss,
+}
+
+
+def box_loss(
+    name: str,
+    deltas: Tensor,  # (F, 4)
+    anchors: Tensor,  # (F, 4)
+    gt_boxes: Tensor,  # (F, 4)
+) -> Tensor:
+    """Summed over the foreground anchors: of the deltas for the L1 losses, else of the boxes."""
+    loss = BOX_LOSSES[name]
+    if name in ("l1", "smooth_l1"):
+        return loss(deltas, encode_boxes(gt_boxes, anchors), reduction="sum")
+    return loss(decode_boxes(deltas, anchors), gt_boxes, reduction="sum")
+
+
 def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else f"{len(targets)}"
@@ -290,7 +339,10 @@ class Backbone(nn.Module):
         classifier = torchvision.models.get_model(
             config.backbone,
             weights="IMAGENET1K_V1" if pretrained else None,
-            norm_layer=FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d,
+            norm_layer=functools.partial(
+                FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d,
+                eps=config.batch_norm_eps,
+            ),
         )
         for stage in stages[: len(stages) - config.trainable_stages]:
             for module in stage:
@@ -304,10 +356,15 @@ class Backbone(nn.Module):
         channels = [feature.shape[1] for feature in _probe(self.body)]
         width = config.pyramid_channels
         self.num_levels = config.max_level - config.min_level + 1
+        extra = None
+        if config.max_level == 7:
+            from_p5 = config.p6_from == "p5"
+            extra = LastLevelP6P7(width if from_p5 else channels[-1], width)
+            extra.use_P5 = from_p5  # torchvision guesses it from the number of channels
         self.fpn = FeaturePyramidNetwork(
             channels,
             width,
-            extra_blocks=LastLevelP6P7(width, width) if config.max_level == 7 else None,
+            extra_blocks=extra,
         )
 
     def forward(
@@ -369,7 +426,11 @@ class RegressionHead(nn.Module):
 
 def _tower(config: RetinaNetConfig) -> nn.Sequential:
     width = config.pyramid_channels
-    layers = [Conv2dNormActivation(width, width, norm_layer=None) for _ in range(config.head_depth)]
+    groups = config.head_norm_groups
+    norm_layer = functools.partial(nn.GroupNorm, groups) if groups else None
+    layers = [
+        Conv2dNormActivation(width, width, norm_layer=norm_layer) for _ in range(config.head_depth)
+    ]
     for layer in layers:
         _initialise(layer[0], config.head_std)
     return nn.Sequential(*layers)
