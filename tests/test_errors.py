@@ -15,14 +15,18 @@ import focalops
 
 Arguments = dict[str, Any]
 
+IOU_KINDS = ("", "generalized_", "distance_", "complete_")
+
 
 def right_arguments() -> dict[str, Arguments]:
     """For each op, arguments that it takes."""
     boxes, scores, indices = torch.zeros(6, 4), torch.zeros(6), torch.zeros(6).long()
+    pairs = {"boxes1": boxes, "boxes2": boxes}
     focal = {"inputs": torch.zeros(6, 5), "targets": indices}
     return {
         "batched_nms": {"boxes": boxes, "scores": scores, "idxs": indices, "iou_threshold": 0.5},
-        "box_iou": {"boxes1": boxes, "boxes2": boxes},
+        **{f"{kind}box_iou": pairs for kind in IOU_KINDS},
+        **{f"{kind}box_iou_loss": pairs for kind in IOU_KINDS},
         "class_index_targets": {
             "matches": indices.view(2, 3),
             "gt_labels": indices.view(2, 3),
@@ -86,6 +90,7 @@ def focal_of(inputs: str) -> list[tuple[str, Callable, str]]:
         ("targets", elsewhere, "targets " + ELSEWHERE.format(inputs)),
         ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ("normalizer", always(2), "normalizer must be None unless reduction is 'sum', got reduction 'none'"),
+        ("inplace_backward", always(True), "inplace_backward needs reduction 'sum' or 'mean', got 'none'"),
     ]  # fmt: skip
 
 
@@ -97,14 +102,28 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("idxs", lambda i: i[:2], "idxs must have shape (6,), one for each box, got (2,)"),
         ("idxs", elsewhere, "idxs " + ELSEWHERE.format("boxes")),
     ],
-    "box_iou": [
-        ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (N, 4) or (B, N, 4), got (6, 3)"),
-        ("boxes1", to_bool, "boxes1 must be float32 or float64, got torch.bool"),
-        ("boxes2", to_bool, "boxes2 must be torch.float32 like boxes1, got torch.bool"),
-        ("boxes2", lambda b: b[0], "boxes2 must have shape (M, 4), got (4,)"),
-        ("boxes2", lambda b: b[None], "boxes2 must have shape (M, 4), got (1, 6, 4)"),
-        ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
-    ],
+    **{
+        f"{kind}box_iou": [
+            ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (N, 4) or (B, N, 4), got (6, 3)"),
+            ("boxes1", to_bool, "boxes1 must be float32 or float64, got torch.bool"),
+            ("boxes2", to_bool, "boxes2 must be torch.float32 like boxes1, got torch.bool"),
+            ("boxes2", lambda b: b[0], "boxes2 must have shape (M, 4), got (4,)"),
+            ("boxes2", lambda b: b[None], "boxes2 must have shape (M, 4), got (1, 6, 4)"),
+            ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
+        ]
+        for kind in IOU_KINDS
+    },
+    **{
+        f"{kind}box_iou_loss": [
+            ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (..., 4), got (6, 3)"),
+            ("boxes1", to_bool, "boxes1 must be float32 or float64, got torch.bool"),
+            ("boxes2", to_bool, "boxes2 must be torch.float32 like boxes1, got torch.bool"),
+            ("boxes2", lambda b: b[:5], "boxes2 must have the shape of boxes1, (6, 4), got (5, 4)"),
+            ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
+            ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+        ]
+        for kind in IOU_KINDS
+    },
     "class_index_targets": [
         ("gt_labels", lambda x: [x[0]], "gt_labels must have one entry for each of the 2 images, got 1"),
         ("gt_labels", lambda x: x[0], "gt_labels must be a list of (M_i,) or have shape (2, M), got (3,)"),
@@ -179,13 +198,15 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     ],
 }  # fmt: skip
 
-# Any number does.
+# Any value does; what `inplace_backward` needs of a graph is in test_inplace_backward.py.
 ANY_VALUE = {
     "allow_low_quality_matches",
     "alpha",
     "beta",
     "clip",
+    "eps",
     "ignore_index",
+    "inplace_backward",
     "iou_threshold",
     "matches",
     "min_normalizer",

@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 import focalops
 from focalops import (
     batched_nms,
-    box_iou,
     class_index_targets,
     decode_boxes,
     dense_focal_loss,
@@ -25,6 +24,8 @@ from focalops import (
 )
 
 Inputs = tuple[Tensor, ...]
+
+IOU_KINDS = ("", "generalized_", "distance_", "complete_")
 
 
 def boxes(*shape: int) -> Tensor:
@@ -53,7 +54,17 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda b, s, i: batched_nms(b, s, i, 0.5),
         lambda n: (boxes(n), torch.rand(n), torch.randint(0, 3, (n,))),
     ),
-    "box_iou": (box_iou, lambda n: (boxes(n), boxes(3))),
+    **{
+        f"{kind}box_iou": (getattr(focalops, f"{kind}box_iou"), lambda n: (boxes(n), boxes(3)))
+        for kind in IOU_KINDS
+    },
+    **{
+        f"{kind}box_iou_loss": (
+            getattr(focalops, f"{kind}box_iou_loss"),
+            lambda n: (boxes(n), boxes(n)),
+        )
+        for kind in IOU_KINDS
+    },
     "class_index_targets": (
         lambda m, x: class_index_targets(m, x, 4),
         lambda n: (torch.randint(-2, 3, (2, n)), torch.randint(0, 4, (2, 3))),
