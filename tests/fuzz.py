@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 import torchvision
@@ -64,6 +65,27 @@ def box_iou() -> None:
     a, b = random_boxes(randint(0, 60), dtype), random_boxes(randint(0, 60), dtype)
     ours, theirs = focalops.box_iou(a, b), torchvision.ops.box_iou(a, b)
     assert torch.equal(ours, theirs.nan_to_num(0)), (ours - theirs).abs().max()
+
+
+def iou_family() -> None:
+    a, b = (random_boxes(randint(1, 12), torch.float64, proper=True) for _ in range(2))
+    for kind in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou"):
+        compare_with_gradients(getattr(focalops, kind), getattr(torchvision.ops, kind), a, b)
+    b = b[torch.randint(0, len(b), (len(a),))] + torch.randn_like(a)
+    b[:, 2:] = torch.maximum(b[:, 2:], b[:, :2] + 0.1)
+    for kind in ("generalized_box_iou", "distance_box_iou", "complete_box_iou"):
+        ours = getattr(focalops, f"{kind}_loss")
+        compare_with_gradients(ours, getattr(torchvision.ops, f"{kind}_loss"), a, b)
+
+
+def compare_with_gradients(ours: Callable, theirs: Callable, a: Tensor, b: Tensor) -> None:
+    results = []
+    for function in (ours, theirs):
+        inputs = [t.clone().requires_grad_() for t in (a, b)]
+        result = function(*inputs)
+        weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
+        results.append((result.detach(), *torch.autograd.grad((result * weights).sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
 
 
 def box_coding() -> None:
@@ -138,7 +160,7 @@ def anchors() -> None:
     assert torch.equal(ours, TorchvisionAnchorGenerator(sizes, ratios)(images, maps)[0])
 
 
-ROUNDS = (focal_loss, box_iou, box_coding, matching, nms, anchors)
+ROUNDS = (focal_loss, box_iou, iou_family, box_coding, matching, nms, anchors)
 
 
 def main() -> None:
