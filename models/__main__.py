@@ -13,10 +13,21 @@ from urllib.error import URLError
 import torch
 
 from models.data import DataError, open_data, prepare_backbone_weights, read_image
+from models.distributed import process_group, rank
 from models.draw import draw_comparison, draw_detections
 from models.evaluate import detect, detect_all, evaluate, save_results, to_results
-from models.retinanet import BACKBONES
-from models.train import RECIPES, Recipe, keep_freed_memory, load_checkpoint, load_model, train
+from models.log import Log
+from models.retinanet import BACKBONES, BOX_LOSSES
+from models.train import (
+    PRECISIONS,
+    RECIPES,
+    Recipe,
+    TrainingStopped,
+    keep_freed_memory,
+    load_checkpoint,
+    load_model,
+    train,
+)
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -24,9 +35,18 @@ CHECKPOINT = "checkpoint.pt"
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        options.run(options)
-    except (DataError, ValueError) as error:
+        with process_group(options.device) as options.device:
+            options.run(options)
+    except (DataError, ValueError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({first_line(error)}); {LESS_MEMORY}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's allocator of a CPU's memory
+            raise
+        print(f"error: out of memory ({first_line(error)}); {LESS_MEMORY}", file=sys.stderr)
         return 1
     except URLError as error:
         print(
@@ -36,6 +56,16 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+LESS_MEMORY = (
+    "lower --batch-size, --min-size or --crop, compute a batch in pieces with --accumulate, or use "
+    "--precision bfloat16"
+)
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,15 +94,29 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=0, help="processes that load images")
     sub.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
     sub.add_argument(
+        "--log-every", type=int, default=20, metavar="STEPS", help="losses go to DIR/log.jsonl"
+    )
+    sub.add_argument("--tensorboard", action="store_true", help="write them for TensorBoard too")
+    sub.add_argument(
         "--no-pretrained", action="store_true", help="start the backbone without ImageNet weights"
     )
     recipe = sub.add_argument_group("recipe", "what differs from the recipe of the data set")
     recipe.add_argument("--recipe", choices=RECIPES, help="default: trees for trees, else coco")
     recipe.add_argument("--backbone", help=", ".join(BACKBONES))
     recipe.add_argument("--steps", type=int)
-    recipe.add_argument("--batch-size", type=int)
+    recipe.add_argument("--batch-size", type=int, help="of all processes together")
+    recipe.add_argument("--accumulate", type=int, help="pieces that a batch is computed in")
+    recipe.add_argument("--precision", choices=PRECISIONS, help="of the convolutions")
+    recipe.add_argument("--optimizer", choices=("sgd", "adamw"))
     recipe.add_argument("--learning-rate", type=float)
     recipe.add_argument("--warmup-steps", type=int)
+    recipe.add_argument("--schedule", choices=("steps", "cosine"))
+    recipe.add_argument("--clip-norm", type=float, help="limit of the gradient's norm")
+    recipe.add_argument("--ema-decay", type=float, help="of a running average of the weights")
+    recipe.add_argument(
+        "--normalizer", choices=("image", "batch"), help="what losses are divided by"
+    )
+    recipe.add_argument("--box-loss", choices=BOX_LOSSES)
     recipe.add_argument("--seed", type=int)
     recipe.add_argument("--min-size", type=int, help="shorter side that images are resized to")
     recipe.add_argument("--max-size", type=int, help="limit of the longer side")
@@ -130,17 +174,20 @@ def run_train(options: argparse.Namespace) -> None:
         )
         if not options.no_pretrained:
             prepare_backbone_weights(recipe.model.backbone)
-    train(
-        recipe,
-        data,
-        checkpoint_file,
-        device=options.device,
-        pretrained=not options.no_pretrained,
-        resume=options.resume,
-        workers=options.workers,
-        checkpoint_every=options.checkpoint_every,
-    )
-    print(f"trained: {checkpoint_file}")
+    with Log(options.out, options.log_every, options.tensorboard) as log:
+        train(
+            recipe,
+            data,
+            checkpoint_file,
+            device=options.device,
+            pretrained=not options.no_pretrained,
+            resume=options.resume,
+            workers=options.workers,
+            checkpoint_every=options.checkpoint_every,
+            log=log,
+        )
+    if rank() == 0:
+        print(f"trained: {checkpoint_file}")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -149,6 +196,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
         recipe = dataclasses.replace(recipe, max_detections=options.max_detections)
     data = open_data(options.data, options.split)
     results = detect_all(model, recipe, categories, data)
+    if results is None:
+        return  # rank 0 has them
     save_results(options.out, results)
     evaluate(data.coco, results, recipe.max_detections)
     print(f"results: {options.out}")

@@ -193,14 +193,21 @@ class TrainingStream(Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Target]:
+    def _index(self, n: int) -> int:
         epoch, position = divmod(n, len(self.data))
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, 0, epoch))
+            generator = torch.Generator().manual_seed(mix(self.seed, 0, epoch))
             self._order = epoch, torch.randperm(len(self.data), generator=generator)
-        image, target = self.data[int(self._order[1][position])]
+        return int(self._order[1][position])
+
+    def image_path(self, n: int) -> Path:
+        """The file that sample n is made of."""
+        return self.data.image_path(self._index(n))
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Target]:
+        image, target = self.data[self._index(n)]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, 1, n))
+            torch.manual_seed(mix(self.seed, 1, n))
             boxes, labels = target["boxes"], target["labels"]
             if self.crop is not None:
                 image, boxes, labels = random_crop(image, boxes, labels, self.crop, self.crop_zoom)
@@ -210,7 +217,8 @@ class TrainingStream(Dataset):
         return image.as_subclass(Tensor), {"boxes": wrapped.as_subclass(Tensor), "labels": labels}
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
+    """A seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 

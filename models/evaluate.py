@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from focalops import batched_nms
 from models.data import CocoDataset, DataError, as_coco, windows
+from models.distributed import gather, rank, world_size
 from models.retinanet import Detections, RetinaNet
 from models.train import Recipe
 
@@ -57,18 +58,22 @@ def detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8)
 
 def detect_all(
     model: RetinaNet, recipe: Recipe, categories: dict[int, str], data: CocoDataset
-) -> list[Result]:
-    """COCO results for a whole split."""
+) -> list[Result] | None:
+    """COCO results for a whole split; under torchrun on rank 0 only, None on the others."""
     missing = sorted(set(data.categories) - set(categories))
     if missing:
         raise DataError(
             f"{data.annotation_file} has categories that the model was not trained on: {missing}"
         )
     results: list[Result] = []
-    for index in tqdm(range(len(data)), desc="detect", unit="image", mininterval=1.0):
+    share = range(rank(), len(data), world_size())
+    for index in tqdm(share, desc="detect", unit="image", mininterval=1.0, disable=rank() != 0):
         image, _ = data[index]
         results += to_results(data.image_ids[index], detect(model, recipe, image), list(categories))
-    return results
+    gathered = gather(results)
+    if gathered is not None:
+        gathered.sort(key=lambda result: result["image_id"])  # stable: best first in each image
+    return gathered
 
 
 def to_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[Result]:

@@ -74,6 +74,7 @@ class RetinaNetConfig:
     bg_iou_threshold: float = 0.4
     alpha: float = 0.25
     gamma: float = 2.0
+    normalizer: Literal["image", "batch"] = "image"
     box_loss: Literal["l1", "smooth_l1", "giou", "diou", "ciou"] = "l1"
     # Detections
     score_threshold: float = 0.05
@@ -174,7 +175,8 @@ class RetinaNet(nn.Module):
         anchors: Tensor,  # (N, 4)
         targets: list[Target],
     ) -> dict[str, Tensor]:
-        """Each image's losses are divided by its number of foreground anchors, then averaged."""
+        """Each image's losses are divided by its number of foreground anchors, or by the mean number
+        over the images of all ranks, then averaged."""
         config = self.config
         deltas = torch.cat([rows(level, 4) for level in bbox_regression], dim=1)  # (B, N, 4)
         matches = match_anchors(
@@ -184,7 +186,7 @@ class RetinaNet(nn.Module):
             matches, [t["labels"] for t in targets], config.num_classes
         )  # (B, N)
         foreground = matches >= 0
-        counts = foreground.sum(dim=1)  # (B,)
+        counts = normalizers(foreground.sum(dim=1), config.normalizer)  # (B,)
 
         classification = dense_focal_loss(
             cls_logits, classes, config.alpha, config.gamma, normalizer=counts
@@ -269,6 +271,20 @@ def rows(level: Tensor, columns: int) -> Tensor:
         .permute(0, 3, 4, 1, 2)
         .reshape(batch, -1, columns)
     )
+
+
+def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
+    """What each image's losses are divided by, from the images' numbers of foreground anchors.
+
+    With "batch" all images of all ranks share one: where an image has few objects, or none, its
+    anchors weigh no more than others'.
+    """
+    if kind == "image":
+        return counts
+    total = torch.stack([counts.sum(), counts.new_tensor(len(counts))])
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return (total[0] / total[1]).expand(len(counts))
 
 
 BOX_LOSSES = {
@@ -361,11 +377,9 @@ class Backbone(nn.Module):
             from_p5 = config.p6_from == "p5"
             extra = LastLevelP6P7(width if from_p5 else channels[-1], width)
             extra.use_P5 = from_p5  # torchvision guesses it from the number of channels
-        self.fpn = FeaturePyramidNetwork(
-            channels,
-            width,
-            extra_blocks=extra,
-        )
+        self.fpn = FeaturePyramidNetwork(channels, width, extra_blocks=extra)
+        for block in self.fpn.layer_blocks[self.num_levels :]:
+            block.requires_grad_(False)  # left out: no gradient will come, for which DDP would wait
 
     def forward(
         self, images: Tensor

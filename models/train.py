@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
+import json
 import math
 import os
 import pickle
+import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models.data import CocoDataset, DataError, TrainingStream, collate
+from models.data import CocoDataset, DataError, TrainingStream, collate, mix
+from models.distributed import rank, world_size
 from models.retinanet import RetinaNet, RetinaNetConfig
 
 
@@ -28,13 +35,16 @@ class Recipe:
 
     model: RetinaNetConfig = field(default_factory=RetinaNetConfig)
     steps: int = 90_000
-    batch_size: int = 16
+    batch_size: int = 16  # of all processes together
+    accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
     seed: int = 0
     # Optimisation
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     weight_decay: float = 1e-4
     schedule: Literal["steps", "cosine"] = "steps"
+    drops: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run: where "steps" divides the rate by ten
     warmup_steps: int = 500
     clip_norm: float | None = None
     ema_decay: float | None = (
@@ -105,8 +115,18 @@ def train(
     resume: bool = False,
     workers: int = 0,
     checkpoint_every: int = 1000,
+    log: Callable[[int, dict[str, float]], None] | None = None,  # gets every step's figures
 ) -> RetinaNet:
-    """Trains, writes checkpoint_file now and then and at the end, returns the evaluation model."""
+    """Trains, writes checkpoint_file now and then and at the end, returns the evaluation model.
+
+    Under torchrun every process takes its share of each batch. What a step computes depends on the
+    recipe, the data and the number of processes alone, so that an interrupted run, resumed, ends
+    with the weights of an uninterrupted one. A first SIGINT or SIGTERM ends the step and saves.
+
+    Raises:
+        TrainingStopped: interrupted, after saving; or the loss was not finite, with the last
+            checkpoint as it was.
+    """
     torch.manual_seed(recipe.seed)
     model = RetinaNet(recipe.model, pretrained_backbone=pretrained and not resume)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -116,7 +136,9 @@ def train(
         else None
     )
     optimizer = build_optimizer(recipe, model)
-    state = {"model": model, "average": average, "optimizer": optimizer}
+    kind = torch.device(device).type
+    scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
+    state = {"model": model, "average": average, "optimizer": optimizer, "scaler": scaler}
 
     start = 0
     if resume:
@@ -124,7 +146,6 @@ def train(
         for name, part in state.items():
             if part is not None:
                 part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["rng_state"])
         start = checkpoint["step"]
 
     stream = TrainingStream(
@@ -136,50 +157,214 @@ def train(
         recipe.dihedral,
         recipe.photometric,
     )
+    shares = batches(recipe, start, rank(), world_size())
     loader = DataLoader(
-        Subset(stream, range(start * recipe.batch_size, len(stream))),
-        batch_size=recipe.batch_size,
+        stream,
+        batch_sampler=shares,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
-        pin_memory=device.startswith("cuda"),
-        generator=torch.Generator(),  # of its own: a resumed run must not draw twice
+        pin_memory=kind == "cuda",
+        generator=torch.Generator(),  # of its own, or it draws a seed from the global one
+        worker_init_fn=ignore_interrupt,
     )
-    model.train()
-    progress = tqdm(
-        loader, desc="train", unit="step", initial=start, total=recipe.steps, mininterval=1.0
-    )
-    for step, (images, targets) in enumerate(progress, start=start):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * lr_factor(recipe, step)
-        images = [image.to(device, non_blocking=True) for image in images]
-        targets = [
-            {name: value.to(device, non_blocking=True) for name, value in t.items()}
-            for t in targets
-        ]
-        losses: dict[str, Tensor] = model(images, targets)
-        loss = sum(losses.values(), torch.zeros((), device=device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        optimizer.step()
-        if average is not None:
-            average.update_parameters(model)
-        if step % 10 == 0:  # not every step: reading a loss makes the host wait for the device
-            progress.set_postfix({name: f"{value.item():.3f}" for name, value in losses.items()})
-        done = step + 1
-        if done % checkpoint_every == 0 or done == recipe.steps:
+
+    def save(done: int) -> None:
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise not_finite(recipe, stream, shares, done - 1, checkpoint_file)
+        if rank() == 0:
             save_checkpoint(
                 checkpoint_file,
                 {name: part.state_dict() for name, part in state.items() if part is not None}
                 | {
                     "step": done,
-                    "rng_state": torch.get_rng_state(),
                     "recipe": dataclasses.asdict(recipe),
                     "categories": data.categories,
                 },
             )
+
+    model.train()
+    parallel: Any = DistributedDataParallel(model) if world_size() > 1 else model
+    samples = iter(loader)
+    progress = tqdm(
+        total=recipe.steps,
+        initial=start,
+        desc="train",
+        unit="step",
+        mininterval=1.0,
+        disable=rank() != 0,
+    )
+    with progress, stop_signals() as stop:
+        for step in range(start, recipe.steps):
+            torch.manual_seed(mix(recipe.seed, 2, step, rank()))  # sizes are drawn in the model
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * lr_factor(recipe, step)
+            report = StepReport(device, stop)
+            for piece in range(recipe.accumulate):
+                images, targets = to_device(next(samples), device)
+                last = piece == recipe.accumulate - 1
+                with (
+                    contextlib.nullcontext() if last or parallel is model else parallel.no_sync(),
+                    torch.autocast(
+                        kind, PRECISIONS[recipe.precision], recipe.precision != "float32"
+                    ),
+                ):
+                    losses: dict[str, Tensor] = parallel(images, targets)
+                    losses = {name: loss / recipe.accumulate for name, loss in losses.items()}
+                    report.add(losses)
+                    if last:
+                        report.send()
+                    scaler.scale(torch.stack([*losses.values()]).sum()).backward()
+            figures = report.receive()
+            if figures is None:
+                raise not_finite(recipe, stream, shares, step, checkpoint_file)
+            if recipe.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if average is not None:
+                average.update_parameters(model)
+            done = step + 1
+            progress.update()
+            progress.set_postfix(
+                {name: f"{value:.3f}" for name, value in figures.items()} | memory(device),
+                refresh=False,
+            )
+            if log is not None and rank() == 0:
+                log(done, {**figures, "learning_rate": optimizer.param_groups[0]["lr"]})
+            if report.stop_requested and done < recipe.steps:
+                save(done)
+                raise TrainingStopped(
+                    f"interrupted after step {done} of {recipe.steps}; {checkpoint_file} holds "
+                    "it, and --resume goes on"
+                )
+            if done % checkpoint_every == 0 or done == recipe.steps:
+                save(done)
     return (model if average is None else cast(RetinaNet, average.module)).eval()
+
+
+class TrainingStopped(Exception):
+    """Training ended before its last step; the message says why and what to do."""
+
+
+def batches(recipe: Recipe, start: int, rank: int, world_size: int) -> list[list[int]]:
+    """The samples of a rank from step `start` on, one list a forward pass."""
+    size, rest = divmod(recipe.batch_size, world_size * recipe.accumulate)
+    if rest or not size:
+        raise ValueError(
+            f"batch_size must be a multiple of {world_size} processes x accumulate "
+            f"{recipe.accumulate}, got {recipe.batch_size}"
+        )
+    pieces = range(start * recipe.accumulate, recipe.steps * recipe.accumulate)
+    firsts = (piece * size * world_size + rank * size for piece in pieces)
+    return [list(range(first, first + size)) for first in firsts]
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the loading processes too, but the main one needs them to end its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def to_device(
+    batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: str
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    images, targets = batch
+    return [image.to(device, non_blocking=True) for image in images], [
+        {name: value.to(device, non_blocking=True) for name, value in target.items()}
+        for target in targets
+    ]
+
+
+class StepReport:
+    """The losses of a step and whether to stop, the same on every rank.
+
+    They are on their way to the host while the device works on the backward pass, so that reading
+    them before the optimizer's step costs a GPU nothing.
+    """
+
+    def __init__(self, device: str, stop: list[int]) -> None:
+        self.device, self.stop, self.stop_requested = device, stop, False
+        self.losses: dict[str, Tensor] = {}
+        self.event = torch.cuda.Event() if device.startswith("cuda") else None
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, loss in losses.items():
+            self.losses[name] = self.losses.get(name, 0) + loss.detach().float()
+
+    def send(self) -> None:
+        stop = torch.tensor(float(bool(self.stop))).to(self.device, non_blocking=True)
+        values = torch.stack([*self.losses.values(), stop])
+        if world_size() > 1:  # a loss that is not finite makes the sum so
+            torch.distributed.all_reduce(values)
+        self.values = values.to("cpu", non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def receive(self) -> dict[str, float] | None:
+        """The losses, averaged over the ranks; None if one is not finite."""
+        if self.event is not None:
+            self.event.synchronize()
+        *values, stop = self.values.tolist()
+        self.stop_requested = stop > 0
+        if not all(math.isfinite(value) for value in values):
+            return None
+        return {name: value / world_size() for name, value in zip(self.losses, values, strict=True)}
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM fills; a second one acts as it usually does."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread may set handlers
+        return
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def receive(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def not_finite(
+    recipe: Recipe,
+    stream: TrainingStream,
+    shares: list[list[int]],
+    step: int,
+    checkpoint_file: Path,
+) -> TrainingStopped:
+    """The error; writes which images this rank's share of the batch was made of."""
+    pieces = shares[-(recipe.steps - step) * recipe.accumulate :][: recipe.accumulate]
+    files = [str(stream.image_path(n)) for piece in pieces for n in piece]
+    suffix = f"-rank{rank()}" if world_size() > 1 else ""
+    report = checkpoint_file.with_name(f"not-finite{suffix}.json")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text(json.dumps({"step": step + 1, "images": files}, indent=1) + "\n")
+    return TrainingStopped(
+        f"the loss or the weights of step {step + 1} are not finite: the images of its batch are named in {report}, "
+        "and the last checkpoint is as it was; a lower --learning-rate, a longer --warmup-steps or "
+        "--clip-norm helps where the images are in order"
+    )
+
+
+def memory(device: str) -> dict[str, str]:
+    if not device.startswith("cuda"):
+        return {}
+    return {"GB": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"}
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -191,14 +376,13 @@ def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def lr_factor(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a half cosine to 0 or the paper's drops at 2/3 and 8/9 of the run."""
+    """Linear warm-up, then a half cosine to 0 or the recipe's drops."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     if recipe.schedule == "cosine":
         progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * progress))
-    drops = (recipe.steps * 2 // 3, recipe.steps * 8 // 9)
-    return 0.1 ** sum(step >= drop for drop in drops)
+    return 0.1 ** sum(step >= int(recipe.steps * drop) for drop in recipe.drops)
 
 
 def keep_freed_memory() -> None:

@@ -15,7 +15,7 @@ from models.__main__ import main
 from models.data import CocoDataset
 from models.draw import draw_comparison, draw_detections
 from models.retinanet import RetinaNetConfig
-from models.train import Recipe, load_checkpoint, load_model, lr_factor, save_checkpoint, train
+from models.train import Recipe, load_checkpoint, load_model, train
 
 RECIPE = Recipe(
     model=RetinaNetConfig(
@@ -54,61 +54,6 @@ def checkpoint(coco_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def assert_same(a: object, b: object) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
-class Interrupted(Exception):
-    pass
-
-
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
-    coco_folder: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = CocoDataset(coco_folder, "train")
-    resumed = tmp_path / "resumed.pt"
-
-    def save_and_die(path: Path, state: dict) -> None:
-        save_checkpoint(path, state)
-        raise Interrupted
-
-    monkeypatch.setattr("models.train.save_checkpoint", save_and_die)
-    with pytest.raises(Interrupted):
-        train(RECIPE, data, resumed, pretrained=False, checkpoint_every=2)
-    monkeypatch.undo()
-    assert load_checkpoint(resumed)["step"] == 2
-    torch.manual_seed(999)
-    train(RECIPE, data, resumed, pretrained=False, resume=True)
-    assert_same(load_checkpoint(resumed), load_checkpoint(checkpoint))
-
-
-def test_checkpoints_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "checkpoint.pt"
-    recipe = dataclasses.asdict(RECIPE)
-    content = {"model": {}, "recipe": recipe, "categories": {}}
-    save_checkpoint(path, {**content, "step": 1})
-
-    def broken(state: dict, file) -> None:
-        file.write(b"half a check")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, {**content, "step": 2})
-    assert load_checkpoint(path)["step"] == 1
-
-
 def test_load_model_takes_the_averaged_weights(checkpoint: Path) -> None:
     model, recipe, categories = load_model(checkpoint)
     assert recipe == RECIPE
@@ -117,18 +62,6 @@ def test_load_model_takes_the_averaged_weights(checkpoint: Path) -> None:
     name = "head.regression_head.bbox_reg.weight"
     assert torch.equal(model.state_dict()[name], saved["average"][f"module.{name}"])
     assert not torch.equal(model.state_dict()[name], saved["model"][name])
-
-
-def test_learning_rate() -> None:
-    paper = Recipe()
-    assert lr_factor(paper, 0) == pytest.approx(1 / 500)
-    assert lr_factor(paper, 499) == lr_factor(paper, 59_999) == 1
-    assert lr_factor(paper, 60_000) == pytest.approx(0.1)
-    assert lr_factor(paper, 89_999) == pytest.approx(0.01)
-    cosine = dataclasses.replace(paper, schedule="cosine")
-    factors = [lr_factor(cosine, step) for step in range(500, 90_000, 100)]
-    assert factors == sorted(factors, reverse=True)
-    assert factors[0] == 1 and factors[-1] < 1e-4
 
 
 def test_evaluate_writes_results_for_pycocotools(

@@ -1,0 +1,47 @@
+"""The figures of a training run, one JSON object a line, and for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from models.data import DataError
+
+
+class Log:
+    """Called with a step and its figures, writes their means since the last line to DIR/log.jsonl."""
+
+    def __init__(self, directory: Path, every: int, tensorboard: bool) -> None:
+        self.directory, self.every = directory, every
+        self.sums: dict[str, float] = {}
+        self.count = 0
+        self.writer: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise DataError("--tensorboard needs the package tensorboard") from None
+            self.writer = SummaryWriter(str(directory / "tensorboard"))
+
+    def __call__(self, step: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.count += 1
+        if step % self.every:
+            return
+        means = {name: value / self.count for name, value in self.sums.items()}
+        self.sums, self.count = {}, 0
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **means}) + "\n")
+        if self.writer is not None:
+            for name, value in means.items():
+                self.writer.add_scalar(name, value, step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
