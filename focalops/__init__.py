@@ -1,6 +1,7 @@
 """CUDA and C++ kernels for the parts of dense object detection that are not convolutions."""
 
 from focalops._version import __version__
+from focalops.accelerate import accelerate
 from focalops.anchors import AnchorGenerator
 from focalops.box_losses import (
     box_iou_loss,
@@ -23,6 +24,7 @@ from focalops.nms import batched_nms, multiclass_nms, nms
 __all__ = [
     "AnchorGenerator",
     "__version__",
+    "accelerate",
     "batched_nms",
     "box_iou",
     "box_iou_loss",

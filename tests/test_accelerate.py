@@ -1,0 +1,174 @@
+"""accelerate(): an accelerated torchvision RetinaNet gives what it gave before."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from test_models_convert import MODELS, batch, resnet18_fpn, with_many_detections
+from torch import nn
+from torchvision.models.detection import RetinaNet
+
+from focalops import accelerate
+from focalops.accelerate import HeadOutputs
+
+
+class Wrapper(nn.Module):
+    """As other projects hold their detector."""
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments):
+        return self.model(*arguments)
+
+
+def assert_same(accelerated: nn.Module, original: nn.Module) -> None:
+    """Losses, gradients and hundreds of detections."""
+    images, targets = batch()
+    losses = []
+    for model in (original, accelerated):
+        model.train().zero_grad()
+        torch.manual_seed(5)  # for the size that is drawn
+        losses.append(model(images, targets))
+        sum(losses[-1].values()).backward()
+    assert losses[0].keys() == losses[1].keys()
+    for key, loss in losses[0].items():
+        assert loss > 0
+        torch.testing.assert_close(losses[1][key], loss, rtol=1e-5, atol=0)
+    gradients = {name: p.grad for name, p in accelerated.named_parameters()}
+    for name, parameter in original.named_parameters():
+        if parameter.grad is not None:
+            # Of the largest gradient of the tensor: sums of thousands of terms of either sign.
+            bound = 1e-4 * parameter.grad.abs().max() + 1e-12
+            assert (gradients[name] - parameter.grad).abs().max() <= bound, name
+    with torch.no_grad():
+        found, expected = accelerated.eval()(images), original.eval()(images)
+    assert sum(len(e["boxes"]) for e in expected) > 300
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["scores"], b["scores"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_original(name: str) -> None:
+    original = with_many_detections(MODELS[name]())
+    model = Wrapper(copy.deepcopy(original))
+    keys = list(model.state_dict())
+    report = accelerate(model)
+    assert report.kept == []
+    assert str(report).splitlines() == [
+        "replaced: model: the loss step",
+        "replaced: model: the post-processing",
+        "replaced: model.head.classification_head: the copies",
+        "replaced: model.head.regression_head: the copies",
+    ]
+    assert list(model.state_dict()) == keys
+    assert_same(model.model, original)
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "diou", "ciou"])
+def test_box_losses(loss: str) -> None:
+    original = with_many_detections(resnet18_fpn())
+    original.head.regression_head._loss_type = loss
+    for coder in (original.box_coder, original.head.regression_head.box_coder):
+        coder.weights = (2.0, 2.0, 1.0, 0.5)
+    model = copy.deepcopy(original)
+    assert accelerate(model).kept == []
+    assert_same(model, original)
+
+
+def test_numbers_may_change_afterwards_and_copies_are_their_own() -> None:
+    original = with_many_detections(resnet18_fpn())
+    model = copy.deepcopy(original)
+    accelerate(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        changed = copy.deepcopy(original)
+        for net in (twin, changed):
+            net.score_thresh, net.detections_per_img, net.nms_thresh = 0.1, 150, 0.3
+        assert_same(twin, changed)
+    assert model.score_thresh == 0.05
+
+
+class OwnLoss(RetinaNet):
+    def compute_loss(self, targets, head_outputs, anchors):
+        assert isinstance(head_outputs["cls_logits"], torch.Tensor)
+        return {k: 2 * v for k, v in super().compute_loss(targets, head_outputs, anchors).items()}
+
+
+class OwnForward(RetinaNet):
+    def forward(self, images, targets=None):
+        features = list(self.backbone(images[0][None]).values())
+        assert not isinstance(self.head(features)["cls_logits"], HeadOutputs)
+        return super().forward(images, targets)
+
+
+def own_matcher(model: RetinaNet) -> None:
+    model.proposal_matcher = lambda quality: quality.argmax(dim=0)
+
+
+def own_post_processing(model: RetinaNet) -> None:
+    model.postprocess_detections = lambda *arguments: []
+
+
+@pytest.mark.parametrize(
+    ("change", "kept", "replaced"),
+    [
+        (
+            lambda m: setattr(m, "__class__", OwnLoss),
+            ["the loss step, because model.compute_loss is overridden by OwnLoss"],
+            ["the post-processing"],
+        ),
+        (
+            own_matcher,
+            ["the loss step, because model.proposal_matcher is no Matcher but function"],
+            ["the post-processing"],
+        ),
+        (
+            own_post_processing,
+            ["the post-processing, because model.postprocess_detections is the instance's own"],
+            ["the loss step"],
+        ),
+        (
+            lambda m: setattr(m.head.regression_head, "_loss_type", "huber"),
+            ["the loss step, because model.head.regression_head has the unknown box loss 'huber'"],
+            ["the post-processing"],
+        ),
+    ],
+)
+def test_what_is_not_torchvisions_is_kept(change, kept: list[str], replaced: list[str]) -> None:
+    model = resnet18_fpn()
+    change(model)
+    report = accelerate(model)
+    assert [line.split(" and ")[0] for line in report.kept] == [f"model: {line}" for line in kept]
+    assert report.replaced == [f"model: {line}" for line in replaced]
+
+
+def test_a_kept_part_gets_what_it_expects() -> None:
+    original = with_many_detections(resnet18_fpn())
+    for kind, number in ((OwnLoss, 1), (OwnForward, 2)):
+        original.__class__ = kind
+        model = copy.deepcopy(original)
+        assert len(accelerate(model).kept) == number
+        assert_same(model, original)
+
+
+def test_a_second_call_changes_nothing() -> None:
+    model = resnet18_fpn()
+    accelerate(model)
+    report = accelerate(model)
+    assert report.replaced == []
+    assert "model.compute_loss is focalops' already" in report.kept[0]
+
+
+def test_no_retinanet(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="must be or hold a torchvision RetinaNet, got Linear"):
+        accelerate(nn.Linear(1, 1))
+    monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)  # not installed
+    with pytest.raises(ValueError, match="got RetinaNet"):
+        accelerate(resnet18_fpn())
