@@ -47,9 +47,10 @@ class DataError(Exception):
 
 
 class CocoDataset(Dataset):
-    """Images as uint8 (3, H, W) with "boxes" (M, 4) xyxy, "labels" (M,) in 0..K-1 and "image_id".
+    """Images as uint8 (3, H, W) with "boxes" (M, 4) xyxy, "labels" (M,) in 0..K-1, "crowd_boxes"
+    (C, 4), the regions around crowds of objects, and "image_id".
 
-    Crowd regions and boxes without an area are left out; pycocotools sees them through `coco`.
+    Boxes without an area are left out; pycocotools sees them through `coco`.
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
@@ -65,17 +66,24 @@ class CocoDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image_id = self.image_ids[index]
         image = read_image(self.image_path(index))
-        boxes, labels = [], []
+        boxes: list[list[float]] = []
+        crowds: list[list[float]] = []
+        labels = []
         height, width = image.shape[-2:]
         for annotation in self.coco.imgToAnns[image_id]:
             x, y, w, h = annotation["bbox"]
             x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-            if not annotation.get("iscrowd", 0) and x1 < x2 and y1 < y2:
+            if not (x1 < x2 and y1 < y2):
+                continue
+            if annotation.get("iscrowd", 0):
+                crowds.append([x1, y1, x2, y2])
+            else:
                 boxes.append([x1, y1, x2, y2])
                 labels.append(self.labels[annotation["category_id"]])
         return image, {
             "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor(labels, dtype=torch.int64),
+            "crowd_boxes": torch.tensor(crowds, dtype=torch.float32).reshape(-1, 4),
             "image_id": image_id,
         }
 
@@ -161,7 +169,8 @@ class TrainingStream(Dataset):
     """A whole training run as a sequence of samples, the same however it is cut or loaded.
 
     Every pass over the data is a new permutation. Each sample is augmented with random numbers of
-    its own, so that neither the number of workers nor an interruption changes it.
+    its own, so that neither the number of workers nor an interruption changes it. Crowd regions
+    stand among the boxes, with the label 0, and "iscrowd" (M,) tells them.
     """
 
     def __init__(
@@ -208,13 +217,21 @@ class TrainingStream(Dataset):
         image, target = self.data[self._index(n)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mix(self.seed, 1, n))
-            boxes, labels = target["boxes"], target["labels"]
+            boxes = torch.cat([target["boxes"], target["crowd_boxes"]])
+            labels = torch.cat([target["labels"], torch.full((len(target["crowd_boxes"]),), CROWD)])
             if self.crop is not None:
                 image, boxes, labels = random_crop(image, boxes, labels, self.crop, self.crop_zoom)
             size = (image.shape[-2], image.shape[-1])
             wrapped = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)  # type: ignore[call-arg]
             image, wrapped = self.transform(tv_tensors.Image(image), wrapped)
-        return image.as_subclass(Tensor), {"boxes": wrapped.as_subclass(Tensor), "labels": labels}
+        return image.as_subclass(Tensor), {
+            "boxes": wrapped.as_subclass(Tensor),
+            "labels": labels.clamp(min=0),
+            "iscrowd": labels == CROWD,
+        }
+
+
+CROWD = -1  # the label of crowd regions while samples are made
 
 
 def mix(*numbers: int) -> int:
@@ -234,24 +251,28 @@ def random_crop(
     """A square of size / zoom pixels, resized to size x size; zoom is drawn log-uniformly.
 
     The square lies around the centre of a random box with probability around_box, else anywhere:
-    large photographs are mostly empty. A box stays if at least min_visible of its area does.
+    large photographs are mostly empty. An object's box stays if at least min_visible of its area
+    does, a crowd region if anything does.
     """
     low, high = (math.log(z) for z in zoom)
     side = round(size / math.exp(low + (high - low) * torch.rand(()).item()))
     height, width = min(side, image.shape[-2]), min(side, image.shape[-1])
     free = torch.tensor([image.shape[-1] - width, image.shape[-2] - height])  # of left, top
     corner = torch.rand(2) * (free + 1)
-    if len(boxes) and torch.rand(()) < around_box:
-        box = boxes[torch.randint(len(boxes), ())]
+    objects = boxes[labels != CROWD]
+    if len(objects) and torch.rand(()) < around_box:
+        box = objects[torch.randint(len(objects), ())]
         corner = (box[:2] + box[2:]) / 2 - torch.rand(2) * torch.tensor([width, height])
     left, top = torch.minimum(corner.clamp(min=0).long(), free).tolist()
     clipped = (boxes - boxes.new_tensor([left, top, left, top])).clamp(min=0)
     clipped = torch.minimum(clipped, boxes.new_tensor([width, height, width, height]))
-    keep = area(clipped) >= min_visible * area(boxes)
+    needed = torch.where(labels == CROWD, 1.0, min_visible * area(boxes))  # 1: a pixel
+    keep = area(clipped) >= needed
     out_height, out_width = round(height * size / side), round(width * size / side)
     image = F.resized_crop(image, top, left, height, width, [out_height, out_width])
     scale = boxes.new_tensor([out_width / width, out_height / height] * 2)
-    return image, clipped[keep] * scale, labels[keep]
+    limit = boxes.new_tensor([out_width, out_height] * 2)  # where rounding would lead out
+    return image, torch.minimum(clipped[keep] * scale, limit), labels[keep]
 
 
 def area(boxes: Tensor) -> Tensor:

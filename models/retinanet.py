@@ -37,7 +37,8 @@ from focalops import (
     match_anchors,
 )
 
-Target = dict[str, Tensor]  # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64
+# "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64 and, where some are crowds, "iscrowd" (M,) bool
+Target = dict[str, Tensor]
 Detections = dict[str, Tensor]  # "boxes" (D, 4), "scores" (D,), "labels" (D,), best first
 
 
@@ -168,6 +169,18 @@ class RetinaNet(nn.Module):
         )
         return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
 
+    def match(self, anchors: Tensor, targets: list[Target]) -> Tensor:  # (N, 4) -> (B, N)
+        """Of each anchor the index of its box, -1 or -2. Crowd regions match nothing."""
+        boxes = [
+            t["boxes"].masked_fill(t["iscrowd"][:, None], math.nan)
+            if "iscrowd" in t
+            else t["boxes"]
+            for t in targets
+        ]
+        return match_anchors(
+            anchors, boxes, self.config.fg_iou_threshold, self.config.bg_iou_threshold
+        )
+
     def compute_loss(
         self,
         cls_logits: list[Tensor],  # L of (B, A * K, H, W)
@@ -179,9 +192,7 @@ class RetinaNet(nn.Module):
         over the images of all ranks, then averaged."""
         config = self.config
         deltas = torch.cat([rows(level, 4) for level in bbox_regression], dim=1)  # (B, N, 4)
-        matches = match_anchors(
-            anchors, [t["boxes"] for t in targets], config.fg_iou_threshold, config.bg_iou_threshold
-        )  # (B, N)
+        matches = self.match(anchors, targets)  # (B, N)
         classes = class_index_targets(
             matches, [t["labels"] for t in targets], config.num_classes
         )  # (B, N)

@@ -42,6 +42,24 @@ def test_images_without_boxes_and_crowds(coco_folder: Path) -> None:
     assert data[1][1]["labels"].shape == (0,)
     assert len(data.coco.imgToAnns[120]) == 4
     assert len(data[2][1]["boxes"]) == 3
+    assert data[2][1]["crowd_boxes"].tolist() == [[60, 60, 90, 90]]
+    assert data[0][1]["crowd_boxes"].shape == (0, 4)
+
+
+def test_crowd_regions_follow_the_augmented_image(coco_folder: Path) -> None:
+    data = CocoDataset(coco_folder, "train")
+    stream = TrainingStream(data, 200, seed=0, crop=70, dihedral=True)
+    found = 0
+    for n in range(200):
+        target = stream[n][1]
+        assert target["boxes"].shape == (len(target["labels"]), 4)
+        assert target["iscrowd"].dtype == torch.bool and target["iscrowd"].sum() <= 1
+        assert (target["labels"] >= 0).all()
+        for x1, y1, x2, y2 in target["boxes"][target["iscrowd"]].tolist():
+            assert 0 <= x1 < x2 <= 70 and 0 <= y1 < y2 <= 70
+            assert x2 - x1 <= 30 and y2 - y1 <= 30
+            found += 1
+    assert found > 30
 
 
 def test_simple_layout(tmp_path: Path) -> None:

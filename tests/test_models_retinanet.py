@@ -76,6 +76,18 @@ def test_images_without_boxes_train() -> None:
     assert alone["bbox_regression"] == 0
 
 
+def test_crowd_regions_are_no_objects() -> None:
+    torch.manual_seed(0)
+    model = RetinaNet(TINY).train()
+    image = torch.rand(3, 96, 96)
+    objects = target([[10, 10, 40, 50]], [1])
+    both = target([[10, 10, 40, 50], [30, 30, 90, 90]], [1, 0])
+    losses = []
+    for labelled in (objects, {**both, "iscrowd": torch.tensor([False, True])}, both):
+        losses.append(sum(model([image], [labelled]).values()))
+    assert losses[1] == losses[0] != losses[2]
+
+
 def test_heads_start_at_the_prior() -> None:
     model = RetinaNet(TINY)
     assert torch.allclose(
