@@ -256,6 +256,7 @@ def test_right_arguments_are_taken(op, device):
 
 def test_every_argument_of_every_op_is_in_the_table():
     functions = {n for n in focalops.__all__ if inspect.isfunction(getattr(focalops, n))}
+    functions -= {"accelerate"}  # takes a model
     assert functions == WRONG.keys() == right_arguments().keys()
     for op, cases in WRONG.items():
         parameters = set(inspect.signature(getattr(focalops, op)).parameters)

@@ -108,6 +108,7 @@ def with_grad(function: Callable, inputs: Inputs) -> list[Tensor]:
 
 def test_every_op_is_in_the_table():
     functions = {n for n in focalops.__all__ if inspect.isfunction(getattr(focalops, n))}
+    functions -= {"accelerate"}  # takes a model
     assert functions == EXAMPLES.keys()
 
 
