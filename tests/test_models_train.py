@@ -318,4 +318,8 @@ def test_two_processes_are_one(coco_folder: Path, tmp_path: Path) -> None:
     results = [tmp_path / "one.json", tmp_path / "two.json"]
     assert main([*options, "--out", str(results[0]), "--device", "cpu"]) == 0
     assert torchrun(*options, "--out", str(results[1])).count("Average Precision") == 6
-    assert json.loads(results[0].read_text()) == json.loads(results[1].read_text())
+    # Another number of threads sums the convolutions in another order.
+    for a, b in zip(*(json.loads(path.read_text()) for path in results), strict=True):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        assert a["bbox"] == pytest.approx(b["bbox"], abs=1e-3)
+        assert a["score"] == pytest.approx(b["score"], abs=1e-5)
