@@ -232,9 +232,22 @@ inline void check_coder_gradient(const char* op, const Tensor& grad_output, cons
   }
 }
 
+// What a ground-truth box is to the matching.
+enum Role : uint8_t { kObject, kCrowd, kNothing };
+
+// Which anchors a box gets whose IoU with none reaches the threshold.
+enum class LowQuality { kNone, kOwnBest, kLastBox, kLastBoxFirstAnchor };
+
+struct MatchRule {
+  double fg_iou_threshold, bg_iou_threshold;
+  int64_t low_quality;  // of LowQuality
+  double min_pos_iou;
+  double crowd_threshold;
+};
+
 inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes,
-                                const std::optional<Tensor>& counts, double fg_iou_threshold,
-                                double bg_iou_threshold) {
+                                const std::optional<Tensor>& counts,
+                                const std::optional<Tensor>& roles, const MatchRule& rule) {
   const char* op = "match_anchors";
   check_coordinates(op, "anchors", anchors);
   if (anchors.dim() != 2 || anchors.size(1) != 4) {
@@ -258,9 +271,23 @@ inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes,
            shape_of(*counts));
     }
   }
-  if (!(bg_iou_threshold <= fg_iou_threshold)) {
-    fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", fg_iou_threshold, ", got ",
-         bg_iou_threshold);
+  if (roles.has_value()) {
+    check_same_device(op, "roles", *roles, "anchors", anchors);
+    if (roles->scalar_type() != ScalarType::Byte || roles->dim() != 2 ||
+        !same_shape(*roles, gt_boxes, 2)) {
+      fail(op, ": roles must be torch.uint8 of shape (", gt_boxes.size(0), ", ", gt_boxes.size(1),
+           "), got ", dtype_of(*roles), " of shape ", shape_of(*roles));
+    }
+  }
+  if (!(rule.bg_iou_threshold <= rule.fg_iou_threshold)) {
+    fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", rule.fg_iou_threshold, ", got ",
+         rule.bg_iou_threshold);
+  }
+  if (rule.low_quality < 0 || rule.low_quality > 3) {
+    fail(op, ": low_quality must lie in [0, 3], got ", rule.low_quality);
+  }
+  if (!(rule.crowd_threshold >= 0)) {
+    fail(op, ": crowd_threshold must be >= 0, got ", rule.crowd_threshold);
   }
 }
 

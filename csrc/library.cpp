@@ -65,10 +65,12 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float[] image_size, bool compute_grad_anchors) -> (Tensor grad_deltas, Tensor "
       "grad_anchors)");
 
-  // matching
+  // matching. roles: uint8 (B, M), 0 an object, 1 a crowd, 2 nothing; low_quality: 0 none, 1 the
+  // anchor's own best box, 2 the last box, 3 the last box and of equal anchors the first.
   m.def(
       "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor? counts, float fg_iou_threshold,"
-      " float bg_iou_threshold, bool allow_low_quality_matches) -> Tensor");
+      " float bg_iou_threshold, int low_quality, float min_pos_iou=0, Tensor? roles=None,"
+      " float crowd_threshold=0) -> Tensor");
 
   // nms
   m.def("nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor");

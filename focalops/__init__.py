@@ -18,7 +18,7 @@ from focalops.boxes import (
     generalized_box_iou,
 )
 from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss, sigmoid_focal_loss_star
-from focalops.matching import class_index_targets, match_anchors
+from focalops.matching import class_index_targets, count_degenerate_boxes, match_anchors
 from focalops.nms import batched_nms, multiclass_nms, nms
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "class_index_targets",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "count_degenerate_boxes",
     "decode_boxes",
     "dense_focal_loss",
     "distance_box_iou",

@@ -292,40 +292,104 @@ def match_anchors(
     allow_low_quality_matches: bool = True,
     *,
     counts: Tensor | None = None,  # [B]
+    rule: str = "torchvision",
+    min_pos_iou: float = 0.0,
+    gt_max_assign_all: bool = True,
+    crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
+    crowd_threshold: float = 0.5,
+    image_sizes: Sequence[Sequence[float]] | Tensor | None = None,  # B of height and width
 ) -> Tensor:
-    if counts is not None:
-        gt_boxes = [boxes[:count] for boxes, count in zip(gt_boxes, counts.tolist(), strict=True)]
-    matches = [
-        _match_one_image(
-            anchors, boxes, fg_iou_threshold, bg_iou_threshold, allow_low_quality_matches
+    matches = []
+    for i, boxes in enumerate(gt_boxes):
+        count = len(boxes) if counts is None else int(counts[i])
+        boxes = boxes[:count]
+        is_crowd = torch.zeros(count, dtype=torch.bool, device=boxes.device)
+        if crowd is not None:
+            is_crowd = crowd[i][:count]
+        degenerate = _is_degenerate(boxes, None if image_sizes is None else image_sizes[i])
+        # Of these all IoUs are 0 anyway, but for those outside.
+        if crowd is None and image_sizes is None:
+            degenerate = torch.zeros_like(degenerate)
+        objects = torch.where(~(is_crowd | degenerate))[0]
+        match = _match_one_image(
+            anchors,
+            boxes[objects],
+            boxes[is_crowd & ~degenerate],
+            (fg_iou_threshold, bg_iou_threshold, crowd_threshold),
+            allow_low_quality_matches,
+            None if rule != "mmdet" else (min_pos_iou, gt_max_assign_all),
         )
-        for boxes in gt_boxes
-    ]
+        if len(objects):
+            match = torch.where(match < 0, match, objects[match.clamp(min=0)])
+        matches.append(match)
     if not matches:
         return torch.empty((0, len(anchors)), dtype=torch.int64, device=anchors.device)
     return torch.stack(matches)
 
 
+def count_degenerate_boxes(
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts
+    image_sizes: Sequence[Sequence[float]] | Tensor | None = None,  # B of height and width
+    *,
+    counts: Tensor | None = None,  # [B]
+) -> Tensor:
+    numbers = []
+    for i, boxes in enumerate(gt_boxes):
+        boxes = boxes[: len(boxes) if counts is None else int(counts[i])]
+        size = None if image_sizes is None else image_sizes[i]
+        numbers.append(_is_degenerate(boxes, size).sum())
+    return torch.stack(numbers) if numbers else torch.zeros(0, dtype=torch.int64)
+
+
+def _is_degenerate(boxes: Tensor, image_size: Sequence[float] | Tensor | None) -> Tensor:
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    has_area = (x2 > x1) & (y2 > y1)
+    if image_size is None:
+        return ~has_area
+    height, width = image_size
+    return ~(has_area & (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0))
+
+
 def _match_one_image(
     anchors: Tensor,
     gt_boxes: Tensor,
-    fg_iou_threshold: float,
-    bg_iou_threshold: float,
+    crowds: Tensor,
+    thresholds: tuple[float, float, float],
     allow_low_quality: bool,
+    mmdet: tuple[float, bool] | None,
 ) -> Tensor:
-    if len(gt_boxes) == 0 or len(anchors) == 0:
-        return torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+    fg_iou_threshold, bg_iou_threshold, crowd_threshold = thresholds
     iou = box_iou(gt_boxes, anchors).nan_to_num(0)  # [M, A]; what is not a number overlaps nothing
-    best_iou, best_box = iou.max(dim=0)  # the first of equal boxes, as the tie rule asks
-    matches = best_box.clone()
-    matches[best_iou < fg_iou_threshold] = -2
-    matches[best_iou < bg_iou_threshold] = -1
-    if allow_low_quality:
-        best_anchor_iou = iou.max(dim=1, keepdim=True).values
+    # Anchors inside a crowd take no part.
+    ignored = (_share_inside(anchors, crowds).nan_to_num(0) > crowd_threshold).any(dim=1)
+    iou[:, ignored] = 0
+    matches = torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+    if iou.numel():
+        best_iou, best_box = iou.max(dim=0)  # the first of equal boxes, as the tie rule asks
+        matches = best_box.clone()
+        matches[best_iou < fg_iou_threshold] = -2
+        matches[best_iou < bg_iou_threshold] = -1
+        best_anchor_iou, best_anchor = iou.max(dim=1, keepdim=True)
         # A box that overlaps no anchor has a best IoU of 0, which every other anchor shares: it matches none of them.
-        is_best = ((iou == best_anchor_iou) & (best_anchor_iou > 0)).any(dim=0)
-        matches = torch.where(is_best, best_box, matches)
+        is_best = (iou == best_anchor_iou) & (best_anchor_iou > 0)
+        if allow_low_quality and mmdet is None:
+            matches = torch.where(is_best.any(dim=0), best_box, matches)
+        elif allow_low_quality and mmdet is not None:
+            min_pos_iou, all_of_equal = mmdet
+            is_best &= best_anchor_iou >= min_pos_iou
+            if not all_of_equal:
+                is_first = torch.zeros_like(is_best).scatter_(1, best_anchor, True)
+                is_best &= is_first
+            for j, claimed in enumerate(is_best):
+                matches[claimed] = j
+    matches[ignored] = -2
     return matches
+
+
+def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:  # [N, 4], [R, 4] -> [N, R]
+    a, b = boxes.unsqueeze(1), regions.unsqueeze(0)
+    sides = F.relu(torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2]))
+    return _divide(sides[..., 0] * sides[..., 1], box_area(a))
 
 
 def class_index_targets(

@@ -99,7 +99,7 @@ def calls():
     scores, classes = torch.rand(700), torch.randint(0, 3, (700,))
     return [
         lambda: ops.nms(boxes, scores, classes, 0.4),
-        lambda: ops.match_anchors(boxes, boxes[:90].reshape(3, 30, 4), None, 0.5, 0.4, True),
+        lambda: ops.match_anchors(boxes, boxes[:90].reshape(3, 30, 4), None, 0.5, 0.4, 1),
         lambda: ops.sigmoid_focal_loss_sum(logits, targets, 0.25, 2.0, None, -100, None, 1.0, True),
     ]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from focalops import class_index_targets, match_anchors, reference
+from focalops import class_index_targets, count_degenerate_boxes, match_anchors, reference
 
 
 def anchor_grid(height: int, width: int, device: str = "cpu", stride: int = 16) -> Tensor:
@@ -147,6 +147,166 @@ def test_no_images(device):
     assert match_anchors(anchors, torch.zeros(0, 3, 4, device=device)).shape == (0, 16)
 
 
+# ---- rules --------------------------------------------------------------------------------------
+
+
+def detectron2_matches(iou: list[list[float]], fg: float, bg: float, low_quality: bool) -> list:
+    """Matcher([bg, fg], labels=[0, -1, 1]) and what RetinaNet reads from it, one anchor after the other."""
+    best_of_box, result = [max(row) for row in iou], []
+    for column in zip(*iou, strict=True):
+        best = max(column)
+        label = 1 if best >= fg else 0 if best < bg else -1
+        if low_quality and any(x == y for x, y in zip(column, best_of_box, strict=True)):
+            label = 1
+        result.append({1: column.index(best), 0: -1, -1: -2}[label])
+    return result
+
+
+def mmdet_matches(
+    iou: list[list[float]], fg: float, bg: float, low_quality: bool, min_pos_iou: float, take_all: bool
+) -> list:  # fmt: skip
+    """MaxIoUAssigner.assign_wrt_overlaps; an overlap of -1 marks an anchor inside a crowd."""
+    result = []
+    for column in zip(*iou, strict=True):
+        best = max(column)
+        result.append(column.index(best) if best >= fg else -1 if 0 <= best < bg else -2)
+    for j, row in enumerate(iou if low_quality else ()):
+        best = max(row)
+        if best >= min_pos_iou:
+            equal = [anchor for anchor, x in enumerate(row) if x == best]
+            for anchor in equal if take_all else equal[:1]:
+                result[anchor] = j
+    return result
+
+
+def scene(kind: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Anchors, and boxes that each overlap one."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "tied":  # on whole pixels, and small
+        corners = torch.randint(0, 6, (60, 2, 2), generator=generator).sort(dim=1).values
+        boxes = corners.reshape(60, 4).float()
+        boxes[:, 2:] += 1
+        anchors, boxes = boxes[:40], boxes[40:]
+    else:
+        torch.manual_seed(seed)
+        anchors = anchor_grid(6, 7)[torch.randperm(168, generator=generator)]
+        boxes = random_boxes({"random": 8, "crowded": 40}[kind], 96, 112)
+    return anchors, boxes[torchvision.ops.box_iou(boxes, anchors).amax(1) > 0]
+
+
+def float32(x: float) -> float:
+    return torch.tensor(x).item()
+
+
+@pytest.mark.parametrize("kind", ["random", "crowded", "tied"])
+def test_rules_are_the_originals(kind, device):
+    for seed in range(3):
+        anchors, boxes = scene(kind, seed)
+        iou = torchvision.ops.box_iou(boxes, anchors).tolist()
+        for fg, bg in ((0.5, 0.4), (0.7, 0.3)):
+            for low_quality in (True, False):
+                thresholds = (float32(fg), float32(bg), low_quality)
+                arguments = (anchors.to(device), [boxes.to(device)], fg, bg, low_quality)
+                expected = detectron2_matches(iou, *thresholds)
+                for rule in ("torchvision", "detectron2"):
+                    assert match_anchors(*arguments, rule=rule)[0].tolist() == expected
+                for min_pos_iou, take_all in ((0.0, True), (0.2, False)):
+                    options = {
+                        "rule": "mmdet",
+                        "min_pos_iou": min_pos_iou,
+                        "gt_max_assign_all": take_all,
+                    }
+                    expected = mmdet_matches(iou, *thresholds, float32(min_pos_iou), take_all)  # fmt: skip
+                    matches = check_is_the_references(*arguments, **options)
+                    assert matches[0].tolist() == expected
+
+
+def test_rules_differ(device):
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 30, 10]], device=device)
+    boxes = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 2], [19, 0, 22, 1]], device=device)
+    assert match_anchors(anchors, [boxes]).tolist() == [[0, 0, 2]]
+    mmdet = {"rule": "mmdet"}
+    assert match_anchors(anchors, [boxes], **mmdet).tolist() == [[1, 1, 2]]
+    assert match_anchors(anchors, [boxes], **mmdet, min_pos_iou=0.1).tolist() == [[1, 1, -1]]
+    first = match_anchors(anchors, [boxes], **mmdet, gt_max_assign_all=False)
+    assert first.tolist() == [[1, 0, 2]]
+
+
+@pytest.mark.parametrize("counts", [(5, 0, 33), (300, 1)], ids=str)
+@pytest.mark.parametrize("take_all", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mmdet_in_batches(counts, take_all, dtype, device):
+    anchors = anchor_grid(9, 27, device).to(dtype)  # more than a block's
+    gt_boxes = [random_boxes(n, 144, 432, device).to(dtype) for n in counts]
+    options = {"rule": "mmdet", "min_pos_iou": 0.1, "gt_max_assign_all": take_all}
+    check_is_the_references(anchors, gt_boxes, **options)
+
+
+# ---- crowds, degenerate boxes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["torchvision", "mmdet"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
+def test_crowds(rule, threshold, device):
+    anchors = anchor_grid(9, 11, device)
+    gt_boxes = [random_boxes(n, 144, 176, device) for n in (40, 0, 300)]
+    crowd = [torch.rand(len(boxes), device=device) < 0.1 for boxes in gt_boxes]
+    for boxes, is_crowd in zip(gt_boxes, crowd, strict=True):
+        boxes[3:4] = torch.tensor([30.0, 40, 120, 130])  # several anchors are inside
+        is_crowd[3:4] = True
+    options = {"rule": rule, "crowd_threshold": threshold}
+    matches = check_is_the_references(anchors, gt_boxes, crowd=crowd, **options)
+    for match, boxes, is_crowd in zip(matches, gt_boxes, crowd, strict=True):
+        assert not torch.isin(match, torch.where(is_crowd)[0]).any()
+        if len(boxes) == 0:
+            continue
+        # What mmdet does: overlaps of anchors inside become -1.
+        inter = torchvision.ops.boxes._box_inter_union(anchors, boxes[is_crowd])[0]
+        inside = (inter / torchvision.ops.box_area(anchors)[:, None] > threshold).any(1)
+        iou = torchvision.ops.box_iou(boxes[~is_crowd], anchors)
+        iou[:, inside] = -1
+        assert inside.any() and (match[inside] == -2).all()
+        if rule == "mmdet":
+            least = 1e-6  # the guard for boxes that overlap nothing
+            expected = mmdet_matches(iou.tolist(), 0.5, float32(0.4), True, least, True)
+            index = torch.where(~is_crowd)[0].tolist()
+            assert match.tolist() == [index[j] if j >= 0 else j for j in expected]
+
+
+def test_a_crowd_is_only_a_crowd(device):
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0, 0, 20, 10], [50, 0, 60, 10]], device=device)
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 20, 10]]], device=device)
+    crowd = torch.tensor([[True, False]], device=device)
+    assert match_anchors(anchors, boxes, crowd=crowd).tolist() == [[-2, 1, -1]]
+    assert match_anchors(anchors, boxes, 0.0, 0.0, crowd=crowd).tolist() == [[-2, 1, 1]]
+    everything = torch.ones_like(crowd)
+    assert match_anchors(anchors, boxes, 0.0, 0.0, crowd=everything).tolist() == [[-2, -2, -1]]
+
+
+def test_degenerate_boxes_match_nothing_and_are_counted(device):
+    anchors = anchor_grid(8, 8, device)
+    boxes = random_boxes(9, 100, 100, device)
+    boxes[1, 2], boxes[2, 3], boxes[3], boxes[4, 0] = boxes[1, 0], boxes[2, 1] - 1, 0, math.nan
+    outside = torch.tensor([[-30.0, 5, 0, 40], [5, 120, 40, 140], [5, -30, 9, 1]], device=device)
+    boxes = [torch.cat((boxes, outside)), boxes[5:]]
+    assert count_degenerate_boxes(boxes).tolist() == [4, 0]
+    for sizes in ([(120, 130), (400, 500)], torch.tensor([(120, 130), (400, 500)], device=device)):
+        matches = check_is_the_references(anchors, boxes, image_sizes=sizes)
+        number = count_degenerate_boxes(boxes, sizes)
+        assert number.tolist() == reference.count_degenerate_boxes(boxes, sizes).tolist() == [6, 0]
+        assert not torch.isin(matches[0], torch.tensor([1, 2, 3, 4, 9, 10], device=device)).any()
+        assert (matches[0] == 11).any()
+    assert torch.isin(match_anchors(anchors, boxes)[0], torch.tensor([10], device=device)).any()
+    padded = torch.stack((boxes[0][:7], boxes[0][5:]))
+    counts = torch.tensor([3, 7], device=device)
+    sizes = [(120, 130)] * 2
+    check_is_the_references(anchors, padded, counts=counts, image_sizes=sizes)
+    assert count_degenerate_boxes(padded, sizes, counts=counts).tolist() == [2, 2]
+    assert count_degenerate_boxes([]).shape == (0,)
+
+
+# ---- any boxes ----------------------------------------------------------------------------------
+
 CORNERS = st.tuples(*[st.sampled_from([-3.0, 0, 1, 1.5, 2, 4, 7, 1e6, 1e30, math.nan])] * 4)
 THRESHOLDS = st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.5, 1.0, 1.5])
 
@@ -157,8 +317,10 @@ THRESHOLDS = st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.5, 1.0, 1.5])
     THRESHOLDS,
     THRESHOLDS,
     st.booleans(),
+    st.sampled_from(["torchvision", "mmdet"]),
+    st.lists(st.booleans(), min_size=12, max_size=12),
 )
-def test_any_boxes(anchors, boxes, one, other, allow_low_quality):
+def test_any_boxes(anchors, boxes, one, other, allow_low_quality, rule, crowd):
     """Inverted ones, which have a negative side, included."""
     check_is_the_references(
         torch.tensor(anchors),
@@ -166,6 +328,8 @@ def test_any_boxes(anchors, boxes, one, other, allow_low_quality):
         max(one, other),
         min(one, other),
         allow_low_quality,
+        rule=rule,
+        crowd=[torch.tensor(crowd[: len(boxes)], dtype=torch.bool)] if sum(crowd) > 6 else None,
     )
 
 
@@ -200,8 +364,11 @@ def test_opcheck(device):
     boxes = torch.stack([random_boxes(5, 48, 48, device) for _ in range(2)])
     for counts in (None, torch.tensor([5, 2], device=device)):
         torch.library.opcheck(
-            torch.ops.focalops.match_anchors.default, (anchors, boxes, counts, 0.5, 0.4, True)
+            torch.ops.focalops.match_anchors.default, (anchors, boxes, counts, 0.5, 0.4, 1)
         )
+    roles = torch.randint(0, 3, (2, 5), device=device).byte()
+    arguments = (anchors, boxes, None, 0.5, 0.4, 3, 0.1, roles, 0.5)
+    torch.library.opcheck(torch.ops.focalops.match_anchors.default, arguments)
 
 
 def test_compiles_whole(device):
@@ -223,6 +390,7 @@ ERRORS = [
     (lambda a, b: match_anchors(a, b[0]), r"match_anchors: gt_boxes must be a list of \(M_i, 4\) or have shape \(B, M, 4\), got \(3, 4\)"),
     (lambda a, b: match_anchors(a, b, counts=a[0]), "match_anchors: counts must be int32 or int64, got torch.float32"),
     (lambda a, b: match_anchors(a, b, counts=b.new_ones(3).int()), r"match_anchors: counts must have shape \(2,\), one for each image, got \(3,\)"),
+    (lambda a, b: match_anchors(a, b, crowd=b[..., 0] > 0, crowd_threshold=-1), "match_anchors: crowd_threshold must be >= 0, got -1"),
     (lambda a, b: match_anchors(a, b, 0.3, 0.5), "match_anchors: bg_iou_threshold must be <= fg_iou_threshold, 0.3, got 0.5"),
 ]  # fmt: skip
 
@@ -242,6 +410,15 @@ def test_errors_of_values(device):
         ValueError, match="counts must be None unless gt_boxes is one padded tensor"
     ):
         match_anchors(anchors, list(boxes), counts=torch.ones(2, device=device).int())
+    for options, sentence in (
+        ({"rule": "yolo"}, "rule must be one of 'torchvision', 'detectron2', 'mmdet', got 'yolo'"),
+        ({"min_pos_iou": 0.1}, "must be left alone unless rule is 'mmdet', got 'torchvision'"),
+        ({"crowd": torch.ones(2, 3)}, r"crowd must be bool, .* of shape \(2, 3\), got torch.float32"),
+        ({"crowd": [torch.ones(2).bool()] * 2}, r"crowd must be .* got torch.bool of shape \(2, 2\)"),
+        ({"image_sizes": [(4, 5)]}, r"image_sizes must have shape \(2, 2\), .* got \(1, 2\)"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            match_anchors(anchors, boxes, **options)
     with pytest.raises(
         ValueError, match="gt_labels must have one entry for each of the 2 images, got 1"
     ):

@@ -7,7 +7,11 @@
 // that range, and the warp visits those that pass in ascending order. The first pass writes the
 // matches and, by integer maxima on the bits of the IoUs (which are >= 0), the best IoU of each
 // box. The second gives each anchor whose IoU with some box is that box's best, to the bit, its own
-// best box.
+// best box or, by another rule, the last such box. Where only the first of a box's best anchors
+// counts, a pass finds it by an integer maximum, and a thread a box hands it over.
+//
+// Crowds go first: an anchor inside one becomes an empty box, which overlaps nothing. Boxes that
+// are no objects are NaN in shared memory, and so never visited.
 //
 // 24 bytes an anchor and image: its coordinates, which later images and the second pass find in the
 // L2 cache, and its match.
@@ -97,47 +101,93 @@ __device__ __forceinline__ Box<T> range_of_warp(const Box<T>& anchor, bool prese
   return range;
 }
 
-template <typename T, bool RestoreLowQuality>
+// Loads boxes begin .. begin + n of an image that have the role; the others become NaN.
+template <typename T>
+__device__ __forceinline__ void load_boxes(const Rows<Box<T>, T>& gt_boxes, const uint8_t* roles,
+                                           int64_t image, int64_t most, int64_t begin, int n,
+                                           Role role, Box<T>* boxes) {
+  const int thread = threadIdx.x;
+  if (thread < n) {
+    const T nan = static_cast<T>(__builtin_nanf(""));
+    const bool has_role = roles == nullptr || roles[image * most + begin + thread] == role;
+    boxes[thread] = has_role ? gt_boxes.load(image, begin + thread) : Box<T>{nan, nan, nan, nan};
+  }
+}
+
+enum class Pass { kMatch, kOwnBest, kLastBox, kFindFirstAnchor };
+
+// What a launch reads and writes.
+template <typename T>
+struct Matching {
+  Rows<Box<T>, T> anchors;   // [A, 4]
+  Rows<Box<T>, T> gt_boxes;  // [B, M, 4]
+  Counts counts;             // [B]
+  const uint8_t* roles;      // [B, M], null: all are objects
+  int64_t num_anchors, tiles;
+  T fg_iou_threshold, bg_iou_threshold, crowd_threshold;
+  Bits<T> least_best;                  // of a box that shares in low-quality matches
+  Bits<T>* best_of_boxes;              // [B, M], null: not wanted
+  unsigned long long* first_of_boxes;  // [B, M], ~index, 0: none
+  int64_t* matches;                    // [B, A]
+};
+
+template <typename T, Pass pass>
 __global__ void __launch_bounds__(kThreads)
-    match_anchors_kernel(Rows<Box<T>, T> anchors,   // [A, 4]
-                         Rows<Box<T>, T> gt_boxes,  // [B, M, 4]
-                         Counts counts,             // [B]
-                         int64_t num_anchors, int64_t tiles, T fg_iou_threshold, T bg_iou_threshold,
-                         Bits<T>* best_of_boxes,  // [B, M], null: not wanted
-                         int64_t* matches) {      // [B, A]
+    match_anchors_kernel(const __grid_constant__ Matching<T> m) {
   __shared__ Box<T> boxes[kBoxChunk];
   __shared__ T areas[kBoxChunk];
   __shared__ Bits<T> best_bits[kBoxChunk];
   const int thread = threadIdx.x;
   const int lane = thread % kWarpSize;
-  const int64_t image = blockIdx.x / tiles;
-  const int64_t i = (blockIdx.x - image * tiles) * kThreads + thread;
-  const int64_t count = counts[image];
+  const int64_t image = blockIdx.x / m.tiles;
+  const int64_t i = (blockIdx.x - image * m.tiles) * kThreads + thread;
+  const int64_t count = m.counts[image];
 
-  const bool present = i < num_anchors;
-  const Box<T> anchor = present ? anchors.load(0, i) : Box<T>{0, 0, 0, 0};
-  const T anchor_area = area(anchor);
+  const bool present = i < m.num_anchors;
+  Box<T> anchor = present ? m.anchors.load(0, i) : Box<T>{0, 0, 0, 0};
+  T anchor_area = area(anchor);
   const Box<T> range = range_of_warp(anchor, present);
 
-  T best_iou = 0;
-  int64_t best_box = 0;
-  bool is_best = false;
-  for (int64_t begin = 0; begin < count; begin += kBoxChunk) {
+  bool ignored = false;
+  for (int64_t begin = 0; m.roles != nullptr && begin < count; begin += kBoxChunk) {
     const int n = count - begin < kBoxChunk ? static_cast<int>(count - begin) : kBoxChunk;
-    Bits<T>* best_of_chunk =
-        best_of_boxes == nullptr ? nullptr : best_of_boxes + image * counts.most + begin;
-    if (thread < n) {
-      const Box<T> box = gt_boxes.load(image, begin + thread);
-      boxes[thread] = box;
-      areas[thread] = area(box);
-      best_bits[thread] = RestoreLowQuality ? best_of_chunk[thread] : 0;
-    }
+    load_boxes(m.gt_boxes, m.roles, image, m.counts.most, begin, n, kCrowd, boxes);
     __syncthreads();
     for (int group = 0; group < n; group += kWarpSize) {
       const int mine = group + lane;
+      const bool visit = mine < n && intersects(boxes[mine < n ? mine : 0], range);
+      for (unsigned mask = __ballot_sync(kFullWarp, visit); mask != 0; mask &= mask - 1) {
+        const int j = group + __ffs(mask) - 1;
+        ignored |= share_inside(anchor, boxes[j], anchor_area) > m.crowd_threshold;
+      }
+    }
+    __syncthreads();
+  }
+  if (ignored) {
+    anchor = {0, 0, 0, 0};
+    anchor_area = 0;
+  }
+
+  T best_iou = 0;
+  int64_t best_box = m.roles == nullptr ? 0 : -1;
+  int64_t claimed_by = -1;
+  for (int64_t begin = 0; begin < count; begin += kBoxChunk) {
+    const int n = count - begin < kBoxChunk ? static_cast<int>(count - begin) : kBoxChunk;
+    const int64_t first = image * m.counts.most + begin;
+    load_boxes(m.gt_boxes, m.roles, image, m.counts.most, begin, n, kObject, boxes);
+    if (thread < n) {
+      areas[thread] = area(boxes[thread]);
+      best_bits[thread] = pass == Pass::kMatch ? 0 : m.best_of_boxes[first + thread];
+    }
+    __syncthreads();
+    for (int j = 0; best_box < 0 && j < n; ++j) {  // the first object, which IoUs of 0 leave
+      best_box = m.roles[first + j] == kObject ? begin + j : -1;
+    }
+    for (int group = 0; group < n; group += kWarpSize) {
+      const int mine = group + lane;
       bool visit = mine < n && intersects(boxes[mine < n ? mine : 0], range);
-      if constexpr (RestoreLowQuality) {
-        visit = visit && best_bits[mine] > 0;
+      if constexpr (pass != Pass::kMatch) {
+        visit = visit && best_bits[mine] >= m.least_best;
       }
       for (unsigned mask = __ballot_sync(kFullWarp, visit); mask != 0; mask &= mask - 1) {
         const int j = group + __ffs(mask) - 1;
@@ -147,43 +197,79 @@ __global__ void __launch_bounds__(kThreads)
           best_box = begin + j;
         }
         const Bits<T> bits = positive_bits(value);
-        if constexpr (RestoreLowQuality) {
-          is_best |= bits == best_bits[j];
-        } else {
+        if constexpr (pass == Pass::kMatch) {
           const Bits<T> best_of_warp = warp_max(bits);
           if (lane == 0 && best_of_warp > 0) {
             atomicMax(&best_bits[j], best_of_warp);
+          }
+        } else if (bits == best_bits[j]) {
+          claimed_by = begin + j;
+          if constexpr (pass == Pass::kFindFirstAnchor) {
+            atomicMax(&m.first_of_boxes[first + j], ~static_cast<unsigned long long>(i));
           }
         }
       }
     }
     __syncthreads();
-    if constexpr (!RestoreLowQuality) {
-      if (best_of_chunk != nullptr && thread < n && best_bits[thread] > 0) {
-        atomicMax(&best_of_chunk[thread], best_bits[thread]);
+    if constexpr (pass == Pass::kMatch) {
+      if (m.best_of_boxes != nullptr && thread < n && best_bits[thread] > 0) {
+        atomicMax(&m.best_of_boxes[first + thread], best_bits[thread]);
       }
     }
   }
   if (present) {
-    int64_t* match = matches + image * num_anchors + i;
-    if constexpr (RestoreLowQuality) {
-      if (is_best) {
-        *match = best_box;
+    int64_t* match = m.matches + image * m.num_anchors + i;
+    if constexpr (pass == Pass::kMatch) {
+      *match = ignored                                                       ? -2
+               : count == 0 || best_box < 0 || best_iou < m.bg_iou_threshold ? -1
+               : best_iou < m.fg_iou_threshold                               ? -2
+                                                                             : best_box;
+    } else if constexpr (pass != Pass::kFindFirstAnchor) {
+      if (claimed_by >= 0) {
+        *match = pass == Pass::kOwnBest ? best_box : claimed_by;
       }
-    } else {
-      *match = count == 0 || best_iou < bg_iou_threshold ? -1
-               : best_iou < fg_iou_threshold             ? -2
-                                                         : best_box;
     }
   }
 }
 
+// A thread a box; of boxes with the same first anchor the last gets it.
+__global__ void __launch_bounds__(kThreads)
+    assign_first_anchors_kernel(const unsigned long long* first_of_boxes,  // [B, M]
+                                int64_t num_images, int64_t max_boxes, int64_t num_anchors,
+                                int64_t* matches) {
+  const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (k >= num_images * max_boxes || first_of_boxes[k] == 0) {
+    return;
+  }
+  const int64_t image = k / max_boxes;
+  for (int64_t later = k + 1; later < (image + 1) * max_boxes; ++later) {
+    if (first_of_boxes[later] == first_of_boxes[k]) {
+      return;
+    }
+  }
+  const auto anchor = static_cast<int64_t>(~first_of_boxes[k]);
+  matches[image * num_anchors + anchor] = k - image * max_boxes;
+}
+
 // ---- host ---------------------------------------------------------------------------------------
+
+// The bits that positive_bits() gives; at least those of the smallest number > 0.
+template <typename T>
+Bits<T> least_bits(T value) {
+  Bits<T> bits = 1;
+  if (value > 0) {
+    std::memcpy(&bits, &value, sizeof bits);
+  }
+  return bits;
+}
 
 Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
                           const std::optional<Tensor>& counts_, double fg_iou_threshold,
-                          double bg_iou_threshold, bool allow_low_quality_matches) {
-  check_match_anchors(anchors_, gt_boxes_, counts_, fg_iou_threshold, bg_iou_threshold);
+                          double bg_iou_threshold, int64_t low_quality, double min_pos_iou,
+                          const std::optional<Tensor>& roles_, double crowd_threshold) {
+  check_match_anchors(
+      anchors_, gt_boxes_, counts_, roles_,
+      {fg_iou_threshold, bg_iou_threshold, low_quality, min_pos_iou, crowd_threshold});
   const LaunchScope scope(anchors_);
   const Tensor anchors = torch::stable::contiguous(anchors_),
                gt_boxes = torch::stable::contiguous(gt_boxes_);
@@ -199,24 +285,48 @@ Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
     counts.is_int64 = counts_->scalar_type() == ScalarType::Long;
     counts.stride = counts_->stride(0);
   }
+  std::optional<Tensor> roles;
+  if (roles_.has_value()) {
+    roles = torch::stable::contiguous(*roles_);
+  }
+  const auto rule = static_cast<LowQuality>(low_quality);
   const int64_t tiles = ceil_div(num_anchors, kThreads);
   dispatch_compute(anchors.scalar_type(), [&](auto tag) {
     using T = tag_t<decltype(tag)>;
-    const Rows<Box<T>, T> anchor_rows(anchors, {0, 4}), box_rows(gt_boxes, {4 * max_boxes, 4});
-    std::optional<Tensor> best;  // as wide as T, all bits 0
-    if (allow_low_quality_matches) {
+    std::optional<Tensor> best, first;  // best: as wide as T, all bits 0
+    if (rule != LowQuality::kNone) {
       best = torch::stable::new_zeros(anchors, {num_images, max_boxes});
     }
-    auto* best_of_boxes =
-        best.has_value() ? static_cast<Bits<T>*>(best->mutable_data_ptr()) : nullptr;
-    auto* out = static_cast<int64_t*>(matches.mutable_data_ptr());
+    if (rule == LowQuality::kLastBoxFirstAnchor) {
+      first = torch::stable::new_zeros(anchors, {num_images, max_boxes}, ScalarType::Long);
+    }
+    const Matching<T> matching{
+        Rows<Box<T>, T>(anchors, {0, 4}),
+        Rows<Box<T>, T>(gt_boxes, {4 * max_boxes, 4}),
+        counts,
+        roles.has_value() ? static_cast<const uint8_t*>(roles->const_data_ptr()) : nullptr,
+        num_anchors,
+        tiles,
+        T(fg_iou_threshold),
+        T(bg_iou_threshold),
+        T(crowd_threshold),
+        least_bits(T(min_pos_iou)),
+        best.has_value() ? static_cast<Bits<T>*>(best->mutable_data_ptr()) : nullptr,
+        first.has_value() ? static_cast<unsigned long long*>(first->mutable_data_ptr()) : nullptr,
+        static_cast<int64_t*>(matches.mutable_data_ptr())};
     const auto run = [&](auto* kernel) {
-      launch(kernel, num_images * tiles, kThreads, 0, scope.stream(), anchor_rows, box_rows, counts,
-             num_anchors, tiles, T(fg_iou_threshold), T(bg_iou_threshold), best_of_boxes, out);
+      launch(kernel, num_images * tiles, kThreads, 0, scope.stream(), matching);
     };
-    run(&match_anchors_kernel<T, false>);
-    if (allow_low_quality_matches) {
-      run(&match_anchors_kernel<T, true>);
+    run(&match_anchors_kernel<T, Pass::kMatch>);
+    if (rule == LowQuality::kOwnBest) {
+      run(&match_anchors_kernel<T, Pass::kOwnBest>);
+    } else if (rule == LowQuality::kLastBox) {
+      run(&match_anchors_kernel<T, Pass::kLastBox>);
+    } else if (rule == LowQuality::kLastBoxFirstAnchor && max_boxes > 0) {
+      run(&match_anchors_kernel<T, Pass::kFindFirstAnchor>);
+      launch(&assign_first_anchors_kernel, ceil_div(num_images * max_boxes, kThreads), kThreads, 0,
+             scope.stream(), matching.first_of_boxes, num_images, max_boxes, num_anchors,
+             matching.matches);
     }
   });
   return matches;

@@ -93,6 +93,12 @@ FOCALOPS_HOST_DEVICE T iou(const Box<T>& a, const Box<T>& b) {
   return iou(a, b, area(a), area(b));
 }
 
+// How much of a lies in b, 0 .. 1.
+template <typename T>
+FOCALOPS_HOST_DEVICE T share_inside(const Box<T>& a, const Box<T>& b, T area_a) {
+  return div(intersection(a, b), divisor(area_a));
+}
+
 // Whether the boxes overlap by more than an edge. Where they do not, or a coordinate is NaN, their
 // IoU is 0 or NaN.
 template <typename T>
