@@ -78,4 +78,12 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "multiclass_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts,"
       " float iou_threshold, int max_detections) -> (Tensor indices, Tensor num_kept)");
+
+  // detections, padded with 0, 0 and -1. cls_logits: up to 8 levels (B, A * K, H, W); box_deltas:
+  // (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width.
+  m.def(
+      "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, Tensor? image_sizes,"
+      " float[] weights, float clip, float score_threshold, int topk_per_level,"
+      " float iou_threshold, int max_detections, bool class_agnostic)"
+      " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 }

@@ -20,6 +20,7 @@ from focalops.boxes import (
 from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss, sigmoid_focal_loss_star
 from focalops.matching import class_index_targets, count_degenerate_boxes, match_anchors
 from focalops.nms import batched_nms, multiclass_nms, nms
+from focalops.postprocess import detect
 
 __all__ = [
     "AnchorGenerator",
@@ -34,6 +35,7 @@ __all__ = [
     "count_degenerate_boxes",
     "decode_boxes",
     "dense_focal_loss",
+    "detect",
     "distance_box_iou",
     "distance_box_iou_loss",
     "encode_boxes",

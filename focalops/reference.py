@@ -447,3 +447,57 @@ def multiclass_nms(
         indices[i, : len(keep)] = keep
         num_kept[i] = len(keep)
     return indices, num_kept
+
+
+def detect(
+    cls_logits: Sequence[Tensor],  # L of [B, A * K, H, W]
+    box_deltas: Sequence[Tensor],  # L of [B, A * 4, H, W]
+    anchors: Tensor,  # [N, 4], N = sum of H * W * A
+    *,
+    score_threshold: float = 0.05,
+    topk_per_level: int = 1000,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    image_sizes: Tensor | Sequence[Sequence[float]] | None = None,  # [B, 2], height and width
+    class_agnostic: bool = False,
+    weights: Sequence[float] = (1, 1, 1, 1),
+    clip: float = math.log(1000 / 16),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, device = cls_logits[0].shape[0], cls_logits[0].device
+    boxes = torch.zeros((batch, max_detections, 4), device=device)
+    scores = torch.zeros((batch, max_detections), device=device)
+    labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
+    counts = torch.zeros(batch, dtype=torch.int64, device=device)
+    num_anchors = box_deltas[0].shape[1] // 4
+    num_classes = cls_logits[0].shape[1] // num_anchors
+    logits_levels = [_rows(level, num_classes) for level in cls_logits]
+    deltas_levels = [_rows(level, 4) for level in box_deltas]
+    anchors_levels = anchors.float().split([level.shape[1] for level in deltas_levels])
+    for i in range(batch):
+        size = None if image_sizes is None else [float(extent) for extent in image_sizes[i]]
+        image_boxes, image_scores, image_labels = [], [], []
+        for logits, deltas, level_anchors in zip(
+            logits_levels, deltas_levels, anchors_levels, strict=True
+        ):
+            level_scores = torch.sigmoid(logits[i].double()).float().flatten()
+            candidates = torch.where(level_scores > score_threshold)[0]
+            best = level_scores[candidates].sort(descending=True, stable=True).indices
+            candidates = candidates[best[:topk_per_level]]
+            row = candidates // num_classes
+            decoded = decode_boxes(deltas[i][row].float(), level_anchors[row], weights, clip, size)
+            image_boxes.append(decoded)
+            image_scores.append(level_scores[candidates])
+            image_labels.append(candidates % num_classes)
+        b, s, k = torch.cat(image_boxes), torch.cat(image_scores), torch.cat(image_labels)
+        idxs = torch.zeros_like(k) if class_agnostic else k
+        keep = batched_nms(b, s, idxs, iou_threshold)[:max_detections]
+        count = len(keep)
+        boxes[i, :count], scores[i, :count], labels[i, :count] = b[keep], s[keep], k[keep]
+        counts[i] = count
+    return boxes, scores, labels, counts
+
+
+def _rows(level: Tensor, columns: int) -> Tensor:  # [B, A * columns, H, W] -> [B, H * W * A, ...]
+    batch, channels, height, width = level.shape
+    by_anchor = level.reshape(batch, channels // columns, columns, height, width)
+    return by_anchor.permute(0, 3, 4, 1, 2).flatten(1, 3)

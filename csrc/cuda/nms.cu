@@ -13,15 +13,12 @@
 // chunk.
 #include <algorithm>
 
-#include "../math/nms.h"
-#include "launch.cuh"
+#include "nms.cuh"
 
 namespace focalops {
 namespace {
 
-constexpr int kChunk = 512;                 // boxes in a chunk, and threads in a block
-constexpr int kWords = kChunk / kWarpSize;  // of 32 bits, one for each box of a chunk
-constexpr int kThreadsPerBox = 8;           // share the comparisons of one later box
+constexpr int kThreadsPerBox = 8;  // share the comparisons of one later box
 constexpr int kBoxesPerPass = kChunk / kThreadsPerBox;
 
 template <typename T>
@@ -47,32 +44,6 @@ struct Integers {
     return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
   }
 };
-
-// How many threads of the block before this one, and how many in all, have their flag set. All of
-// them must call it.
-struct Count {
-  int before;
-  int total;
-};
-
-__device__ __forceinline__ Count count_flags(bool flag) {
-  __shared__ uint32_t words[kWords];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const uint32_t word = __ballot_sync(kFullWarp, flag);
-  __syncthreads();  // the previous call's words have been read
-  if (lane == 0) {
-    words[warp] = word;
-  }
-  __syncthreads();
-  Count count{__popc(word & ((1u << lane) - 1)), 0};
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) {
-    const int in_word = __popc(words[w]);
-    count.before += w < warp ? in_word : 0;
-    count.total += in_word;
-  }
-  return count;
-}
 
 // One thread a box: the class of each box in order of score.
 template <typename index_t>
@@ -139,38 +110,6 @@ __global__ void __launch_bounds__(kChunk)
     }
   }
   overlaps[int64_t{blockIdx.x} * kChunk + thread] = mask;
-}
-
-// Whether this thread's box of the chunk is kept. All boxes that are alive are taken for kept, and
-// each corrects itself by those before it until nothing changes. After t rounds the first t boxes
-// are right at least, so that the end is the one result there is; chains of boxes that suppress
-// each other are short, and so are the rounds: seldom 10, never above 513.
-// suppressors: those of this thread's box in the chunk.
-__device__ __forceinline__ bool settle_chunk(bool alive, const uint32_t (&suppressors)[kWords]) {
-  __shared__ uint32_t kept[2][kWords];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  uint32_t previous[kWords] = {};
-  bool keep = alive;
-  __syncthreads();  // the previous chunk's words have been read
-  for (int round = 0;; ++round) {
-    const uint32_t word = __ballot_sync(kFullWarp, keep);
-    if (lane == 0) {
-      kept[round % 2][warp] = word;
-    }
-    __syncthreads();  // also: whoever writes the other half next has seen all of it read
-    uint32_t changed = 0, suppressed = 0;
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const uint32_t now = kept[round % 2][w];
-      changed |= now ^ previous[w];
-      suppressed |= now & suppressors[w];
-      previous[w] = now;
-    }
-    if (changed == 0) {
-      return keep;
-    }
-    keep = alive && suppressed == 0;
-  }
 }
 
 // Settles the chunk that begins at `begin`, in every block alike, and removes the later boxes that
@@ -261,85 +200,43 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// A block for each image: its boxes chunk by chunk in order of score, a thread for each, until
-// max_detections are kept. A thread compares its box with those kept from earlier chunks, then with
-// those before it in its own chunk, of its class both times; the chunk is settled as above. With
-// 100 detections an image seldom reads more than two chunks. All comparisons read shared memory or
-// the first-level cache.
+template <typename T>
+struct SortedImage {
+  const Box<T>* boxes;     // [size]
+  const uint8_t* removed;  // [size]
+  const int64_t* order;    // [size]
+  Integers labels;
+  int64_t first;  // of the image's labels
+
+  __device__ __forceinline__ bool load(int64_t place, Box<T>& box, int64_t& label) const {
+    if (removed[place]) {
+      return false;
+    }
+    box = boxes[place];
+    label = labels.at(first + order[place], 0);
+    return true;
+  }
+};
+
+// A block for each image.
 template <typename T>
 __global__ void __launch_bounds__(kChunk, 1)  // fewer registers for more blocks would spill
     multiclass_nms_kernel(const Box<T>* all_sorted, const uint8_t* all_removed,
                           const int64_t* all_order, Integers labels, int64_t size, T threshold,
                           int64_t max_detections, Box<T>* all_kept_boxes, int64_t* all_kept_labels,
                           int64_t* all_indices, int64_t* num_kept) {
-  __shared__ Box<T> boxes[kChunk];
-  __shared__ T areas[kChunk];
-  __shared__ int64_t classes[kChunk];
-  __shared__ uint32_t alive_words[kWords];
-  const int64_t image = blockIdx.x;
-  const Box<T>* sorted = all_sorted + image * size;
-  const uint8_t* removed = all_removed + image * size;
-  const int64_t* order = all_order + image * size;
-  Box<T>* kept_boxes = all_kept_boxes + image * max_detections;
-  int64_t* kept_labels = all_kept_labels + image * max_detections;
+  const int64_t image = blockIdx.x, begin = image * size;
+  const int64_t* order = all_order + begin;
   int64_t* indices = all_indices + image * max_detections;
-  const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
-
-  int64_t total = 0;
-  for (int64_t begin = 0; begin < size && total < max_detections; begin += kChunk) {
-    const int64_t place = begin + thread;
-    bool alive = place < size && !removed[place];
-    Box<T> box{};
-    int64_t index = 0, label = 0;
-    if (alive) {
-      box = sorted[place];
-      index = order[place];
-      label = labels.at(image * size + index, 0);
-    }
-    const T box_area = area(box);
-    for (int64_t k = 0; alive && k < total; ++k) {
-      const Box<T> kept = kept_boxes[k];
-      alive = kept_labels[k] != label || !suppresses(kept, box, area(kept), box_area, threshold);
-    }
-    boxes[thread] = box;
-    areas[thread] = box_area;
-    classes[thread] = label;
-    const uint32_t word = __ballot_sync(kFullWarp, alive);
-    if (lane == 0) {
-      alive_words[warp] = word;
-    }
-    __syncthreads();
-    uint32_t suppressors[kWords];
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      suppressors[w] = 0;
-      uint32_t others = alive && w <= warp ? alive_words[w] : 0;
-      if (w == warp) {
-        others &= (1u << lane) - 1;
-      }
-      for (; others != 0; others &= others - 1) {
-        const int bit = __ffs(static_cast<int>(others)) - 1, other = w * kWarpSize + bit;
-        if (classes[other] == label &&
-            suppresses(boxes[other], box, areas[other], box_area, threshold)) {
-          suppressors[w] |= 1u << bit;
-        }
-      }
-    }
-    const bool keep = settle_chunk(alive, suppressors);
-    const Count count = count_flags(keep);
-    const int64_t at = total + count.before;
-    if (keep && at < max_detections) {
-      indices[at] = index;
-      kept_boxes[at] = box;
-      kept_labels[at] = label;
-    }
-    total = total + count.total < max_detections ? total + count.total : max_detections;
-    __syncthreads();  // kept boxes are written, those of the chunk have been read
-  }
-  for (int64_t i = total + thread; i < max_detections; i += kChunk) {
+  const SortedImage<T> sorted{all_sorted + begin, all_removed + begin, order, labels, begin};
+  const int64_t total =
+      keep_best(sorted, size, threshold, false, max_detections,
+                all_kept_boxes + image * max_detections, all_kept_labels + image * max_detections,
+                [&](int64_t at, int64_t place) { indices[at] = order[place]; });
+  for (int64_t i = total + threadIdx.x; i < max_detections; i += kChunk) {
     indices[i] = -1;
   }
-  if (thread == 0) {
+  if (threadIdx.x == 0) {
     num_kept[image] = total;
   }
 }

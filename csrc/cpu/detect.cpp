@@ -1,0 +1,273 @@
+// From a head's outputs to detections on the CPU: one pass over the logits at the speed of memory.
+//
+// A level of an image is contiguous memory in both layouts, and is compared with the threshold as
+// such; only what passes is scored and gets an index. The pass is cut into pieces, the unit of
+// parallel work, each of which keeps its best topk_per_level candidates; once it has that many, the
+// worst of them raises the threshold, so that a head whose every logit passes costs little more.
+// Boxes are decoded when NMS comes to them, which stops at max_detections.
+#include <algorithm>
+#include <functional>
+#include <limits>
+#include <unordered_map>
+#include <vector>
+
+#include "../head_levels.h"
+#include "../math/detect.h"
+#include "../rows.h"
+#include "kept_boxes.h"
+
+namespace focalops {
+namespace {
+
+constexpr int64_t kPiece = 1 << 19;
+constexpr int kBlock = 512;
+
+template <typename scalar_t>
+FOCALOPS_SIMD bool any_at_least(const scalar_t* logits, int64_t n, float least) {
+  int hits = 0;
+#pragma omp simd reduction(+ : hits)
+  for (int64_t i = 0; i < n; ++i) {
+    hits += static_cast<float>(logits[i]) >= least ? 1 : 0;
+  }
+  return hits > 0;
+}
+
+template <typename scalar_t>
+FOCALOPS_SIMD void flag_at_least(const scalar_t* logits, int64_t n, float least, uint8_t* flags) {
+  for (int64_t i = 0; i < n; ++i) {
+    flags[i] = static_cast<float>(logits[i]) >= least ? 1 : 0;
+  }
+}
+
+// The best `most` of the candidates it was offered, by key.
+class BestCandidates {
+ public:
+  BestCandidates(int64_t most, float least_logit) : most_(most), least_logit_(least_logit) {}
+
+  // No candidate of a lower logit can be among the best.
+  float least_logit() const { return least_logit_; }
+
+  void offer(float score, uint32_t index) {
+    const uint64_t key = candidate_key(score, index);
+    if (key <= worst_) {
+      return;
+    }
+    keys_.push_back(key);
+    if (static_cast<int64_t>(keys_.size()) >= std::max<int64_t>(2 * most_, 4096)) {
+      keep_best(keys_, most_);
+      worst_ = keys_[most_ - 1];
+      const float score_of_worst = score_of_key(worst_);
+      least_logit_ = least_float([&](float x) { return score_of_logit(x) >= score_of_worst; });
+    }
+  }
+
+  const std::vector<uint64_t>& keys() const { return keys_; }
+
+  // The worst of them comes last.
+  static void keep_best(std::vector<uint64_t>& keys, int64_t most) {
+    if (static_cast<int64_t>(keys.size()) > most) {
+      std::nth_element(keys.begin(), keys.begin() + most - 1, keys.end(), std::greater<>());
+      keys.resize(most);
+    }
+  }
+
+ private:
+  int64_t most_;
+  float least_logit_;
+  uint64_t worst_ = 0;
+  std::vector<uint64_t> keys_;
+};
+
+struct Level {
+  LevelLayout layout;
+  const void* logits;
+  const void* deltas;
+  int64_t size;  // logits of an image
+  int64_t first_piece;
+  int64_t pieces_of_image;
+};
+
+// The candidates among the logits begin .. end of an image of a level.
+template <typename scalar_t>
+void collect(const scalar_t* logits, int64_t begin, int64_t end, const LevelLayout& layout,
+             const HeadShape& shape, BestCandidates& best) {
+  alignas(8) uint8_t flags[kBlock] = {};
+  float last_logit = std::numeric_limits<float>::quiet_NaN(), last_score = 0;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = std::min<int64_t>(kBlock, end - first);
+    if (!any_at_least(logits + first, n, best.least_logit())) {
+      continue;
+    }
+    flag_at_least(logits + first, n, best.least_logit(), flags);
+    std::fill(flags + n, flags + kBlock, uint8_t{0});
+    for (int64_t word = 0; word < kBlock; word += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, flags + word, sizeof eight);
+      for (int64_t i = word; eight != 0; ++i, eight >>= 8) {
+        const auto logit = static_cast<float>(logits[std::min(first + i, end - 1)]);
+        if ((eight & 1) == 0 || !(logit >= best.least_logit())) {
+          continue;
+        }
+        if (logit != last_logit) {
+          last_logit = logit;
+          last_score = score_of_logit(logit);
+        }
+        best.offer(last_score, layout.index(static_cast<uint32_t>(first + i),
+                                            static_cast<uint32_t>(shape.anchors),
+                                            static_cast<uint32_t>(shape.classes)));
+      }
+    }
+  }
+}
+
+struct Detections {
+  float* boxes;     // [max_detections, 4]
+  float* scores;    // [max_detections]
+  int64_t* labels;  // [max_detections]
+  int64_t* count;
+};
+
+struct NmsOptions {
+  float iou_threshold;
+  int64_t max_detections;
+  bool class_agnostic;
+};
+
+// keys: the candidates of all levels, best first; box_of(index): that of a candidate.
+template <typename BoxOf>
+void suppress(const std::vector<uint64_t>& keys, int64_t classes, const NmsOptions& options,
+              const BoxOf& box_of, const Detections& to) {
+  std::unordered_map<int64_t, KeptBoxes<float>> kept;
+  int64_t count = 0;
+  for (const uint64_t key : keys) {
+    if (count == options.max_detections) {
+      break;
+    }
+    const int64_t index = index_of_key(key), label = index % classes;
+    const Box<float> box = box_of(index);
+    KeptBoxes<float>& of_class = kept[options.class_agnostic ? 0 : label];
+    if (has_nan(box) || of_class.suppress(box, options.iou_threshold)) {
+      continue;
+    }
+    of_class.append(box);
+    std::memcpy(to.boxes + 4 * count, &box, sizeof box);
+    to.scores[count] = score_of_key(key);
+    to.labels[count] = label;
+    ++count;
+  }
+  std::fill(to.boxes + 4 * count, to.boxes + 4 * options.max_detections, 0.0f);
+  std::fill(to.scores + count, to.scores + options.max_detections, 0.0f);
+  std::fill(to.labels + count, to.labels + options.max_detections, -1);
+  *to.count = count;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
+    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+    const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    double iou_threshold, int64_t max_detections, bool class_agnostic) {
+  const HeadShape shape = check_detect(cls_logits, box_deltas, anchors_, image_sizes_, weights,
+                                       topk_per_level, max_detections);
+  const auto logits_levels = head_levels(cls_logits, shape);
+  const auto deltas_levels = head_levels(box_deltas, shape);
+  const Tensor anchors = torch::stable::contiguous(anchors_);
+  const auto* anchor_boxes = static_cast<const float*>(anchors.const_data_ptr());
+  std::optional<Tensor> image_sizes;
+  const float* sizes = nullptr;
+  if (image_sizes_.has_value()) {
+    image_sizes = torch::stable::contiguous(*image_sizes_);
+    sizes = static_cast<const float*>(image_sizes->const_data_ptr());
+  }
+  const Tensor& like = cls_logits[0];
+  const int64_t images = shape.images;
+  const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
+    return torch::stable::new_empty(like, size, dtype);
+  };
+  Tensor boxes = new_empty({images, max_detections, 4}, ScalarType::Float);
+  Tensor scores = new_empty({images, max_detections}, ScalarType::Float);
+  Tensor labels = new_empty({images, max_detections}, ScalarType::Long);
+  Tensor counts = new_empty({images}, ScalarType::Long);
+
+  std::vector<Level> levels;
+  int64_t num_pieces = 0;
+  for (size_t l = 0; l < logits_levels.size(); ++l) {
+    const HeadLevel &logits = logits_levels[l], &deltas = deltas_levels[l];
+    const int64_t size = logits.positions * shape.anchors * shape.classes;
+    const int64_t pieces_of_image = (size + kPiece - 1) / kPiece;
+    levels.push_back({{static_cast<uint32_t>(logits.positions),
+                       static_cast<uint32_t>(logits.first_row), logits.has_rows, deltas.has_rows},
+                      logits.logits.const_data_ptr(),
+                      deltas.logits.const_data_ptr(),
+                      size,
+                      num_pieces,
+                      pieces_of_image});
+    num_pieces += images * pieces_of_image;
+  }
+  const float least_logit = least_logit_above(score_threshold);
+  std::vector<BestCandidates> best(num_pieces, BestCandidates(topk_per_level, least_logit));
+
+  const NmsOptions options{round_down<float>(iou_threshold), max_detections, class_agnostic};
+  dispatch_floating(like.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t first, int64_t last) {
+      size_t l = 0;
+      for (int64_t piece = first; piece < last; ++piece) {
+        while (l + 1 < levels.size() && piece >= levels[l + 1].first_piece) {
+          ++l;
+        }
+        const Level& level = levels[l];
+        const int64_t image = (piece - level.first_piece) / level.pieces_of_image;
+        const int64_t part = (piece - level.first_piece) % level.pieces_of_image;
+        collect(static_cast<const scalar_t*>(level.logits) + image * level.size, part * kPiece,
+                std::min((part + 1) * kPiece, level.size), level.layout, shape, best[piece]);
+      }
+    });
+    const auto finish_image = [&](int64_t image) {
+      std::vector<uint64_t> keys;
+      for (const Level& level : levels) {
+        std::vector<uint64_t> of_level;
+        for (int64_t part = 0; part < level.pieces_of_image; ++part) {
+          const auto& more = best[level.first_piece + image * level.pieces_of_image + part].keys();
+          of_level.insert(of_level.end(), more.begin(), more.end());
+        }
+        BestCandidates::keep_best(of_level, topk_per_level);
+        keys.insert(keys.end(), of_level.begin(), of_level.end());
+      }
+      std::sort(keys.begin(), keys.end(), std::greater<>());
+      const auto coder =
+          sizes == nullptr
+              ? box_coder<float>(weights, clip)
+              : box_coder<float>(weights, clip, {sizes[2 * image], sizes[2 * image + 1]});
+      const auto box_of = [&](int64_t index) {
+        const auto row = static_cast<uint32_t>(index / shape.classes);
+        size_t l = 0;
+        while (l + 1 < levels.size() && row >= levels[l + 1].layout.first_row) {
+          ++l;
+        }
+        const Level& level = levels[l];
+        const int64_t deltas_of_image = int64_t{4} * level.layout.positions * shape.anchors;
+        const auto deltas = level.layout.load_deltas(
+            static_cast<const scalar_t*>(level.deltas) + image * deltas_of_image, row,
+            static_cast<uint32_t>(shape.anchors));
+        return coder.decode(deltas, load_box(anchor_boxes + int64_t{4} * row));
+      };
+      suppress(keys, shape.classes, options, box_of,
+               {static_cast<float*>(boxes.mutable_data_ptr()) + image * max_detections * 4,
+                static_cast<float*>(scores.mutable_data_ptr()) + image * max_detections,
+                static_cast<int64_t*>(labels.mutable_data_ptr()) + image * max_detections,
+                static_cast<int64_t*>(counts.mutable_data_ptr()) + image});
+    };
+    torch::stable::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
+      for (int64_t image = first; image < last; ++image) {
+        finish_image(image);
+      }
+    });
+  });
+  return {boxes, scores, labels, counts};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) { m.impl("detect", TORCH_BOX(&detect_cpu)); }
+
+}  // namespace focalops

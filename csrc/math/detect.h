@@ -1,0 +1,126 @@
+// From a head's logits to detections: the score of a logit, the order of candidates, and where a
+// candidate's numbers lie in a level.
+#pragma once
+
+#include <limits>
+
+#include "box.h"
+
+namespace focalops {
+
+// ---- scores -------------------------------------------------------------------------------------
+
+namespace detail {
+
+template <typename To, typename From>
+FOCALOPS_HOST_DEVICE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// exp(x) for x <= 0, each operation rounded once; 0 below -87. As in focal.h: 2^n e^r.
+FOCALOPS_HOST_DEVICE float exp_rounded_once(float x) {
+  const float round_to_int = 12582912.0f;  // 1.5 * 2^23
+  const float shifted = add(mul(x, 1.44269504f), round_to_int);
+  const float n = sub(shifted, round_to_int);
+  const float r = add(sub(x, mul(n, 0.693359375f)), mul(n, 2.12194440e-4f));
+  float p = 0.0013836845755577087f;
+  p = add(mul(p, r), 0.008374815806746483f);
+  p = add(mul(p, r), 0.04166822507977486f);
+  p = add(mul(p, r), 0.16666419804096222f);
+  p = add(mul(p, r), 0.49999991059303284f);
+  p = add(mul(p, r), 1.0f);
+  p = add(mul(p, r), 1.0f);
+  const float power = bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
+  return x < -87.0f ? 0.0f : mul(p, power);
+}
+
+}  // namespace detail
+
+// The same bits on every machine, within 3 ulp of the sigmoid: scores order candidates, equal ones
+// go by index. Not for a NaN.
+FOCALOPS_HOST_DEVICE float score_of_logit(float x) {
+  const float e = detail::exp_rounded_once(x < 0 ? x : -x);
+  return div(x < 0 ? e : 1.0f, add(1.0f, e));
+}
+
+// The least float that a monotone condition holds for, NaN where it holds for none.
+template <typename Condition>
+float least_float(const Condition& holds) {
+  const auto at = [](int64_t place) {  // floats in their order: -inf is at 0, 0 in the middle
+    const auto half =
+        static_cast<int64_t>(detail::bits_as<uint32_t>(std::numeric_limits<float>::infinity()));
+    const auto magnitude = static_cast<uint32_t>(place < half ? half - place : place - half);
+    const auto value = detail::bits_as<float>(magnitude);
+    return place < half ? -value : value;
+  };
+  constexpr int64_t kPlaces = 2 * int64_t{0x7f800000};
+  int64_t no = -1, yes = kPlaces + 1;
+  while (yes - no > 1) {
+    const int64_t middle = no + (yes - no) / 2;
+    (holds(at(middle)) ? yes : no) = middle;
+  }
+  return yes > kPlaces ? std::numeric_limits<float>::quiet_NaN() : at(yes);
+}
+
+// The least logit whose score is above a threshold; compares above no logit where there is none.
+// Thresholds are float32, as scores are.
+inline float least_logit_above(double threshold) {
+  return least_float([&](float x) { return score_of_logit(x) > static_cast<float>(threshold); });
+}
+
+// ---- candidates: a (row, class) of an image whose score is above the threshold ------------------
+
+// Greater is better: the score, then the lower index. No score is negative, so that its bits are
+// ordered as it is. index: row * K + class, over all levels.
+FOCALOPS_HOST_DEVICE uint64_t candidate_key(float score, uint32_t index) {
+  return uint64_t{detail::bits_as<uint32_t>(score)} << 32 | (0xffffffffu - index);
+}
+
+FOCALOPS_HOST_DEVICE float score_of_key(uint64_t key) {
+  return detail::bits_as<float>(static_cast<uint32_t>(key >> 32));
+}
+
+FOCALOPS_HOST_DEVICE uint32_t index_of_key(uint64_t key) {
+  return 0xffffffffu - static_cast<uint32_t>(key);
+}
+
+constexpr int kMostLevels = 8;
+
+// How an image of a level lies in memory: rows of K, or planes of H * W (head_levels.h).
+struct LevelLayout {
+  uint32_t positions;  // H * W
+  uint32_t first_row;
+  bool logits_have_rows, deltas_have_rows;
+
+  // Of the logit at an offset, counted from the level's image.
+  FOCALOPS_HOST_DEVICE uint32_t index(uint32_t offset, uint32_t anchors, uint32_t classes) const {
+    uint32_t in_level = offset;
+    if (!logits_have_rows) {
+      const uint32_t plane = offset / positions, position = offset - plane * positions;
+      const uint32_t anchor = plane / classes, k = plane - anchor * classes;
+      in_level = (position * anchors + anchor) * classes + k;
+    }
+    return first_row * classes + in_level;
+  }
+
+  // deltas: of the level's image.
+  template <typename T>
+  FOCALOPS_HOST_DEVICE Deltas<float> load_deltas(const T* deltas, uint32_t row,
+                                                 uint32_t anchors) const {
+    const uint32_t in_level = row - first_row;
+    int64_t at = int64_t{in_level} * 4, stride = 1;
+    if (!deltas_have_rows) {
+      const uint32_t position = in_level / anchors, anchor = in_level - position * anchors;
+      at = int64_t{anchor} * 4 * positions + position;
+      stride = positions;
+    }
+    return {static_cast<float>(deltas[at]), static_cast<float>(deltas[at + stride]),
+            static_cast<float>(deltas[at + 2 * stride]),
+            static_cast<float>(deltas[at + 3 * stride])};
+  }
+};
+
+}  // namespace focalops

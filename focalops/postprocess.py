@@ -1,0 +1,220 @@
+"""From the outputs of a dense head to detections."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from focalops import reference
+from focalops._ops import call, check, check_floating, check_same_device, ops, runs_reference
+
+
+def detect(
+    cls_logits: Sequence[Tensor],
+    box_deltas: Sequence[Tensor],
+    anchors: Tensor,
+    *,
+    score_threshold: float = 0.05,
+    topk_per_level: int = 1000,
+    iou_threshold: float = 0.5,
+    max_detections: int = 100,
+    image_sizes: Tensor | Sequence[Sequence[float]] | None = None,
+    class_agnostic: bool = False,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    clip: float = math.log(1000 / 16),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The detections of a batch from what a dense head put out, padded to one size.
+
+    Scores above a threshold, the best of them in each level, their boxes, NMS inside each class: the post-processing of
+    torchvision's RetinaNet, for all images and levels at once. The logits are read once where the head left them, and nothing
+    waits for the device: the form for compiled graphs, CUDA graphs and deployment.
+
+    Args:
+        cls_logits: 1 to 8 levels ``(B, A * K, H, W)`` of one dtype, contiguous or channels_last, each in its own way; channel
+            ``a * K + k`` is class ``k`` of anchor ``a``. What lies otherwise is copied. float64 is rounded to float32.
+        box_deltas: as many levels ``(B, A * 4, H, W)``, of the dtype of the logits: channel ``a * 4 + c``.
+        anchors: ``(N, 4)``, the anchors of an image as xyxy, in the order level, row, column, anchor.
+        score_threshold: a class of an anchor is a candidate where ``sigmoid(logit) > score_threshold``, in float32.
+        topk_per_level: how many candidates of a level are kept at most, by score. Which ones is exact, whatever passes the
+            threshold.
+        iou_threshold: a box is suppressed where ``iou > iou_threshold`` with a better one of its class.
+        max_detections: D, how many boxes of an image are kept at most. NMS stops there.
+        image_sizes: ``(B, 2)``, a tensor or numbers, the height and width of each image, to which its boxes are clipped; None: no
+            clipping. Numbers have to be copied to the device.
+        class_agnostic: boxes of different classes suppress each other too.
+        weights: the four factors of :func:`focalops.encode_boxes`.
+        clip: as in :func:`focalops.decode_boxes`.
+
+    Returns:
+        ``boxes (B, D, 4)`` and ``scores (B, D)``, float32, ``labels (B, D)``, int64, each image's by descending score, then
+        padding: 0, 0 and -1; and ``counts (B,)``, int64, the number of detections of each image. Of equal scores the lower
+        level, row, column, anchor, class comes first, also where a cut lies between them: two runs give the same bits. A NaN
+        logit or box is never a detection. Nothing is differentiated.
+
+    Time O(logits), and O(B D^2) for NMS; where more candidates pass than a few times ``topk_per_level``, the logits are read a few times
+    more. Memory O(B * levels * topk_per_level + B D). An image has fewer than 2^31 logits.
+
+    >>> boxes, scores, labels, counts = detect(cls_logits, box_deltas, anchors, image_sizes=sizes)
+    """
+    cls_logits = [level.detach() for level in cls_logits]
+    box_deltas = [level.detach() for level in box_deltas]
+    weights = [float(weight) for weight in weights]
+    if cls_logits and runs_reference(cls_logits[0]):
+        return reference.detect(
+            cls_logits,
+            box_deltas,
+            anchors,
+            score_threshold=score_threshold,
+            topk_per_level=topk_per_level,
+            iou_threshold=iou_threshold,
+            max_detections=max_detections,
+            image_sizes=image_sizes,
+            class_agnostic=class_agnostic,
+            weights=weights,
+            clip=clip,
+        )
+    if image_sizes is not None:
+        device = (
+            cls_logits[0].device if cls_logits and not isinstance(image_sizes, Tensor) else None
+        )
+        image_sizes = torch.as_tensor(image_sizes, dtype=torch.float32, device=device)
+    return call(
+        ops.detect,
+        cls_logits,
+        box_deltas,
+        anchors.detach().to(torch.float32),
+        image_sizes,
+        weights,
+        float(clip),
+        float(score_threshold),
+        topk_per_level,
+        float(iou_threshold),
+        max_detections,
+        class_agnostic,
+    )
+
+
+# ---- fake kernel --------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("focalops::detect")
+def _(
+    cls_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    image_sizes: Tensor | None,
+    weights: list[float],
+    clip: float,
+    score_threshold: float,
+    topk_per_level: int,
+    iou_threshold: float,
+    max_detections: int,
+    class_agnostic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, max_detections)
+    like, padded = cls_logits[0], (cls_logits[0].shape[0], max_detections)
+    return (
+        like.new_empty((*padded, 4), dtype=torch.float32),
+        like.new_empty(padded, dtype=torch.float32),
+        like.new_empty(padded, dtype=torch.int64),
+        like.new_empty(padded[:1], dtype=torch.int64),
+    )
+
+
+def _check(
+    cls_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    image_sizes: Tensor | None,
+    weights: list[float],
+    topk_per_level: int,
+    max_detections: int,
+) -> None:
+    op = "detect"
+    check(
+        1 <= len(cls_logits) <= 8,
+        lambda: f"{op}: cls_logits must be 1 to 8 levels, got {len(cls_logits)}",
+    )
+    check(
+        len(box_deltas) == len(cls_logits),
+        lambda: (
+            f"{op}: box_deltas must be {len(cls_logits)} levels like cls_logits, got {len(box_deltas)}"
+        ),
+    )
+    first = cls_logits[0]
+    check_floating(op, "cls_logits[0]", first)
+    for i, level in enumerate(cls_logits):
+        _check_level(f"cls_logits[{i}]", level, first, "A * K", level, cls_logits[0])
+    for i, level in enumerate(box_deltas):
+        _check_level(f"box_deltas[{i}]", level, first, "A * 4", cls_logits[i], box_deltas[0])
+    images, channels = first.shape[:2]
+    per_position = box_deltas[0].shape[1]
+    num_anchors = per_position // 4
+    check(
+        num_anchors > 0 and per_position % 4 == 0 and channels % num_anchors == 0,
+        lambda: (
+            f"{op}: cls_logits and box_deltas must have A * K and A * 4 channels, "
+            f"got {channels} and {per_position}"
+        ),
+    )
+    rows = num_anchors * sum(level.shape[2] * level.shape[3] for level in cls_logits)
+    check(
+        rows * (channels // num_anchors) < 2**31,
+        lambda: (
+            f"{op}: cls_logits must have fewer than 2^31 logits an image, "
+            f"got {rows * (channels // num_anchors)}"
+        ),
+    )
+    check_same_device(op, "anchors", anchors, "cls_logits[0]", first)
+    check(
+        anchors.dtype == torch.float32,
+        lambda: f"{op}: anchors must be float32, got {anchors.dtype}",
+    )
+    check(
+        anchors.dim() == 2 and anchors.shape[0] == rows and anchors.shape[1] == 4,
+        lambda: (
+            f"{op}: anchors must have shape ({rows}, 4), {num_anchors} at each position of the "
+            f"levels, got {tuple(anchors.shape)}"
+        ),
+    )
+    if image_sizes is not None:
+        check_same_device(op, "image_sizes", image_sizes, "cls_logits[0]", first)
+        check(
+            image_sizes.dtype == torch.float32,
+            lambda: f"{op}: image_sizes must be float32, got {image_sizes.dtype}",
+        )
+        check(
+            image_sizes.dim() == 2 and image_sizes.shape[0] == images and image_sizes.shape[1] == 2,
+            lambda: (
+                f"{op}: image_sizes must have shape ({images}, 2), height and width of each image, "
+                f"got {tuple(image_sizes.shape)}"
+            ),
+        )
+    check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
+    check(topk_per_level >= 1, lambda: f"{op}: topk_per_level must be >= 1, got {topk_per_level}")
+    check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
+
+
+def _check_level(
+    name: str, level: Tensor, first: Tensor, channels: str, positions: Tensor, same: Tensor
+) -> None:
+    """Against cls_logits[0], the level whose positions it shares, and the one whose channels it shares."""
+    op = "detect"
+    check_same_device(op, name, level, "cls_logits[0]", first)
+    check(
+        level.dtype == first.dtype,
+        lambda: f"{op}: {name} must be {first.dtype} like cls_logits[0], got {level.dtype}",
+    )
+    check(
+        level.dim() == 4
+        and level.shape[0] == first.shape[0]
+        and level.shape[1] == same.shape[1]
+        and level.shape[2:] == positions.shape[2:],
+        lambda: (
+            f"{op}: {name} must have shape (B, {channels}, H, W), B and {channels} the same in all "
+            f"levels, H and W those of the level, got {tuple(level.shape)}"
+        ),
+    )
