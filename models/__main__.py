@@ -1,9 +1,10 @@
-"""The commands: python -m models train | evaluate | predict | demo."""
+"""The commands: python -m models train | evaluate | predict | configs | bench | demo."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from models.distributed import process_group, rank
 from models.draw import draw_comparison, draw_detections
 from models.evaluate import detect, detect_all, evaluate, save_results, to_results
 from models.log import Log
-from models.retinanet import BACKBONES, BOX_LOSSES
+from models.retinanet import BACKBONES, BOX_LOSSES, TIMM
 from models.train import (
     PRECISIONS,
     RECIPES,
@@ -101,8 +102,12 @@ def parser() -> argparse.ArgumentParser:
         "--no-pretrained", action="store_true", help="start the backbone without ImageNet weights"
     )
     recipe = sub.add_argument_group("recipe", "what differs from the recipe of the data set")
-    recipe.add_argument("--recipe", choices=RECIPES, help="default: trees for trees, else coco")
-    recipe.add_argument("--backbone", help=", ".join(BACKBONES))
+    recipe.add_argument(
+        "--recipe",
+        help=f"{', '.join(RECIPES)} or a file that configs printed; default: trees for trees, "
+        "else coco",
+    )
+    recipe.add_argument("--backbone", help=f"{', '.join(BACKBONES)} or {TIMM}NAME")
     recipe.add_argument("--steps", type=int)
     recipe.add_argument("--batch-size", type=int, help="of all processes together")
     recipe.add_argument("--accumulate", type=int, help="pieces that a batch is computed in")
@@ -118,7 +123,13 @@ def parser() -> argparse.ArgumentParser:
     )
     recipe.add_argument("--box-loss", choices=BOX_LOSSES)
     recipe.add_argument("--seed", type=int)
-    recipe.add_argument("--min-size", type=int, help="shorter side that images are resized to")
+    recipe.add_argument(
+        "--min-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="shorter side that images are resized to; one of several is drawn for each image",
+    )
     recipe.add_argument("--max-size", type=int, help="limit of the longer side")
     recipe.add_argument("--crop", type=int, help="train on random squares of this side")
     recipe.add_argument("--window", type=int, help="detect in overlapping windows of this side")
@@ -142,6 +153,9 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--min-score", type=float, default=0.3)
 
+    sub = command(run_configs, "configs", "the recipes as JSON, which train --recipe takes")
+    sub.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
+
     sub = command(run_demo, "demo", "train on trees, evaluate, draw, time the kernels")
     sub.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s"
@@ -150,14 +164,36 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def find_recipe(name: str) -> Recipe:
+    if name in RECIPES:
+        return RECIPES[name]
+    try:
+        return Recipe.from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise DataError(
+            f"the recipe must be one of {', '.join(RECIPES)} or a file, got {name!r}"
+        ) from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"the file {name} is no recipe ({first_line(error)})") from None
+
+
+def run_configs(options: argparse.Namespace) -> None:
+    recipes = {name: dataclasses.asdict(find_recipe(name)) for name in options.names or RECIPES}
+    only_one = len(options.names) == 1
+    print(json.dumps(recipes[options.names[0]] if only_one else recipes, indent=1))
+
+
 def run_train(options: argparse.Namespace) -> None:
     keep_freed_memory()
     checkpoint_file = options.out / CHECKPOINT
     if options.resume:
         recipe = load_checkpoint(checkpoint_file)["recipe"]
     else:
-        recipe = RECIPES[options.recipe or ("trees" if options.data == "trees" else "coco")]
+        recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
     given = {name: value for name, value in vars(options).items() if value is not None}
+    if "min_size" in given:
+        sizes = tuple(given["min_size"])
+        given["min_size"] = sizes[0] if len(sizes) == 1 else sizes
     training = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
     model = {f.name: given[f.name] for f in dataclasses.fields(recipe.model) if f.name in given}
     if options.resume and (training or model or options.recipe):

@@ -110,11 +110,11 @@ class RetinaNetConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RetinaNetConfig:
         """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
-        return cls(**{name: _as_tuples(value) for name, value in values.items()})
+        return cls(**{name: as_tuples(value) for name, value in values.items()})
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
+def as_tuples(value: Any) -> Any:
+    return tuple(as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 class RetinaNet(nn.Module):
@@ -348,38 +348,29 @@ MOBILENET_V2_STAGES = tuple(
     tuple(f"features.{block}" for block in range(first, last + 1))
     for first, last in ((0, 1), (2, 3), (4, 6), (7, 13), (14, 18))
 )
-BACKBONES = {f"resnet{depth}": RESNET_STAGES for depth in (18, 34, 50, 101, 152)} | {
-    "mobilenet_v2": MOBILENET_V2_STAGES
-}
+EFFICIENTNET_STAGES = tuple(
+    tuple(f"features.{block}" for block in range(first, last + 1))
+    for first, last in ((0, 1), (2, 2), (3, 3), (4, 5), (6, 7))
+)
+RESNETS = (
+    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
+    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
+)
+BACKBONES = (
+    dict.fromkeys(RESNETS, RESNET_STAGES)
+    | {"mobilenet_v2": MOBILENET_V2_STAGES}
+    | {f"efficientnet_b{size}": EFFICIENTNET_STAGES for size in range(5)}
+)
+TIMM = "timm:"  # before the name of one of timm's models
 
 
 class Backbone(nn.Module):
-    """A torchvision classifier's stages (`body`) under torchvision's feature pyramid (`fpn`)."""
+    """A classifier's stages (`body`) under torchvision's feature pyramid (`fpn`)."""
 
     def __init__(self, config: RetinaNetConfig, pretrained: bool) -> None:
         super().__init__()
-        if config.backbone not in BACKBONES:
-            raise ValueError(
-                f"backbone must be one of {', '.join(BACKBONES)}, got {config.backbone!r}"
-            )
-        stages = BACKBONES[config.backbone]
-        classifier = torchvision.models.get_model(
-            config.backbone,
-            weights="IMAGENET1K_V1" if pretrained else None,
-            norm_layer=functools.partial(
-                FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d,
-                eps=config.batch_norm_eps,
-            ),
-        )
-        for stage in stages[: len(stages) - config.trainable_stages]:
-            for module in stage:
-                classifier.get_submodule(module).requires_grad_(False)
-        outputs = {
-            stage[-1]: f"c{level}"
-            for level, stage in enumerate(stages, start=1)
-            if level >= config.min_level
-        }
-        self.body = create_feature_extractor(classifier, outputs)
+        from_timm = config.backbone.startswith(TIMM)
+        self.body = (TimmBody if from_timm else torchvision_body)(config, pretrained)
         channels = [feature.shape[1] for feature in _probe(self.body)]
         width = config.pyramid_channels
         self.num_levels = config.max_level - config.min_level + 1
@@ -397,6 +388,74 @@ class Backbone(nn.Module):
     ) -> list[Tensor]:  # (B, 3, H, W) -> L of (B, C, H, W), finest first
         pyramid = self.fpn(OrderedDict(self.body(images)))
         return list(pyramid.values())[: self.num_levels]  # what is left out still gave context
+
+
+def torchvision_body(config: RetinaNetConfig, pretrained: bool) -> nn.Module:
+    if config.backbone not in BACKBONES:
+        raise ValueError(
+            f"backbone must be one of {', '.join(BACKBONES)} or {TIMM}NAME, got {config.backbone!r}"
+        )
+    stages = BACKBONES[config.backbone]
+    classifier = torchvision.models.get_model(
+        config.backbone,
+        weights="IMAGENET1K_V1" if pretrained else None,
+        norm_layer=functools.partial(
+            FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d,
+            eps=config.batch_norm_eps,
+        ),
+    )
+    for stage in stages[: len(stages) - config.trainable_stages]:
+        for module in stage:
+            classifier.get_submodule(module).requires_grad_(False)
+    outputs = {
+        stage[-1]: f"c{level}"
+        for level, stage in enumerate(stages, start=1)
+        if level >= config.min_level
+    }
+    return create_feature_extractor(classifier, outputs)
+
+
+class TimmBody(nn.Module):
+    """A convolutional model of timm's, by its own name."""
+
+    def __init__(self, config: RetinaNetConfig, pretrained: bool) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(f"backbone {config.backbone!r} needs the package timm") from None
+        create = functools.partial(
+            timm.create_model, config.backbone.removeprefix(TIMM), features_only=True
+        )
+        try:
+            info = create(pretrained=False).feature_info
+        except RuntimeError as error:
+            raise ValueError(f"backbone {config.backbone!r}: {error}") from None
+        last = {reduction: index for index, reduction in enumerate(info.reduction())}
+        self.levels = range(config.min_level, min(config.max_level, 5) + 1)
+        if any(2**level not in last for level in self.levels):
+            raise ValueError(
+                f"backbone {config.backbone!r} must have the strides "
+                f"{[2**level for level in self.levels]}, got {info.reduction()}"
+            )
+        self.model = create(
+            pretrained=pretrained, out_indices=[last[2**level] for level in self.levels]
+        )
+        if config.frozen_batch_norm:
+            self.model = timm.layers.freeze_batch_norm_2d(self.model)
+        frozen = [i for r, i in last.items() if r <= 2 ** (5 - config.trainable_stages)]
+        if frozen:
+            # In order of the forward pass: all parameters up to the last of that stage's.
+            module = info.module_name(max(frozen))
+            prefixes = (f"{module}.", f"{module.replace('.', '_')}.")
+            parameters = list(self.model.named_parameters())
+            ends = [n for n, (name, _) in enumerate(parameters) if name.startswith(prefixes)]
+            for _, parameter in parameters[: max(ends, default=-1) + 1]:
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.model(images)
+        return {f"c{level}": f for level, f in zip(self.levels, features, strict=True)}
 
 
 @torch.no_grad()

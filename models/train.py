@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from models.data import CocoDataset, DataError, TrainingStream, collate, mix
 from models.distributed import rank, world_size
-from models.retinanet import RetinaNet, RetinaNetConfig
+from models.retinanet import RetinaNet, RetinaNetConfig, as_tuples
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The inverse of dataclasses.asdict."""
-        return cls(**{**values, "model": RetinaNetConfig.from_dict(values["model"])})
+        """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
+        own = {name: as_tuples(value) for name, value in values.items() if name != "model"}
+        return cls(**own, model=RetinaNetConfig.from_dict(values["model"]))
 
 
 # For two CPU cores: a small model, and anchors for tree crowns, 8 to 107 pixels wide. They are large
@@ -102,7 +103,25 @@ TREES = Recipe(
     max_detections=1000,
 )
 
-RECIPES = {"coco": Recipe(), "trees": TREES}
+# The published recipes in terms of this one: 12 epochs of COCO's train2017, and torchvision's 26
+# for the model that it calls v2.
+R101 = Recipe(model=RetinaNetConfig(backbone="resnet101"))
+V2 = Recipe(
+    model=RetinaNetConfig(
+        frozen_batch_norm=False,
+        p6_from="c5",
+        head_norm_groups=32,
+        box_loss="giou",
+        min_size=tuple(range(480, 801, 32)),
+    ),
+    steps=190_000,
+    optimizer="adamw",
+    learning_rate=1e-4,
+    weight_decay=0.05,
+    drops=(16 / 26, 22 / 26),
+)
+
+RECIPES = {"coco": Recipe(), "coco_r101": R101, "coco_v2": V2, "trees": TREES}
 
 
 def train(

@@ -15,7 +15,7 @@ from models.__main__ import main
 from models.data import CocoDataset
 from models.draw import draw_comparison, draw_detections
 from models.retinanet import RetinaNetConfig
-from models.train import Recipe, load_checkpoint, load_model, train
+from models.train import RECIPES, Recipe, load_checkpoint, load_model, train
 
 RECIPE = Recipe(
     model=RetinaNetConfig(
@@ -173,6 +173,25 @@ def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
         assert min(picture.size) >= 900
 
 
+def test_configs_are_recipes(
+    coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["configs"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {name: Recipe.from_dict(values) for name, values in printed.items()} == RECIPES
+    assert main(["configs", "trees"]) == 0
+    file = tmp_path / "recipe.json"
+    recipe = json.loads(capsys.readouterr().out)
+    file.write_text(json.dumps({**recipe, "learning_rate": 0.125}))
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(coco_folder), "--out", str(out), "--device", "cpu"]
+    arguments += ["--recipe", str(file), *["--no-pretrained", "--steps", "1", "--batch-size", "1"]]
+    assert main([*arguments, *["--crop", "64", "--min-size", "64", "80"]]) == 0
+    trained = load_checkpoint(out / "checkpoint.pt")["recipe"]
+    assert trained.learning_rate == 0.125
+    assert trained.model.min_size == (64, 80)
+
+
 def test_pictures(tmp_path: Path) -> None:
     image = torch.zeros(3, 200, 300, dtype=torch.uint8)
     truth = {
@@ -209,6 +228,8 @@ def test_errors_are_one_sentence(
         f"predict {checkpoint} {nowhere}": "the image .*nowhere does not exist",
         f"predict {checkpoint} {broken}": "the image .*broken.pt cannot be read",
         f"train --data {folder} --out {run} --backbone vgg16": "backbone must be one of .* 'vgg16'",
+        f"train --data {folder} --out {run} --recipe {broken}": "broken.pt is no recipe",
+        f"train --data {folder} --out {run} --recipe v9": "must be one of coco, .* got 'v9'",
         f"train --data {folder} --out {run} --resume --steps 9": "no option of the recipe",
         f"train --data {folder} --out {nowhere} --resume": "checkpoint.pt does not exist",
     }

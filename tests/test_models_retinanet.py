@@ -112,7 +112,7 @@ def test_outputs_are_torchvisions() -> None:
         assert (found["boxes"] <= torch.tensor([width, height, width, height]) + 1e-3).all()
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"])
 @pytest.mark.parametrize("max_level", [4, 5, 7])
 def test_pyramid_strides(backbone: str, max_level: int) -> None:
     config = dataclasses.replace(
@@ -122,6 +122,31 @@ def test_pyramid_strides(backbone: str, max_level: int) -> None:
     assert [tuple(f.shape) for f in features] == [
         (2, 32, 256 >> level, 128 >> level) for level in range(3, max_level + 1)
     ]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "convnext_atto"])
+def test_timm_backbones(name: str) -> None:
+    pytest.importorskip("timm")
+    config = dataclasses.replace(TINY, backbone=f"timm:{name}", frozen_batch_norm=True)
+    model = RetinaNet(config)
+    features = model.backbone(torch.zeros(2, 3, 128, 64))
+    assert [tuple(f.shape) for f in features] == [(2, 32, 128 >> n, 64 >> n) for n in (3, 4, 5)]
+    trained = []
+    for stages in range(6):
+        body = RetinaNet(dataclasses.replace(config, trainable_stages=stages)).backbone.body
+        flags = [p.requires_grad for p in body.parameters()]
+        assert flags == sorted(flags)  # the rest, from the input on, is frozen
+        trained.append(sum(flags))
+    assert trained[0] == 0 and trained == sorted(trained) and trained[5] == len(flags)
+    losses = model.train()([torch.rand(3, 96, 96)], [target([[10, 10, 40, 50]], [1])])
+    sum(losses.values()).backward()
+
+
+def test_timm_errors() -> None:
+    pytest.importorskip("timm")
+    for name, message in (("nothing", "timm:nothing"), ("vit_tiny_patch16_224", "strides")):
+        with pytest.raises(ValueError, match=message):
+            RetinaNet(dataclasses.replace(TINY, backbone=f"timm:{name}"))
 
 
 def test_default_config_has_torchvisions_parameters() -> None:
