@@ -13,10 +13,26 @@ from urllib.error import URLError
 
 import torch
 
-from models.data import DataError, open_data, prepare_backbone_weights, read_image
+from models.bench import bench, table
+from models.data import (
+    DataError,
+    TrainingStream,
+    collate,
+    open_data,
+    prepare_backbone_weights,
+    read_image,
+)
 from models.distributed import process_group, rank
-from models.draw import draw_comparison, draw_detections
-from models.evaluate import detect, detect_all, evaluate, save_results, to_results
+from models.draw import draw_comparison, draw_curves, draw_detections
+from models.evaluate import (
+    compare,
+    detect,
+    detect_all,
+    evaluate,
+    save_figures,
+    save_results,
+    to_results,
+)
 from models.log import Log
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM
 from models.train import (
@@ -27,6 +43,7 @@ from models.train import (
     keep_freed_memory,
     load_checkpoint,
     load_model,
+    to_device,
     train,
 )
 
@@ -156,6 +173,25 @@ def parser() -> argparse.ArgumentParser:
     sub = command(run_configs, "configs", "the recipes as JSON, which train --recipe takes")
     sub.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
 
+    sub = command(run_bench, "bench", "time the parts of a training step beside torchvision's")
+    sub.add_argument("--model", choices=BENCH_MODELS, default=BENCH_MODELS[0])
+    sub.add_argument(
+        "--data", metavar="DIR", help=f"{data_help} (default: noise, 8 boxes an image)"
+    )
+    sub.add_argument("--split", default="train")
+    sub.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(800, 1333),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images, or what those of --data are resized to (default: 800 1333)",
+    )
+    sub.add_argument("--batch-size", type=int, default=1)
+    sub.add_argument("--precision", choices=PRECISIONS, default="float32")
+    sub.add_argument("--rounds", type=int, default=3)
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
+
     sub = command(run_demo, "demo", "train on trees, evaluate, draw, time the kernels")
     sub.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s"
@@ -235,8 +271,19 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if results is None:
         return  # rank 0 has them
     save_results(options.out, results)
-    evaluate(data.coco, results, recipe.max_detections)
-    print(f"results: {options.out}")
+    evaluation = compare(data.coco, results, recipe.max_detections)
+    evaluation.summarize()
+    rows = evaluation.by_category(data.categories)
+    print("\n     AP   AP50  category")
+    for row in rows:
+        print(f"{row['AP']:7.3f} {row['AP50']:6.3f}  {row['name']}")
+    figures, curves = (
+        options.out.with_name(options.out.stem + suffix)
+        for suffix in ("-figures.json", "-curves.png")
+    )
+    save_figures(figures, evaluation.figures(), rows)
+    draw_curves(curves, f"{options.checkpoint.parent.name}, {data.annotation_file.name}", rows)
+    print(f"\nresults: {options.out}, {figures}, {curves}")
 
 
 def run_predict(options: argparse.Namespace) -> None:
@@ -253,6 +300,49 @@ def run_predict(options: argparse.Namespace) -> None:
             options.min_score,
         )
         print(out)
+
+
+BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    keep_freed_memory()
+    num_classes = 91
+    if options.data:
+        data = open_data(options.data, options.split)
+        num_classes = len(data.categories)
+        start = time.perf_counter()
+        stream = TrainingStream(data, options.batch_size, seed=0)
+        samples = [stream[n] for n in range(options.batch_size)]
+        loading = (time.perf_counter() - start) * 1000
+        print(f"data: {loading:.1f} ms for {options.batch_size} images in one process")
+    else:
+        height, width = options.size
+        corners = torch.rand(options.batch_size, 8, 2) * torch.tensor([width, height]) * 0.7
+        sides = torch.rand(options.batch_size, 8, 2) * torch.tensor([width, height]) * 0.25 + 4
+        boxes, labels = torch.cat([corners, corners + sides], dim=2), torch.arange(8)
+        samples = [(torch.rand(3, height, width), {"boxes": b, "labels": labels}) for b in boxes]
+    images, targets = to_device(collate(samples), options.device)
+    figures, peaks = bench(
+        options.model,
+        images,
+        targets,
+        num_classes,
+        options.size,
+        options.device,
+        options.precision,
+        options.rounds,
+    )
+    print(table(figures, peaks))
+    if options.out:
+        settings = {
+            name: getattr(options, name)
+            for name in ("model", "data", "size", "batch_size", "precision", "rounds", "device")
+        }
+        record = {**settings, "torch": torch.__version__, "ms": figures, "peak_gib": peaks}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"figures: {options.out}")
 
 
 def run_demo(options: argparse.Namespace) -> None:

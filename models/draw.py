@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -152,5 +153,28 @@ def _finish(figure: Figure, path: Path, title: str, handles: list[Line2D]) -> No
         figure.legend(
             handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=12
         )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_curves(path: Path, title: str, categories: list[dict[str, Any]]) -> None:
+    """Precision over recall at an IoU of 0.5, a line a category, and their mean if there are several."""
+    figure = Figure(figsize=(8, 6), dpi=DPI)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    recall = [i / 100 for i in range(101)]
+    many = len(categories) > 10  # more colours than can be told apart
+    for index, category in enumerate(categories):
+        label = None if many else f"{category['name']}: AP50 {category['AP50']:.3f}"
+        color = "lightgrey" if many else f"C{index % 10}"
+        axes.plot(recall, category["precision"], color=color, linewidth=1, label=label)
+    if len(categories) > 1:
+        columns = zip(*(category["precision"] for category in categories), strict=True)
+        mean = [sum(column) / len(column) for column in columns]
+        label = f"mean of {len(categories)} categories: AP50 {sum(mean) / len(mean):.3f}"
+        axes.plot(recall, mean, color="black", linewidth=2, label=label)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=title)
+    if categories:
+        axes.legend(loc="lower left", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -116,6 +116,30 @@ class Evaluation(COCOeval):
         ]
         self.stats = np.array([self._line(*line) for line in lines])
 
+    def figures(self) -> dict[str, float]:
+        """After summarize()."""
+        names = ("AP", "AP50", "AP75")
+        return {name: float(value) for name, value in zip(names, self.stats, strict=False)}
+
+    def by_category(self, names: dict[int, str]) -> list[dict[str, Any]]:
+        """For each category with objects its AP, AP50 and, at an IoU of 0.5, the precision at the
+        recalls 0, 0.01, ..., 1."""
+        precision = self.eval["precision"][..., 0, -1]  # of all sizes: (IoU, recall, category)
+        rows = []
+        for index, category_id in enumerate(self.params.catIds):
+            values = precision[..., index]
+            if (values > -1).any():
+                rows.append(
+                    {
+                        "id": int(category_id),
+                        "name": names[category_id],
+                        "AP": float(values.mean()),
+                        "AP50": float(values[0].mean()),
+                        "precision": values[0].tolist(),
+                    }
+                )
+        return rows
+
     def _line(self, measure: str, iou: float | None, size: str, limit: int) -> float:
         p = self.params
         values = self.eval[measure][..., p.areaRngLbl.index(size), p.maxDets.index(limit)]
@@ -131,6 +155,13 @@ class Evaluation(COCOeval):
 
 def evaluate(coco: COCO, results: list[Result], max_detections: int) -> dict[str, float]:
     """Prints pycocotools' table and returns its main figures."""
+    evaluation = compare(coco, results, max_detections)
+    evaluation.summarize()
+    return evaluation.figures()
+
+
+def compare(coco: COCO, results: list[Result], max_detections: int) -> Evaluation:
+    """Results against the ground truth, without the table."""
     # pycocotools writes into the results it is given, and takes no empty list of them.
     boxes = [
         {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
@@ -142,9 +173,9 @@ def evaluate(coco: COCO, results: list[Result], max_detections: int) -> dict[str
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()
         evaluation.accumulate()
-    evaluation.summarize()
-    return {
-        "AP": float(evaluation.stats[0]),
-        "AP50": float(evaluation.stats[1]),
-        "AP75": float(evaluation.stats[2]),
-    }
+    return evaluation
+
+
+def save_figures(path: Path, figures: dict[str, float], categories: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**figures, "categories": categories}, indent=1) + "\n")

@@ -12,8 +12,9 @@ from PIL import Image
 
 from models import evaluate as evaluation
 from models.__main__ import main
+from models.bench import PHASES
 from models.data import CocoDataset
-from models.draw import draw_comparison, draw_detections
+from models.draw import draw_comparison, draw_curves, draw_detections
 from models.retinanet import RetinaNetConfig
 from models.train import RECIPES, Recipe, load_checkpoint, load_model, train
 
@@ -74,6 +75,32 @@ def test_evaluate_writes_results_for_pycocotools(
     assert table.count("Average Precision") == table.count("Average Recall") == 6
     assert "| maxDets=250 ] = " in table
     json.loads(path.read_text())
+    figures = json.loads(path.with_name("results-figures.json").read_text())
+    assert [row["name"] for row in figures["categories"]] == ["disc", "square"]
+    assert figures["AP"] == pytest.approx(sum(row["AP"] for row in figures["categories"]) / 2)
+    assert all(len(row["precision"]) == 101 for row in figures["categories"])
+    assert re.search(r"\n +[01]\.\d{3} +[01]\.\d{3}  square\n", table)
+    with Image.open(path.with_name("results-curves.png")) as picture:
+        assert picture.size == (800, 600)
+
+
+def test_figures_by_category(coco_folder: Path, tmp_path: Path) -> None:
+    """All discs are found and no square: curves of one and of zero."""
+    data = CocoDataset(coco_folder, "val")
+    results = []
+    for index, image_id in enumerate(data.image_ids):
+        _, target = data[index]
+        disc = target["labels"] == data.labels[DISC]
+        found = {"boxes": target["boxes"][disc], "labels": target["labels"][disc]}
+        found["scores"] = torch.ones(int(disc.sum()))
+        results += evaluation.to_results(image_id, found, list(data.categories))
+    discs, squares = evaluation.compare(data.coco, results, 100).by_category(data.categories)
+    assert discs["AP"] == discs["AP50"] == 1 and discs["precision"] == [1] * 101
+    assert squares["AP"] == squares["AP50"] == 0 and squares["id"] == SQUARE
+    for rows in ([discs, squares], [discs], [], [discs] * 12):
+        draw_curves(tmp_path / "curves.png", "title", rows)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (800, 600)
 
 
 def test_perfect_results_score_one(coco_folder: Path, tmp_path: Path) -> None:
@@ -190,6 +217,17 @@ def test_configs_are_recipes(
     trained = load_checkpoint(out / "checkpoint.pt")["recipe"]
     assert trained.learning_rate == 0.125
     assert trained.model.min_size == (64, 80)
+
+
+def test_bench(coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "--rounds", "1", "--device", "cpu", "--out", str(out)]
+    for noise in (True, False):
+        source = [] if noise else ["--data", str(coco_folder)]
+        assert main([*arguments, "--size", "64", "96", *source]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"training step +\d+\.\d ms +\d+\.\d ms +\d+\.\d\d\n", printed)
+        assert set(json.loads(out.read_text())["ms"]) == set(PHASES)
 
 
 def test_pictures(tmp_path: Path) -> None:

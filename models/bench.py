@@ -1,0 +1,182 @@
+"""Where the time of a detector goes, beside torchvision's RetinaNet with the same weights."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor
+
+from models.retinanet import RetinaNet
+from models.train import PRECISIONS
+
+PHASES = ("forward", "loss", "backward", "post-process")
+Figures = dict[str, dict[str, float]]  # phase -> implementation -> milliseconds
+
+
+def bench(
+    name: str,
+    images: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    num_classes: int,
+    size: tuple[int, int],
+    device: str,
+    precision: str,
+    rounds: int,
+) -> tuple[Figures, dict[str, float]]:
+    """The least time of each phase over the rounds, in which both take turns, and the peak GiB of a
+    training step on a GPU.
+
+    `forward` is the images' transform, the backbone and the heads, with the copies that torchvision
+    makes of their outputs; `loss` is anchors, matching, losses and their backward as far as the heads'
+    outputs; `backward` is the rest of it; `post-process` is from the heads' outputs to detections.
+    """
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(
+        name,
+        weights=None,
+        weights_backbone=None,
+        num_classes=num_classes,
+        min_size=min(size),
+        max_size=max(size),
+    ).to(device)
+    autocast = functools.partial(
+        torch.autocast,
+        torch.device(device).type,
+        PRECISIONS[precision],
+        enabled=precision != "float32",
+    )
+    _let_detect(theirs, images[:1])
+    models = {"torchvision": theirs, "focalops": RetinaNet.from_torchvision(theirs)}
+    figures: Figures = {phase: {} for phase in PHASES}
+    peaks: dict[str, float] = {}
+    outcomes: dict[str, Any] = {}
+    for _ in range(rounds):
+        for implementation, model in models.items():
+            timed = functools.partial(_timed, figures, implementation, device)
+            if device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats()
+            with autocast():
+                outcomes[implementation] = _round(model, images, targets, timed, peaks)
+            if device.startswith("cuda"):
+                peaks[implementation] = peaks.pop("step")
+    _check(outcomes)
+    return figures, peaks
+
+
+def _round(
+    model: Any,
+    images: list[Tensor],
+    targets: list[dict[str, Tensor]],
+    timed: Callable[[str, Callable[[], Any]], Any],
+    peaks: dict[str, float],
+) -> tuple[float, int]:
+    """The loss and the number of detections."""
+    is_ours = isinstance(model, RetinaNet)
+    batch: Any = None
+
+    def forward() -> tuple[Any, Any]:
+        nonlocal batch
+        batch, scaled = model.transform(images, targets)
+        features = model.backbone(batch.tensors)
+        features = features if is_ours else list(features.values())
+        outputs = model.head(features)
+        return features, (outputs if is_ours else dict(outputs), scaled)
+
+    def loss() -> Tensor:
+        anchors = model.anchor_generator(batch, features)
+        if is_ours:
+            losses = model.compute_loss(*leaves, anchors[0], scaled)
+        else:
+            losses = model.compute_loss(scaled, leaves, anchors)
+        total = sum(losses.values())
+        total.backward()
+        return total
+
+    def post_process() -> list[dict[str, Tensor]]:
+        anchors = model.anchor_generator(batch, features)
+        if is_ours:
+            return model.postprocess_detections(*leaves, anchors[0], batch.image_sizes)
+        sizes = [f.shape[-2] * f.shape[-1] * 9 for f in features]
+        split = {key: list(value.split(sizes, dim=1)) for key, value in leaves.items()}
+        anchors = [list(a.split(sizes)) for a in anchors]
+        return model.postprocess_detections(split, anchors, batch.image_sizes)
+
+    model.train()
+    features, (outputs, scaled) = timed("forward", forward)
+    if is_ours:
+        leaves: Any = [[_leaf(level) for level in levels] for levels in outputs]
+        ends = [level for levels in outputs for level in levels]
+        starts = [level for levels in leaves for level in levels]
+    else:
+        leaves = {key: _leaf(value) for key, value in outputs.items()}
+        ends, starts = list(outputs.values()), list(leaves.values())
+    total = timed("loss", loss)
+    timed("backward", lambda: torch.autograd.backward(ends, [start.grad for start in starts]))
+    if torch.cuda.is_available():
+        peaks["step"] = torch.cuda.max_memory_allocated() / 2**30
+    model.zero_grad()
+    model.eval()
+    with torch.no_grad():
+        detections = timed("post-process", post_process)
+    return total.item(), sum(len(found["boxes"]) for found in detections)
+
+
+def _leaf(output: Tensor) -> Tensor:
+    return output.detach().requires_grad_()
+
+
+def _timed(
+    figures: Figures, implementation: str, device: str, phase: str, run: Callable[[], Any]
+) -> Any:
+    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    result = run()
+    synchronize()
+    milliseconds = (time.perf_counter() - start) * 1000
+    best = figures[phase].get(implementation, milliseconds)
+    figures[phase][implementation] = min(best, milliseconds)
+    return result
+
+
+@torch.no_grad()
+def _let_detect(model: Any, images: list[Tensor]) -> None:
+    """A fresh head finds nothing; with this one some thousand scores pass the threshold, as trained."""
+    head = model.eval().head
+    features = list(model.backbone(model.transform(images)[0].tensors).values())
+    for conv, output, std in (
+        (head.classification_head.cls_logits, "cls_logits", 1.0),
+        (head.regression_head.bbox_reg, "bbox_regression", 0.3),
+    ):
+        conv.bias.zero_()
+        conv.weight *= std / head(features)[output].std()
+    head.classification_head.cls_logits.bias.fill_(-6.5)
+
+
+def _check(outcomes: dict[str, tuple[float, int]]) -> None:
+    (loss, count), (our_loss, our_count) = outcomes["torchvision"], outcomes["focalops"]
+    if abs(our_loss - loss) > 0.01 * abs(loss) or abs(our_count - count) > 0.01 * count + 3:
+        raise RuntimeError(
+            f"the two must agree: losses {loss} and {our_loss}, {count} and {our_count} detections"
+        )
+
+
+def table(figures: Figures, peaks: dict[str, float]) -> str:
+    lines = [f"{'':14}{'torchvision':>14}{'focalops':>14}{'ratio':>8}"]
+    rows = {phase: figures[phase] for phase in PHASES}
+    rows["training step"] = {
+        name: sum(figures[phase][name] for phase in ("forward", "loss", "backward"))
+        for name in ("torchvision", "focalops")
+    }
+    for phase, times in rows.items():
+        theirs, ours = times["torchvision"], times["focalops"]
+        lines.append(f"{phase:14}{theirs:11.1f} ms{ours:11.1f} ms{theirs / ours:8.2f}")
+    if peaks:
+        theirs, ours = peaks["torchvision"], peaks["focalops"]
+        lines.append(f"{'peak memory':14}{theirs:10.2f} GiB{ours:10.2f} GiB{theirs / ours:8.2f}")
+    return "\n".join(lines)
