@@ -147,6 +147,11 @@ def count_degenerate_boxes(
         gt_boxes, counts = pad_boxes("count_degenerate_boxes", gt_boxes[0], gt_boxes)
     is_degenerate = _is_degenerate(gt_boxes, image_sizes)
     if counts is not None:
+        if counts.shape != (len(gt_boxes),):
+            raise ValueError(
+                f"counts must have shape ({len(gt_boxes)},), one for each image, "
+                f"got {tuple(counts.shape)}"
+            )
         index = torch.arange(gt_boxes.shape[1], device=gt_boxes.device)
         is_degenerate = is_degenerate & (index < counts.unsqueeze(1))
     return is_degenerate.sum(dim=1)

@@ -32,10 +32,16 @@ def right_arguments() -> dict[str, Arguments]:
             "gt_labels": indices.view(2, 3),
             "num_classes": 5,
         },
+        "count_degenerate_boxes": {"gt_boxes": torch.zeros(2, 3, 4)},
         "decode_boxes": {"deltas": boxes, "anchors": boxes},
         "dense_focal_loss": {
             "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
             "labels": torch.zeros(2, 57).long(),
+        },
+        "detect": {
+            "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
+            "box_deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
+            "anchors": torch.zeros(57, 4),
         },
         "encode_boxes": {"boxes": boxes, "anchors": boxes},
         "match_anchors": {"anchors": boxes, "gt_boxes": torch.zeros(2, 3, 4)},
@@ -128,6 +134,11 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("gt_labels", lambda x: [x[0]], "gt_labels must have one entry for each of the 2 images, got 1"),
         ("gt_labels", lambda x: x[0], "gt_labels must be a list of (M_i,) or have shape (2, M), got (3,)"),
     ],
+    "count_degenerate_boxes": [
+        ("gt_boxes", lambda g: [g[0], g[0, 0]], "gt_boxes[1] must have shape (M, 4), got (4,)"),
+        ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), one for each image, got (3, 2)"),
+        ("counts", always(torch.ones(3).int()), "counts must have shape (2,), one for each image, got (3,)"),
+    ],
     "decode_boxes": [
         ("deltas", to_bool, f"deltas must be {FLOATING}, got torch.bool"),
         ("deltas", lambda d: d[:, :2], "deltas must have shape (..., 4), got (6, 2)"),
@@ -156,6 +167,23 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("normalizer", always(torch.ones(3)), "normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
         ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
     ],
+    "detect": [
+        ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
+        ("cls_logits", lambda c: [c[0].long(), c[1]], f"cls_logits[0] must be {FLOATING}, got torch.int64"),
+        ("cls_logits", lambda c: [c[0], c[1].double()], "cls_logits[1] must be torch.float32 like cls_logits[0], got torch.float64"),
+        ("cls_logits", lambda c: [c[0], c[1][:, 1:]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, H and W those of the level, got (2, 14, 2, 2)"),
+        ("cls_logits", lambda c: [x[:, :14] for x in c], "cls_logits and box_deltas must have A * K and A * 4 channels, got 14 and 12"),
+        ("box_deltas", lambda d: d[:1], "box_deltas must be 2 levels like cls_logits, got 1"),
+        ("box_deltas", lambda d: [d[0], d[1].double()], "box_deltas[1] must be torch.float32 like cls_logits[0], got torch.float64"),
+        ("box_deltas", lambda d: [d[0], d[1][:, :, :1]], "box_deltas[1] must have shape (B, A * 4, H, W), B and A * 4 the same in all levels, H and W those of the level, got (2, 12, 1, 2)"),
+        ("box_deltas", lambda d: [d[0], elsewhere(d[1])], "box_deltas[1] " + ELSEWHERE.format("cls_logits[0]")),
+        ("anchors", lambda a: a[1:], "anchors must have shape (57, 4), 3 at each position of the levels, got (56, 4)"),
+        ("anchors", elsewhere, "anchors " + ELSEWHERE.format("cls_logits[0]")),
+        ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), height and width of each image, got (3, 2)"),
+        ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
+        ("topk_per_level", always(0), "topk_per_level must be >= 1, got 0"),
+        ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
+    ],
     "encode_boxes": [
         ("boxes", to_bool, "boxes must be float32 or float64, got torch.bool"),
         ("boxes", lambda b: b[:, :3], "boxes must have shape (..., 4), got (6, 3)"),
@@ -175,6 +203,12 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("counts", always(torch.ones(2)), "counts must be int32 or int64, got torch.float32"),
         ("counts", always(torch.ones(3).int()), "counts must have shape (2,), one for each image, got (3,)"),
         ("fg_iou_threshold", always(0.25), "bg_iou_threshold must be <= fg_iou_threshold, 0.25, got 0.4"),
+        ("rule", always("mmcv"), "rule must be one of 'torchvision', 'detectron2', 'mmdet', got 'mmcv'"),
+        ("min_pos_iou", always(0.2), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
+        ("gt_max_assign_all", always(False), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
+        ("crowd", always(torch.zeros(2, 3)), "crowd must be bool, a list of (M_i,) or of shape (2, 3), got torch.float32 of shape (2, 3)"),
+        ("crowd_threshold", always(-0.5), "crowd_threshold must be >= 0, got -0.5"),
+        ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), one for each image, got (3, 2)"),
         ("bg_iou_threshold", always(math.nan), "bg_iou_threshold must be <= fg_iou_threshold, 0.5, got nan"),
     ],
     "multiclass_nms": [
@@ -203,6 +237,7 @@ ANY_VALUE = {
     "allow_low_quality_matches",
     "alpha",
     "beta",
+    "class_agnostic",
     "clip",
     "eps",
     "ignore_index",
@@ -211,6 +246,7 @@ ANY_VALUE = {
     "matches",
     "min_normalizer",
     "num_classes",
+    "score_threshold",
 }
 
 CASES = [(op, *case) for op, cases in WRONG.items() for case in cases]

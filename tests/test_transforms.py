@@ -13,8 +13,10 @@ import focalops
 from focalops import (
     batched_nms,
     class_index_targets,
+    count_degenerate_boxes,
     decode_boxes,
     dense_focal_loss,
+    detect,
     encode_boxes,
     match_anchors,
     multiclass_nms,
@@ -69,11 +71,23 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda m, x: class_index_targets(m, x, 4),
         lambda n: (torch.randint(-2, 3, (2, n)), torch.randint(0, 4, (2, 3))),
     ),
+    "count_degenerate_boxes": (
+        lambda g: count_degenerate_boxes(g, [(50, 60), (40, 30)]),
+        lambda n: (boxes(2, n),),
+    ),
     "decode_boxes": (
         lambda d, a: decode_boxes(d, a, image_size=(80, 90)),
         lambda n: (torch.randn(n, 4), boxes(n)),
     ),
     "dense_focal_loss": (lambda p3, p4, labels: dense_focal_loss([p3, p4], labels), head),
+    "detect": (
+        lambda p3, p4, d3, d4, a: detect([p3, p4], [d3, d4], a, max_detections=9),
+        lambda n: (
+            *(torch.randn(2, 6, n, 1), torch.randn(2, 6, 2, 2)),
+            *(torch.randn(2, 8, n, 1), torch.randn(2, 8, 2, 2)),
+            boxes(2 * n + 8),
+        ),
+    ),
     "encode_boxes": (encode_boxes, lambda n: (boxes(n), boxes(n))),
     "match_anchors": (
         lambda a, g, c: match_anchors(a, g, counts=c),
@@ -87,8 +101,15 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
 
 # Their results are as many as are kept.
 DYNAMIC = {"batched_nms", "nms"}
-# Matching, its targets and NMS choose: there is nothing to differentiate.
-DIFFERENTIABLE = EXAMPLES.keys() - DYNAMIC - {"class_index_targets", "match_anchors", "multiclass_nms"}  # fmt: skip
+# Matching, its targets, NMS and detection choose: there is nothing to differentiate.
+CHOICES = {
+    "class_index_targets",
+    "count_degenerate_boxes",
+    "detect",
+    "match_anchors",
+    "multiclass_nms",
+}
+DIFFERENTIABLE = EXAMPLES.keys() - DYNAMIC - CHOICES
 
 
 def example(op: str, n: int, device: str) -> tuple[Callable, Inputs]:
