@@ -43,6 +43,7 @@ LOSS_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS_OF = {
     "csrc/cpu/focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_focal_loss.cpp": LOSS_FLAGS,
+    "csrc/cpu/row_losses.cpp": LOSS_FLAGS,
 }
 
 CPU = Extension("focalops.libfocalops", ["csrc/library.cpp", *sorted(glob("csrc/cpu/*.cpp"))])

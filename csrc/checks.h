@@ -325,16 +325,20 @@ inline const char* focal_loss_name(const FocalParams& params) {
   return params.beta.has_value() ? "sigmoid_focal_loss_star" : "sigmoid_focal_loss";
 }
 
-inline void check_focal_loss(const Tensor& inputs, const Tensor& targets,
-                             const FocalParams& params) {
-  const char* op = focal_loss_name(params);
+// What all losses ask of inputs and targets.
+inline void check_targets(const char* op, const Tensor& inputs, const Tensor& targets,
+                          bool may_be_dense) {
   check_floating(op, "inputs", inputs);
   check_same_device(op, "targets", targets, "inputs", inputs);
-  const bool dense = targets_are_dense(inputs, targets);
+  const bool dense = may_be_dense && targets_are_dense(inputs, targets);
   if (!(dense || targets.dim() + 1 == inputs.dim()) ||
       !same_shape(inputs, targets, targets.dim())) {
-    fail(op, ": targets must have the shape of inputs, ", shape_of(inputs),
-         ", or that shape without its last dimension, got ", shape_of(targets));
+    if (may_be_dense) {
+      fail(op, ": targets must have the shape of inputs, ", shape_of(inputs),
+           ", or that shape without its last dimension, got ", shape_of(targets));
+    }
+    fail(op, ": class-index targets must have the shape of inputs, ", shape_of(inputs),
+         ", without its last dimension, got ", shape_of(targets));
   }
   if (dense && targets.scalar_type() != inputs.scalar_type() &&
       targets.scalar_type() != compute_dtype(inputs.scalar_type())) {
@@ -347,12 +351,22 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets,
   if (!dense && inputs.size(inputs.dim() - 1) >= int64_t{1} << 30) {
     fail(op, ": inputs must have fewer than 2^30 classes, got ", inputs.size(inputs.dim() - 1));
   }
+}
+
+inline void check_gamma(const char* op, const char* name, double gamma) {
+  if (!(gamma >= 0)) {
+    fail(op, ": ", name, " must be >= 0, got ", gamma);
+  }
+}
+
+inline void check_focal_loss(const Tensor& inputs, const Tensor& targets,
+                             const FocalParams& params) {
+  const char* op = focal_loss_name(params);
+  check_targets(op, inputs, targets, true);
   if (params.beta.has_value() && !(params.gamma > 0)) {
     fail(op, ": gamma must be > 0, got ", params.gamma);
   }
-  if (!(params.gamma >= 0)) {
-    fail(op, ": gamma must be >= 0, got ", params.gamma);
-  }
+  check_gamma(op, "gamma", params.gamma);
 }
 
 inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs,
@@ -367,12 +381,9 @@ inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& i
   }
 }
 
-inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
-                                 const FocalParams& params,
-                                 const std::optional<Tensor>& normalizer) {
-  check_focal_loss(inputs, targets, params);
+inline void check_normalizer(const char* op, const Tensor& inputs,
+                             const std::optional<Tensor>& normalizer) {
   if (normalizer.has_value()) {
-    const char* op = focal_loss_name(params);
     check_same_device(op, "normalizer", *normalizer, "inputs", inputs);
     if (normalizer->dim() != 0) {
       fail(op, ": normalizer must be a number or a 0-d tensor, got a tensor of shape ",
@@ -385,6 +396,91 @@ inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
   }
 }
 
+inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
+                                 const FocalParams& params,
+                                 const std::optional<Tensor>& normalizer) {
+  check_focal_loss(inputs, targets, params);
+  check_normalizer(focal_loss_name(params), inputs, normalizer);
+}
+
+inline const char* row_loss_name(int64_t loss) {
+  constexpr const char* names[] = {"sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss",
+                                   "matchability_aware_loss", "ia_bce_loss"};
+  return names[loss];
+}
+
+inline void check_smoothing(const char* op, double label_smoothing) {
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+    fail(op, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
+  }
+}
+
+// One number a row, such as its weight: of the shape of the class indices.
+inline void check_row_numbers(const char* op, const char* name, const std::optional<Tensor>& given,
+                              const char* like_name, const Tensor& like, ScalarType dtype) {
+  if (!given.has_value()) {
+    return;
+  }
+  check_same_device(op, name, *given, like_name, like);
+  if (given->dim() != like.dim() || !same_shape(*given, like, like.dim()) ||
+      given->scalar_type() != dtype) {
+    fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_of(like),
+         ", and be float32 (float64 for float64 logits), got ", shape_of(*given), " and ",
+         dtype_of(*given));
+  }
+}
+
+inline void check_class_weight(const char* op, const std::optional<Tensor>& given,
+                               const Tensor& like, int64_t num_classes) {
+  if (!given.has_value()) {
+    return;
+  }
+  check_same_device(op, "class_weight", *given, "the logits", like);
+  if (given->dim() != 1 || given->size(0) != num_classes ||
+      given->scalar_type() != compute_dtype(like.scalar_type())) {
+    fail(op, ": class_weight must have shape (", num_classes,
+         ",) and be float32 (float64 for float64 logits), got ", shape_of(*given), " and ",
+         dtype_of(*given));
+  }
+}
+
+inline void check_row_loss(const Tensor& inputs, const Tensor& targets,
+                           const std::optional<Tensor>& scores, int64_t loss,
+                           const std::vector<double>& parameters,
+                           const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& class_weight,
+                           const std::optional<Tensor>& normalizer) {
+  if (!knows_row_loss(loss, parameters.size())) {
+    fail("row_loss_sum: loss and parameters must be one of those in csrc/math/focal.h, got loss ",
+         loss, " and ", parameters.size(), " parameters");
+  }
+  const char* op = row_loss_name(loss);
+  check_targets(op, inputs, targets, false);
+  const ScalarType dtype = compute_dtype(inputs.scalar_type());
+  check_row_numbers(op, "scores", scores, "targets", targets, dtype);
+  check_row_numbers(op, "weight", weight, "targets", targets, dtype);
+  check_class_weight(op, class_weight, inputs, inputs.size(inputs.dim() - 1));
+  check_normalizer(op, inputs, normalizer);
+  switch (static_cast<RowLoss>(loss)) {
+    case RowLoss::focal:
+      check_gamma(op, "gamma", parameters[1]);
+      return check_smoothing(op, parameters[2]);
+    case RowLoss::quality:
+      return check_gamma(op, "beta", parameters[0]);
+    case RowLoss::matchability:
+      return check_gamma(op, "gamma", parameters[0]);
+    default:
+      return check_gamma(op, "gamma", parameters[1]);
+  }
+}
+
+// What dense_focal_loss takes beside logits and labels.
+struct HeadLossOptions {
+  double alpha, gamma, label_smoothing;
+  std::optional<Tensor> weight, class_weight;
+  int64_t ignore_index;
+};
+
 // What the levels of a head have in common.
 struct HeadShape {
   int64_t images, anchors, classes;  // anchors of a position
@@ -392,7 +488,8 @@ struct HeadShape {
 };
 
 inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, const Tensor& labels,
-                                        double gamma, const std::optional<Tensor>& normalizer) {
+                                        const HeadLossOptions& options,
+                                        const std::optional<Tensor>& normalizer) {
   const char* op = "dense_focal_loss";
   if (cls_logits.empty() || cls_logits.size() > 8) {
     fail(op, ": cls_logits must be 1 to 8 levels, got ", cls_logits.size());
@@ -431,8 +528,12 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
   if (classes >= int64_t{1} << 30) {
     fail(op, ": cls_logits must have fewer than 2^30 classes, got ", classes);
   }
-  if (!(gamma >= 0)) {
-    fail(op, ": gamma must be >= 0, got ", gamma);
+  check_gamma(op, "gamma", options.gamma);
+  check_smoothing(op, options.label_smoothing);
+  const ScalarType dtype = compute_dtype(first.scalar_type());
+  check_row_numbers(op, "weight", options.weight, "labels", labels, dtype);
+  if (anchors > 0) {
+    check_class_weight(op, options.class_weight, first, classes);
   }
   if (normalizer.has_value()) {
     check_same_device(op, "normalizer", *normalizer, "cls_logits[0]", first);

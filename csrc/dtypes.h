@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <optional>
 #include <stdexcept>
 #include <type_traits>
 
@@ -71,6 +72,17 @@ void dispatch_index(ScalarType dtype, F&& f) {
     return f(TypeTag<int32_t>{});
   }
   return f(TypeTag<int64_t>{});
+}
+
+// What a tensor that need not be there holds, as the kernels read it; null where it is not there.
+inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor))
+                            : std::nullopt;
+}
+
+template <typename T>
+const T* data_of(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
 }
 
 }  // namespace focalops

@@ -23,17 +23,27 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "_sigmoid_focal_loss_sum_(Tensor(a!) inputs, Tensor targets, float alpha, float gamma, "
       "float? beta, int ignore_index, Tensor? normalizer, float min_normalizer) -> Tensor loss");
-  // cls_logits: up to 8 levels (B, A * K, H, W); labels: (B, N); normalizer: 0-d or (B,); grads:
-  // one a level, none unless compute_grad.
+  // The same of rows with class indices and what else they may have: a score of the true class, a
+  // weight, a weight of the column. loss and parameters: math/focal.h, dispatch_row_loss.
   m.def(
-      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, float alpha, float gamma, int "
-      "ignore_index,"
-      " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor[] "
-      "grads)");
+      "row_loss_sum(Tensor inputs, Tensor targets, Tensor? scores, int loss, float[] parameters, "
+      "Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, float "
+      "min_normalizer, bool compute_grad) -> (Tensor loss, Tensor grad)");
+  m.def(
+      "_row_loss_sum_(Tensor(a!) inputs, Tensor targets, Tensor? scores, int loss, float[] "
+      "parameters, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, "
+      "float min_normalizer) -> Tensor loss");
+  // cls_logits: up to 8 levels (B, A * K, H, W); labels, weight: (B, N); class_weight: (K,);
+  // normalizer: 0-d or (B,); grads: one a level, none unless compute_grad.
+  m.def(
+      "dense_focal_loss(Tensor[] cls_logits, Tensor labels, float alpha, float gamma, float "
+      "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
+      "normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor[] grads)");
   // The same with the gradients written over cls_logits.
   m.def(
-      "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, int "
-      "ignore_index, Tensor? normalizer, float min_normalizer) -> Tensor loss");
+      "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, float "
+      "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
+      "normalizer, float min_normalizer) -> Tensor loss");
   // scale: one number, or one for each tensor[i]
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 

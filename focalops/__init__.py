@@ -18,6 +18,12 @@ from focalops.boxes import (
     generalized_box_iou,
 )
 from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss, sigmoid_focal_loss_star
+from focalops.iou_aware_losses import (
+    ia_bce_loss,
+    matchability_aware_loss,
+    quality_focal_loss,
+    varifocal_loss,
+)
 from focalops.matching import class_index_targets, count_degenerate_boxes, match_anchors
 from focalops.nms import batched_nms, multiclass_nms, nms
 from focalops.postprocess import detect
@@ -41,9 +47,13 @@ __all__ = [
     "encode_boxes",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "ia_bce_loss",
     "match_anchors",
+    "matchability_aware_loss",
     "multiclass_nms",
     "nms",
+    "quality_focal_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
+    "varifocal_loss",
 ]

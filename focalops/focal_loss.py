@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,9 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""The focal loss of logits, :math:`-\alpha_t (1 - p_t)^\gamma \log(p_t)`.
@@ -52,6 +55,12 @@ def sigmoid_focal_loss(
         normalizer: with ``"sum"``, a number or 0-d tensor that divides the sum, such as the number of positive anchors;
             as a tensor it is read on the device.
         min_normalizer: least value of the divisor.
+        weight: one a row, of shape ``inputs.shape[:-1]``, multiplies its losses; with class indices only. That of a
+            class-balanced loss is ``weight_of_class[targets]``. ``"mean"`` does not divide by the weights.
+        class_weight: ``(K,)``, multiplies the losses of a class's logits, be they positive or negative, as ``weight`` of
+            ``torch.nn.functional.binary_cross_entropy_with_logits`` does; with class indices only.
+        label_smoothing: moves the targets of 1 and 0 to ``1 - label_smoothing / 2`` and ``label_smoothing / 2``: each logit
+            is a question of two answers; with class indices only.
         inplace_backward: with ``"sum"`` and ``"mean"``, write the gradient over ``inputs``: no extra memory. Where a
             gradient is computed, whatever reads ``inputs`` after this call reads the gradient; autograd refuses a backward
             that needs the logits. Eager mode only, one backward, once differentiable; ``inputs`` must be contiguous,
@@ -78,6 +87,9 @@ def sigmoid_focal_loss(
         normalizer,
         min_normalizer,
         inplace_backward,
+        weight,
+        class_weight,
+        label_smoothing,
     )
 
 
@@ -124,6 +136,9 @@ def dense_focal_loss(
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
     ignore_index: int = -100,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0,
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""The focal loss of a head's outputs, read where the head left them: no permute, no concatenation.
@@ -139,6 +154,9 @@ def dense_focal_loss(
             each image. Read on the device.
         min_normalizer: least value of a divisor.
         ignore_index: label of anchors to leave out.
+        weight: ``(B, N)``, one an anchor.
+        class_weight: ``(K,)``, as in :func:`sigmoid_focal_loss`.
+        label_smoothing: as in :func:`sigmoid_focal_loss`.
         inplace_backward: write the gradients over ``cls_logits``, as in :func:`sigmoid_focal_loss`; each level must be
             contiguous or channels_last and require a gradient.
 
@@ -152,8 +170,9 @@ def dense_focal_loss(
     >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
     """
     cls_logits = list(cls_logits)
-    for name, tensor in (("labels", labels), ("normalizer", normalizer)):
-        _check_is_constant(name, tensor)
+    _check_are_constant(
+        labels=labels, normalizer=normalizer, weight=weight, class_weight=class_weight
+    )
     if cls_logits and runs_reference(cls_logits[0]):
         return reference.dense_focal_loss(
             cls_logits,
@@ -163,39 +182,49 @@ def dense_focal_loss(
             normalizer=normalizer,
             min_normalizer=min_normalizer,
             ignore_index=ignore_index,
+            weight=weight,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
         )
+    if cls_logits:
+        dtype = compute_dtype(cls_logits[0].dtype)
+        weight, class_weight = _to(dtype, weight), _to(dtype, class_weight)
     if isinstance(normalizer, Tensor):
         if cls_logits:
-            normalizer = normalizer.to(compute_dtype(cls_logits[0].dtype))
+            normalizer = normalizer.to(dtype)
     else:
         min_normalizer = 1 if normalizer is None else max(normalizer, min_normalizer)
         normalizer = None
+    arguments = (
+        labels,
+        alpha,
+        gamma,
+        label_smoothing,
+        weight,
+        class_weight,
+        ignore_index,
+        normalizer,
+        min_normalizer,
+    )
     compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in cls_logits)
     if inplace_backward and compute_grad:
         for i, level in enumerate(cls_logits):
             _check_may_hold_gradient(f"cls_logits[{i}]", level)
         if len(set(map(id, cls_logits))) < len(cls_logits):
             raise ValueError("inplace_backward needs different tensors for different levels")
-        return _DenseInPlace.apply(
-            labels, alpha, gamma, ignore_index, normalizer, min_normalizer, *cls_logits
-        )
-    loss, _ = call(
-        ops.dense_focal_loss,
-        cls_logits,
-        labels,
-        alpha,
-        gamma,
-        ignore_index,
-        normalizer,
-        min_normalizer,
-        compute_grad,
-    )
+        return _DenseInPlace.apply(arguments, *cls_logits)
+    loss, _ = call(ops.dense_focal_loss, cls_logits, *arguments, compute_grad)
     return loss
 
 
-def _check_is_constant(name: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+def _check_are_constant(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+
+
+def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _focal_loss(
@@ -209,17 +238,32 @@ def _focal_loss(
     normalizer: Tensor | float | None,
     min_normalizer: float,
     inplace_backward: bool,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0,
 ) -> Tensor:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
-    if inplace_backward and reduction == "none":
-        raise ValueError("inplace_backward needs reduction 'sum' or 'mean', got 'none'")
-    if normalizer is not None and reduction != "sum":
-        raise ValueError(
-            f"normalizer must be None unless reduction is 'sum', got reduction {reduction!r}"
+    _check_reduction(reduction, normalizer, inplace_backward)
+    _check_are_constant(
+        targets=targets, normalizer=normalizer, weight=weight, class_weight=class_weight
+    )
+    is_dense = targets.dim() == inputs.dim()
+    has_extras = weight is not None or class_weight is not None or label_smoothing != 0
+    if is_dense and has_extras:
+        raise ValueError("weight, class_weight and label_smoothing need class-index targets")
+    if has_extras:
+        return _row_loss(
+            FOCAL,
+            inputs,
+            (targets, None),
+            (alpha, gamma, label_smoothing),
+            reduction,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            min_normalizer=min_normalizer,
+            weight=weight,
+            class_weight=class_weight,
+            inplace_backward=inplace_backward,
         )
-    for name, tensor in (("targets", targets), ("normalizer", normalizer)):
-        _check_is_constant(name, tensor)
     if runs_reference(inputs):
         return _reference(
             inputs,
@@ -234,29 +278,139 @@ def _focal_loss(
         )
 
     dtype = compute_dtype(inputs.dtype)
-    is_dense = targets.dim() == inputs.dim()
     if is_dense and targets.dtype not in (inputs.dtype, dtype):
         targets = targets.to(dtype if targets.is_floating_point() else inputs.dtype)
     arguments = (inputs, targets, alpha, gamma, beta, ignore_index)
     if reduction == "none":
         return call(ops.sigmoid_focal_loss, *arguments)
+    if reduction == "mean" and is_dense:
+        reduction, normalizer, min_normalizer = "sum", inputs.numel(), 1
+    divisor = _sum_divisor(reduction, inputs, targets, ignore_index, normalizer, min_normalizer)
+    return _sum(
+        ops.sigmoid_focal_loss_sum,
+        ops._sigmoid_focal_loss_sum_,
+        (*arguments, *divisor),
+        inplace_backward,
+    )
 
+
+def _check_reduction(
+    reduction: str, normalizer: Tensor | float | None, inplace_backward: bool
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    if inplace_backward and reduction == "none":
+        raise ValueError("inplace_backward needs reduction 'sum' or 'mean', got 'none'")
+    if normalizer is not None and reduction != "sum":
+        raise ValueError(
+            f"normalizer must be None unless reduction is 'sum', got reduction {reduction!r}"
+        )
+
+
+def _sum_divisor(
+    reduction: str,
+    inputs: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    normalizer: Tensor | float | None,
+    min_normalizer: float,
+) -> tuple[Tensor | None, float]:
+    """The normalizer on the device and its least value, of a sum or of the mean of class-index targets."""
     if reduction == "mean":
-        if is_dense:
-            normalizer = inputs.numel()
-        else:
-            normalizer = (targets != ignore_index).sum() * inputs.shape[-1]
-        min_normalizer = 1
+        normalizer, min_normalizer = (targets != ignore_index).sum() * inputs.shape[-1], 1
     if isinstance(normalizer, Tensor):
-        normalizer = normalizer.to(dtype)
-    elif normalizer is not None:
-        min_normalizer, normalizer = max(normalizer, min_normalizer), None
+        return normalizer.to(compute_dtype(inputs.dtype)), min_normalizer
+    return None, min_normalizer if normalizer is None else max(normalizer, min_normalizer)
+
+
+def _sum(op: Any, inplace_op: Any, arguments: tuple[Any, ...], inplace_backward: bool) -> Tensor:
+    inputs = arguments[0]
     compute_grad = inputs.requires_grad and torch.is_grad_enabled()
     if inplace_backward and compute_grad:
         _check_may_hold_gradient("inputs", inputs)
-        return _SumInPlace.apply(*arguments, normalizer, min_normalizer)
-    loss, _ = call(ops.sigmoid_focal_loss_sum, *arguments, normalizer, min_normalizer, compute_grad)
+        return _SumInPlace.apply(inplace_op, *arguments)
+    loss, _ = call(op, *arguments, compute_grad)
     return loss
+
+
+# As RowLoss in csrc/math/focal.h, and their references.
+FOCAL, QUALITY, VARIFOCAL, MATCHABILITY, IA_BCE = range(5)
+
+
+def _focal_row_reference(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor],
+    alpha: float,
+    gamma: float,
+    label_smoothing: float,
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    return reference.sigmoid_focal_loss(
+        inputs,
+        targets[0],
+        alpha,
+        gamma,
+        reduction,
+        label_smoothing=label_smoothing,
+        **options,
+    )
+
+
+ROW_REFERENCES: tuple[Callable[..., Tensor], ...] = (
+    _focal_row_reference,
+    reference.quality_focal_loss,
+    reference.varifocal_loss,
+    reference.matchability_aware_loss,
+    reference.ia_bce_loss,
+)
+
+
+def _row_loss(
+    loss_id: int,
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor | None],  # labels, scores
+    parameters: Sequence[float],
+    reduction: str,
+    *,
+    ignore_index: int,
+    normalizer: Tensor | float | None,
+    min_normalizer: float,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    inplace_backward: bool,
+) -> Tensor:
+    _check_reduction(reduction, normalizer, inplace_backward)
+    labels, scores = targets
+    _check_are_constant(
+        targets=labels,
+        scores=scores,
+        normalizer=normalizer,
+        weight=weight,
+        class_weight=class_weight,
+    )
+    if runs_reference(inputs) or reduction == "none":
+        return ROW_REFERENCES[loss_id](
+            inputs,
+            targets,
+            *parameters,
+            reduction,
+            ignore_index=ignore_index,
+            normalizer=normalizer,
+            min_normalizer=min_normalizer,
+            weight=weight,
+            class_weight=class_weight,
+        )
+    dtype = compute_dtype(inputs.dtype)
+    extras = _to(dtype, weight), _to(dtype, class_weight)
+    parameters = [float(parameter) for parameter in parameters]
+    divisor = _sum_divisor(reduction, inputs, labels, ignore_index, normalizer, min_normalizer)
+    return _sum(
+        ops.row_loss_sum,
+        ops._row_loss_sum_,
+        (inputs, labels, _to(dtype, scores), loss_id, parameters, *extras, ignore_index, *divisor),
+        inplace_backward,
+    )
 
 
 def _reference(
@@ -284,15 +438,27 @@ def _name(beta: float | None) -> str:
 
 def _check(inputs: Tensor, targets: Tensor, gamma: float, beta: float | None) -> None:
     op = _name(beta)
+    _check_targets(op, inputs, targets, may_be_dense=True)
+    check(
+        beta is None or gamma > 0,
+        lambda: f"{op}: gamma must be > 0, got {gamma:g}",
+    )
+    _check_gamma(op, "gamma", gamma)
+
+
+def _check_targets(op: str, inputs: Tensor, targets: Tensor, may_be_dense: bool) -> None:
     check_floating(op, "inputs", inputs)
     check_same_device(op, "targets", targets, "inputs", inputs)
-    is_dense = targets.dim() == inputs.dim()
+    is_dense = may_be_dense and targets.dim() == inputs.dim()
+    has_shape = targets.shape == inputs.shape[: targets.dim()]
     check(
-        targets.dim() in (inputs.dim(), inputs.dim() - 1)
-        and targets.shape == inputs.shape[: targets.dim()],
+        has_shape and (is_dense or targets.dim() == inputs.dim() - 1),
         lambda: (
             f"{op}: targets must have the shape of inputs, {tuple(inputs.shape)}, "
             f"or that shape without its last dimension, got {tuple(targets.shape)}"
+            if may_be_dense
+            else f"{op}: class-index targets must have the shape of inputs, "
+            f"{tuple(inputs.shape)}, without its last dimension, got {tuple(targets.shape)}"
         ),
     )
     check(
@@ -310,11 +476,105 @@ def _check(inputs: Tensor, targets: Tensor, gamma: float, beta: float | None) ->
         is_dense or inputs.shape[-1] < 2**30,
         lambda: f"{op}: inputs must have fewer than 2^30 classes, got {inputs.shape[-1]}",
     )
+
+
+def _check_gamma(op: str, name: str, gamma: float) -> None:
+    check(gamma >= 0, lambda: f"{op}: {name} must be >= 0, got {gamma:g}")
+
+
+def _check_smoothing(op: str, label_smoothing: float) -> None:
     check(
-        beta is None or gamma > 0,
-        lambda: f"{op}: gamma must be > 0, got {gamma:g}",
+        0 <= label_smoothing <= 1,
+        lambda: f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing:g}",
     )
-    check(gamma >= 0, lambda: f"{op}: gamma must be >= 0, got {gamma:g}")
+
+
+def _check_normalizer(op: str, inputs: Tensor, normalizer: Tensor | None) -> None:
+    if normalizer is None:
+        return
+    shape, given = tuple(normalizer.shape), normalizer.dtype
+    check_same_device(op, "normalizer", normalizer, "inputs", inputs)
+    check(
+        normalizer.dim() == 0,
+        lambda: f"{op}: normalizer must be a number or a 0-d tensor, got a tensor of shape {shape}",
+    )
+    check(
+        given == compute_dtype(inputs.dtype),
+        lambda: f"{op}: normalizer must be float32 (float64 for float64 inputs), got {given}",
+    )
+
+
+def _check_row_numbers(
+    op: str, name: str, given: Tensor | None, like_name: str, like: Tensor, dtype: torch.dtype
+) -> None:
+    if given is None:
+        return
+    check_same_device(op, name, given, like_name, like)
+    shape, given_dtype = tuple(given.shape), given.dtype
+    check(
+        given.shape == like.shape and given_dtype == dtype,
+        lambda: (
+            f"{op}: {name} must have the shape of {like_name}, {tuple(like.shape)}, "
+            f"and be float32 (float64 for float64 logits), got {shape} and {given_dtype}"
+        ),
+    )
+
+
+def _check_class_weight(op: str, given: Tensor | None, like: Tensor, num_classes: int) -> None:
+    if given is None:
+        return
+    check_same_device(op, "class_weight", given, "the logits", like)
+    shape, dtype = tuple(given.shape), given.dtype
+    check(
+        shape == (num_classes,) and dtype == compute_dtype(like.dtype),
+        lambda: (
+            f"{op}: class_weight must have shape ({num_classes},) "
+            f"and be float32 (float64 for float64 logits), got {shape} and {dtype}"
+        ),
+    )
+
+
+ROW_NAMES = (
+    "sigmoid_focal_loss",
+    "quality_focal_loss",
+    "varifocal_loss",
+    "matchability_aware_loss",
+    "ia_bce_loss",
+)
+
+
+@torch.library.register_fake("focalops::row_loss_sum")
+def _(
+    inputs: Tensor,
+    targets: Tensor,
+    scores: Tensor | None,
+    loss: int,
+    parameters: list[float],
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    normalizer: Tensor | None,
+    min_normalizer: float,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    op = ROW_NAMES[loss]
+    _check_targets(op, inputs, targets, may_be_dense=False)
+    dtype = compute_dtype(inputs.dtype)
+    _check_row_numbers(op, "scores", scores, "targets", targets, dtype)
+    _check_row_numbers(op, "weight", weight, "targets", targets, dtype)
+    _check_class_weight(op, class_weight, inputs, inputs.shape[-1])
+    _check_normalizer(op, inputs, normalizer)
+    exponent = parameters[0 if loss in (QUALITY, MATCHABILITY) else 1]
+    _check_gamma(op, "beta" if loss == QUALITY else "gamma", exponent)
+    if loss == FOCAL:
+        _check_smoothing(op, parameters[2])
+    total = inputs.new_empty((), dtype=dtype)
+    return total, _contiguous_like(inputs) if compute_grad else inputs.new_empty(0)
+
+
+@torch.library.register_fake("focalops::_row_loss_sum_")
+def _(inputs: Tensor, *_: Any) -> Tensor:
+    return inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
 
 
 def _contiguous_like(tensor: Tensor) -> Tensor:
@@ -372,21 +632,8 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     op = _name(beta)
     _check(inputs, targets, gamma, beta)
-    dtype = compute_dtype(inputs.dtype)
-    if normalizer is not None:
-        shape, given = tuple(normalizer.shape), normalizer.dtype
-        check_same_device(op, "normalizer", normalizer, "inputs", inputs)
-        check(
-            normalizer.dim() == 0,
-            lambda: (
-                f"{op}: normalizer must be a number or a 0-d tensor, got a tensor of shape {shape}"
-            ),
-        )
-        check(
-            given == dtype,
-            lambda: f"{op}: normalizer must be float32 (float64 for float64 inputs), got {given}",
-        )
-    loss = inputs.new_empty((), dtype=dtype)
+    _check_normalizer(op, inputs, normalizer)
+    loss = inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
     return loss, _contiguous_like(inputs) if compute_grad else inputs.new_empty(0)
 
 
@@ -396,12 +643,15 @@ def _(
     labels: Tensor,
     alpha: float,
     gamma: float,
+    label_smoothing: float,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
     ignore_index: int,
     normalizer: Tensor | None,
     min_normalizer: float,
     compute_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    _check_dense(cls_logits, labels, gamma, normalizer)
+    _check_dense(cls_logits, labels, gamma, label_smoothing, weight, class_weight, normalizer)
     dtype = compute_dtype(cls_logits[0].dtype)
     loss = cls_logits[0].new_empty((), dtype=dtype)
     if not compute_grad:
@@ -417,7 +667,13 @@ def _is_channels_last(level: Tensor) -> bool:
 
 
 def _check_dense(
-    cls_logits: list[Tensor], labels: Tensor, gamma: float, normalizer: Tensor | None
+    cls_logits: list[Tensor],
+    labels: Tensor,
+    gamma: float,
+    label_smoothing: float,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    normalizer: Tensor | None,
 ) -> None:
     op = "dense_focal_loss"
     check(
@@ -468,7 +724,11 @@ def _check_dense(
         anchors == 0 or channels // anchors < 2**30,
         lambda: f"{op}: cls_logits must have fewer than 2^30 classes, got {channels // anchors}",
     )
-    check(gamma >= 0, lambda: f"{op}: gamma must be >= 0, got {gamma:g}")
+    _check_gamma(op, "gamma", gamma)
+    _check_smoothing(op, label_smoothing)
+    _check_row_numbers(op, "weight", weight, "labels", labels, compute_dtype(first.dtype))
+    if anchors > 0:
+        _check_class_weight(op, class_weight, first, channels // anchors)
     if normalizer is not None:
         check_same_device(op, "normalizer", normalizer, "cls_logits[0]", first)
         given = normalizer.dtype
@@ -545,9 +805,44 @@ def _backward_sum(
     return _scaled(grad, _factor(grad, grad_loss, normalizer, ctx.min_normalizer)), *nothing
 
 
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, scores, ctx.loss, ctx.parameters, *weights = inputs[:7]
+    ctx.ignore_index, normalizer, ctx.min_normalizer, _ = inputs[7:]
+    ctx.save_for_backward(logits, targets, scores, *weights, normalizer, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rows(
+    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 10
+    if grad_loss is None:
+        return None, *nothing
+    inputs, targets, scores, weight, class_weight, normalizer, grad = ctx.saved_tensors
+    if not torch.is_grad_enabled() and grad.numel() == inputs.numel():
+        factor = _factor(grad, grad_loss, normalizer, ctx.min_normalizer)
+        return _scaled(grad, factor), *nothing
+    with torch.enable_grad():
+        x = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+        loss = ROW_REFERENCES[ctx.loss](
+            x,
+            (targets, scores),
+            *ctx.parameters,
+            "sum",
+            ignore_index=ctx.ignore_index,
+            weight=weight,
+            class_weight=class_weight,
+        )
+        factor = grad_loss / _divisor(normalizer, ctx.min_normalizer)
+        (grad,) = torch.autograd.grad(loss, x, factor, create_graph=True)
+    return grad, *nothing
+
+
 def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    cls_logits, labels, *ctx.arguments, normalizer, ctx.min_normalizer, _ = inputs
-    ctx.save_for_backward(labels, normalizer, *cls_logits, *output[1])
+    cls_logits, labels, *ctx.parameters, weight, class_weight, ctx.ignore_index = inputs[:8]
+    normalizer, ctx.min_normalizer, _ = inputs[8:]
+    ctx.save_for_backward(labels, weight, class_weight, normalizer, *cls_logits, *output[1])
     ctx.mark_non_differentiable(*output[1])
     ctx.set_materialize_grads(False)
 
@@ -555,16 +850,29 @@ def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[T
 def _backward_dense(
     ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]
 ) -> tuple[Sequence[Tensor | None] | None, ...]:
-    nothing = (None,) * 7
-    labels, normalizer, *tensors = ctx.saved_tensors
+    nothing = (None,) * 10
+    labels, weight, class_weight, normalizer, *tensors = ctx.saved_tensors
     levels = len(ctx.needs_input_grad[0])
     cls_logits, grads = tensors[:levels], tensors[levels:]
     if grad_loss is None:
         return [None] * levels, *nothing
     if torch.is_grad_enabled() or not grads:
-        return _differentiable_dense_backward(
-            grad_loss, cls_logits, labels, normalizer, ctx.min_normalizer, ctx.arguments
-        ), *nothing
+        alpha, gamma, label_smoothing = ctx.parameters
+        with torch.enable_grad():
+            x = [t if t.requires_grad else t.detach().requires_grad_() for t in cls_logits]
+            loss = reference.dense_focal_loss(
+                x,
+                labels,
+                alpha,
+                gamma,
+                normalizer=ctx.min_normalizer if normalizer is None else normalizer,
+                min_normalizer=ctx.min_normalizer,
+                ignore_index=ctx.ignore_index,
+                weight=weight,
+                class_weight=class_weight,
+                label_smoothing=label_smoothing,
+            )
+            return list(torch.autograd.grad(loss, x, grad_loss, create_graph=True)), *nothing
     factor = _factor(grads[0], grad_loss, normalizer, ctx.min_normalizer)
     return [_scaled(grad, factor) for grad in grads], *nothing
 
@@ -618,34 +926,13 @@ def _differentiable_backward(
     return grad
 
 
-def _differentiable_dense_backward(
-    grad_loss: Tensor,
-    cls_logits: list[Tensor],
-    labels: Tensor,
-    normalizer: Tensor | None,
-    min_normalizer: float,
-    arguments: tuple[Any, ...],  # alpha, gamma, ignore_index
-) -> list[Tensor]:
-    *parameters, ignore_index = arguments
-    with torch.enable_grad():
-        x = [t if t.requires_grad else t.detach().requires_grad_() for t in cls_logits]
-        loss = reference.dense_focal_loss(
-            x,
-            labels,
-            *parameters,
-            normalizer=min_normalizer if normalizer is None else normalizer,
-            min_normalizer=min_normalizer,
-            ignore_index=ignore_index,
-        )
-        return list(torch.autograd.grad(loss, x, grad_loss, create_graph=True))
-
-
 torch.library.register_autograd(
     "focalops::sigmoid_focal_loss", _backward_elementwise, setup_context=_setup_elementwise
 )
 torch.library.register_autograd(
     "focalops::sigmoid_focal_loss_sum", _backward_sum, setup_context=_setup_sum
 )
+torch.library.register_autograd("focalops::row_loss_sum", _backward_rows, setup_context=_setup_rows)
 torch.library.register_autograd(
     "focalops::dense_focal_loss", _backward_dense, setup_context=_setup_dense
 )
@@ -683,18 +970,19 @@ def _check_graph_is_freed() -> None:
 
 
 class _SumInPlace(torch.autograd.Function):
-    """sigmoid_focal_loss_sum with the gradient written over the logits, by the forward."""
+    """A summed loss with the gradient written over the logits, by the forward."""
 
     @staticmethod
     def forward(
         ctx: Any,
+        op: Any,
         inputs: Tensor,
-        targets: Tensor,
-        *arguments: Any,  # alpha, gamma, beta, ignore_index, normalizer, min_normalizer
+        *arguments: Any,  # the last are normalizer and min_normalizer
     ) -> Tensor:
-        loss = call(ops._sigmoid_focal_loss_sum_, inputs, targets, *arguments)
+        loss = call(op, inputs, *arguments)
         torch.autograd.graph.increment_version(inputs)
-        *_, normalizer, ctx.min_normalizer = arguments
+        *others, normalizer, ctx.min_normalizer = arguments
+        ctx.num_others = len(others)
         ctx.save_for_backward(inputs, normalizer)
         ctx.set_materialize_grads(False)
         return loss
@@ -702,13 +990,13 @@ class _SumInPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         _check_graph_is_freed()
-        nothing = (None,) * 7
+        nothing = (None,) * (ctx.num_others + 2)
         if grad_loss is None:
-            return None, *nothing
+            return None, None, *nothing
         inputs, normalizer = ctx.saved_tensors
         factor = _factor(inputs, grad_loss, normalizer, ctx.min_normalizer)
         torch.autograd.graph.increment_version(inputs)
-        return _scaled(inputs.detach(), factor), *nothing
+        return None, _scaled(inputs.detach(), factor), *nothing
 
 
 class _DenseInPlace(torch.autograd.Function):
@@ -717,13 +1005,12 @@ class _DenseInPlace(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        labels: Tensor,
-        *arguments: Any,  # alpha, gamma, ignore_index, normalizer, min_normalizer, *cls_logits
+        arguments: tuple[Any, ...],  # of the op; the last are normalizer and min_normalizer
+        *cls_logits: Tensor,
     ) -> Tensor:
-        options, cls_logits = arguments[:5], list(arguments[5:])
-        loss = call(ops._dense_focal_loss_, cls_logits, labels, *options)
+        loss = call(ops._dense_focal_loss_, cls_logits, *arguments)
         torch.autograd.graph.increment_version(cls_logits)
-        *_, normalizer, ctx.min_normalizer = options
+        *_, normalizer, ctx.min_normalizer = arguments
         ctx.save_for_backward(normalizer, *cls_logits)
         ctx.set_materialize_grads(False)
         return loss
@@ -732,12 +1019,11 @@ class _DenseInPlace(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         _check_graph_is_freed()
         normalizer, *cls_logits = ctx.saved_tensors
-        nothing = (None,) * 6
         if grad_loss is None:
-            return *nothing, *(None for _ in cls_logits)
+            return None, *(None for _ in cls_logits)
         factor = _factor(cls_logits[0], grad_loss, normalizer, ctx.min_normalizer)
         torch.autograd.graph.increment_version(cls_logits)
-        return *nothing, *(_scaled(level.detach(), factor) for level in cls_logits)
+        return None, *(_scaled(level.detach(), factor) for level in cls_logits)
 
 
 # ---- vmap ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +31,22 @@ def sigmoid_focal_loss(
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
+    weight: Tensor | None = None,  # [...] = inputs.shape[:-1]
+    class_weight: Tensor | None = None,  # [K]
+    label_smoothing: float = 0,
     inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
     x = inputs.to(compute_dtype(inputs.dtype))
     if targets.shape == inputs.shape:
-        loss = _focal_dense(x, targets.to(x.dtype), gamma)
+        loss = _balance(_focal_dense(x, targets.to(x.dtype), gamma), targets, alpha)
+    elif label_smoothing:
+        t = one_hot(targets, inputs.shape[-1]).to(x.dtype)
+        t = t * (1 - label_smoothing) + label_smoothing / 2
+        loss = _balance(_focal_dense(x, t, gamma), t, alpha)
     else:
         loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), gamma)
-    loss = _balance(loss, targets, alpha)
+        loss = _balance(loss, targets, alpha)
+    loss = _weigh(loss, weight, class_weight)
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
 
@@ -72,6 +81,9 @@ def dense_focal_loss(
     normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
     min_normalizer: float = 1,
     ignore_index: int = -100,
+    weight: Tensor | None = None,  # [B, N]
+    class_weight: Tensor | None = None,  # [K]
+    label_smoothing: float = 0,
     inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
     positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
@@ -86,12 +98,116 @@ def dense_focal_loss(
     ]  # L of [B, H * W * A, K]
     x = torch.cat(rows, dim=1)
     loss = sigmoid_focal_loss(
-        x.to(compute_dtype(x.dtype)), labels, alpha, gamma, ignore_index=ignore_index
+        x.to(compute_dtype(x.dtype)),
+        labels,
+        alpha,
+        gamma,
+        ignore_index=ignore_index,
+        weight=weight,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
     ).sum(dim=(1, 2))  # [B]
     if normalizer is None:
         return loss.sum()
     divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
     return (loss / divisor.clamp(min=min_normalizer)).sum()
+
+
+def quality_focal_loss(
+    inputs: Tensor,  # [..., K]
+    targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]
+    beta: float = 2.0,
+    reduction: str = "none",
+    **options: Any,
+) -> Tensor:
+    x = inputs.to(compute_dtype(inputs.dtype))
+    positive, score = _positives_and_scores(x, targets)
+    y = torch.where(positive, score, 0)
+    difference = torch.where(positive, (y - torch.sigmoid(x)).abs(), 0.5)
+    negative = torch.exp(beta * F.logsigmoid(x)) * _cross_entropy(x, 0)
+    loss = torch.where(positive, difference.pow(beta) * _cross_entropy(x, y), negative)
+    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+
+
+def varifocal_loss(
+    inputs: Tensor,  # [..., K]
+    targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    iou_weighted: bool = True,
+    reduction: str = "none",
+    **options: Any,
+) -> Tensor:
+    x = inputs.to(compute_dtype(inputs.dtype))
+    positive, score = _positives_and_scores(x, targets)
+    positive = positive & (score > 0)
+    negative = alpha * torch.exp(gamma * F.logsigmoid(x)) * _cross_entropy(x, 0)
+    loss = (score if iou_weighted else 1) * _cross_entropy(x, torch.where(positive, score, 0))
+    loss = torch.where(positive, loss, negative)
+    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+
+
+def matchability_aware_loss(
+    inputs: Tensor,  # [..., K]
+    targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]
+    gamma: float = 1.5,
+    alpha: float = 1.0,
+    reduction: str = "none",
+    **options: Any,
+) -> Tensor:
+    x = inputs.to(compute_dtype(inputs.dtype))
+    positive, score = _positives_and_scores(x, targets)
+    negative = alpha * torch.exp(gamma * F.logsigmoid(x.detach())) * _cross_entropy(x, 0)
+    loss = torch.where(positive, _cross_entropy(x, score.pow(gamma)), negative)
+    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+
+
+def ia_bce_loss(
+    inputs: Tensor,  # [..., K]
+    targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    **options: Any,
+) -> Tensor:
+    x = inputs.to(compute_dtype(inputs.dtype))
+    positive, score = _positives_and_scores(x, targets)
+    quality = torch.sigmoid(x.detach()).pow(alpha) * score.pow(1 - alpha)
+    negative = torch.exp(gamma * F.logsigmoid(x)) * _cross_entropy(x, 0)
+    loss = torch.where(positive, _cross_entropy(x, quality.clamp(min=0.01)), negative)
+    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+
+
+def _positives_and_scores(x: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    labels, scores = targets
+    return one_hot(labels, x.shape[-1]), scores.to(x.dtype).unsqueeze(-1)
+
+
+def _cross_entropy(x: Tensor, t: Tensor | float) -> Tensor:
+    return -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
+
+
+def _weigh(loss: Tensor, weight: Tensor | None, class_weight: Tensor | None) -> Tensor:
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype).unsqueeze(-1)
+    return loss if class_weight is None else loss * class_weight.to(loss.dtype)
+
+
+def _reduce_rows(
+    loss: Tensor,
+    inputs: Tensor,
+    labels: Tensor,
+    reduction: str,
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,  # [...] = inputs.shape[:-1]
+    class_weight: Tensor | None = None,  # [K]
+    inplace_backward: bool = False,  # a matter of memory: not here
+) -> Tensor:
+    loss = _weigh(loss, weight, class_weight)
+    return _reduce(loss, inputs, labels, reduction, ignore_index, normalizer, min_normalizer)
 
 
 def one_hot(targets: Tensor, num_classes: int) -> Tensor:  # [...] -> bool [..., K]

@@ -236,7 +236,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(device):
     detached = [level.detach() for level in levels]
     assert not dense_focal_loss(detached, labels).requires_grad
     op = torch.ops.focalops.dense_focal_loss
-    _, grads = op(detached, labels, 0.25, 2.0, -100, None, 1.0, False)
+    _, grads = op(detached, labels, 0.25, 2.0, 0.0, None, None, -100, None, 1.0, False)
     assert grads == []
 
 
@@ -295,7 +295,19 @@ def test_opcheck(compute_grad, device):
     levels, labels = setup(device, sizes=((3, 5), (2, 2)))
     op = torch.ops.focalops.dense_focal_loss.default
     for normalizer in (None, torch.tensor([2.0, 3.0], device=device)):
-        arguments = (levels, labels, 0.25, 2.0, -100, normalizer, 1.0, compute_grad)
+        arguments = (
+            levels,
+            labels,
+            0.25,
+            2.0,
+            0.0,
+            None,
+            None,
+            -100,
+            normalizer,
+            1.0,
+            compute_grad,
+        )
         torch.library.opcheck(op, arguments)
     scale = torch.tensor([2.0, 3.0], device=device)
     torch.library.opcheck(torch.ops.focalops._scale_.default, (levels[0].detach().clone(), scale))

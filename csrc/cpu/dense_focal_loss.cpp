@@ -27,6 +27,7 @@ struct Head {
 
   HeadShape shape;
   const index_t* labels;  // [B, rows]
+  RowExtras<T> extras;    // as the labels
   int64_t ignore_index;
   InvalidIndex invalid{};
 
@@ -36,14 +37,14 @@ struct Head {
   void evaluate(const HeadLevel& level, const Pieces& pieces, int64_t image, int64_t part,
                 const Loss& formula, Block<T>& block, const Consume& consume) {
     const auto* logits = static_cast<const scalar_t*>(level.logits.const_data_ptr());
-    const index_t* first_label = labels + image * shape.rows + level.first_row;
+    const int64_t first_row = image * shape.rows + level.first_row;
     const int64_t size = level.positions * shape.anchors * shape.classes;  // of an image
     if (level.has_rows) {
       const int64_t end = std::min((part + 1) * kChunk, size);
       for (int64_t begin = part * kChunk; begin < end; begin += kBlock) {
         const int64_t n = std::min(kBlock, end - begin);
-        evaluate_rows<WithGrad>(logits + image * size, first_label, shape.classes, ignore_index,
-                                begin, n, formula, block, invalid);
+        evaluate_rows<WithGrad>(logits + image * size, labels + first_row, extras.from(first_row),
+                                shape.classes, ignore_index, begin, n, formula, block, invalid);
         consume(image * size + begin, n, block);
       }
       return;
@@ -52,25 +53,25 @@ struct Head {
     const int64_t begin = level.positions * stretch / pieces.stretches;
     const int64_t n = level.positions * (stretch + 1) / pieces.stretches - begin;
     const int64_t first_plane = (image * shape.anchors + anchor) * shape.classes;
-    evaluate_planes<WithGrad>(logits, first_label + begin * shape.anchors + anchor,
+    evaluate_planes<WithGrad>(logits, first_row + begin * shape.anchors + anchor,
                               first_plane * level.positions + begin, level.positions, n, formula,
                               block, consume);
   }
 
-  // n positions from `begin` on, in each of the classes' planes.
+  // n positions from `begin` on, in each of the classes' planes; `row` is the first one's.
   template <bool WithGrad, typename Loss, typename Consume>
-  void evaluate_planes(const scalar_t* logits, const index_t* labels_of_anchor, int64_t begin,
-                       int64_t plane_size, int64_t n, const Loss& formula, Block<T>& block,
-                       const Consume& consume) {
+  void evaluate_planes(const scalar_t* logits, int64_t row, int64_t begin, int64_t plane_size,
+                       int64_t n, const Loss& formula, Block<T>& block, const Consume& consume) {
     struct Labelled {
       int64_t label, at;
     } labelled[kBlock];
     int64_t num_labelled = 0, num_ignored = 0;
-    int64_t ignored[kBlock];
-    for (int64_t at = 0; at < n; ++at) {
-      const int64_t label = labels_of_anchor[at * shape.anchors];
+    Range ignored[kBlock];
+    for (int64_t at = 0; at < n; ++at, row += shape.anchors) {
+      const int64_t label = labels[row];
+      block.weights[at] = extras.weight_of(row);
       if (label == ignore_index) {
-        ignored[num_ignored++] = at;
+        ignored[num_ignored++] = {at, at + 1};
       } else if (label >= 0 && label < shape.classes) {
         labelled[num_labelled++] = {label, at};
       } else if (label != shape.classes) {
@@ -84,17 +85,16 @@ struct Head {
     int64_t next = 0;
     for (int64_t k = 0; k < shape.classes; ++k, begin += plane_size) {
       convert(logits + begin, block.logits, n);
-      for (int64_t i = 0; i < num_ignored; ++i) {
-        block.logits[ignored[i]] = kNoLoss<T>;
-      }
       int64_t num_positives = 0;
       for (; next < num_labelled && labelled[next].label == k; ++next) {
-        const int64_t at = labelled[next].at;
-        positives[num_positives++] = {at, block.logits[at]};
-        block.logits[at] = kNoLoss<T>;
+        positives[num_positives++] = {labelled[next].at, T(1)};
       }
       evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
       evaluate_positives<WithGrad>(positives, num_positives, formula, block);
+      if (extras.weighs()) {
+        weigh<WithGrad>(block, extras.class_weight == nullptr ? T(1) : extras.class_weight[k], n);
+      }
+      clear<WithGrad>(ignored, num_ignored, block);
       consume(begin, n, block);
     }
   }
@@ -102,11 +102,12 @@ struct Head {
 
 // Writes the gradients into `grads`, where there are any; they may be the logits themselves.
 Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& shape,
-                        const Tensor& labels_, double alpha, double gamma, int64_t ignore_index,
+                        const Tensor& labels_, const HeadLossOptions& options,
                         const std::optional<Tensor>& normalizer, double min_normalizer,
                         const std::vector<Tensor>& grads) {
   const bool compute_grad = !grads.empty();
   const Tensor labels = torch::stable::contiguous(labels_);
+  const auto weight = contiguous(options.weight), class_weight = contiguous(options.class_weight);
   const Tensor& like = levels[0].logits;
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
   std::vector<Pieces> pieces;
@@ -132,9 +133,12 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
         divisors[b] = clamped_divisor(values[given.dim() == 1 ? b : 0], divisors[b]);
       }
     }
-    Head<scalar_t, index_t> head{shape, static_cast<const index_t*>(labels.const_data_ptr()),
-                                 ignore_index};
-    dispatch_focal_loss<T>(alpha, gamma, [&](const auto& formula) {
+    Head<scalar_t, index_t> head{shape,
+                                 static_cast<const index_t*>(labels.const_data_ptr()),
+                                 {data_of<T>(weight), data_of<T>(class_weight)},
+                                 options.ignore_index};
+    const std::vector<double> parameters{options.alpha, options.gamma, options.label_smoothing};
+    dispatch_focal_row_loss<T>(parameters, [&](const auto& formula) {
       torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
         Block<T> block;
         size_t l = 0;
@@ -162,7 +166,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
         }
       });
     });
-    head.invalid.check("dense_focal_loss", "labels", shape.classes, ignore_index);
+    head.invalid.check("dense_focal_loss", "labels", shape.classes, options.ignore_index);
     double sum = 0;
     for (const double piece_sum : sums) {
       sum += piece_sum;
@@ -177,27 +181,31 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
 
 std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cpu(
     const std::vector<Tensor>& cls_logits, const Tensor& labels, double alpha, double gamma,
-    int64_t ignore_index, const std::optional<Tensor>& normalizer, double min_normalizer,
-    bool compute_grad) {
-  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+    double label_smoothing, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& class_weight, int64_t ignore_index,
+    const std::optional<Tensor>& normalizer, double min_normalizer, bool compute_grad) {
+  const HeadLossOptions options{alpha, gamma, label_smoothing, weight, class_weight, ignore_index};
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, options, normalizer);
   const auto levels = head_levels(cls_logits, shape);
   std::vector<Tensor> grads;
   for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
     grads.push_back(new_like(levels[l].logits));
   }
-  Tensor loss = dense_focal_loss(levels, shape, labels, alpha, gamma, ignore_index, normalizer,
-                                 min_normalizer, grads);
+  Tensor loss = dense_focal_loss(levels, shape, labels, options, normalizer, min_normalizer, grads);
   return {loss, grads};
 }
 
 Tensor dense_focal_loss_inplace_cpu(const std::vector<Tensor>& cls_logits, const Tensor& labels,
-                                    double alpha, double gamma, int64_t ignore_index,
+                                    double alpha, double gamma, double label_smoothing,
+                                    const std::optional<Tensor>& weight,
+                                    const std::optional<Tensor>& class_weight, int64_t ignore_index,
                                     const std::optional<Tensor>& normalizer,
                                     double min_normalizer) {
-  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+  const HeadLossOptions options{alpha, gamma, label_smoothing, weight, class_weight, ignore_index};
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, options, normalizer);
   check_overwritten(cls_logits);
-  return dense_focal_loss(head_levels(cls_logits, shape), shape, labels, alpha, gamma, ignore_index,
-                          normalizer, min_normalizer, cls_logits);
+  return dense_focal_loss(head_levels(cls_logits, shape), shape, labels, options, normalizer,
+                          min_normalizer, cls_logits);
 }
 
 }  // namespace

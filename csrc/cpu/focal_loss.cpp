@@ -2,8 +2,6 @@
 // chunks.
 #include "focal_loss.h"
 
-#include <vector>
-
 namespace focalops {
 namespace {
 
@@ -44,27 +42,6 @@ struct DenseTargets {
   void finish() const {}
 };
 
-template <typename scalar_t, typename index_t>
-struct ClassIndexTargets {
-  using T = compute_t<scalar_t>;
-
-  const scalar_t* inputs;
-  const index_t* targets;
-  int64_t num_classes;
-  int64_t ignore_index;
-  InvalidIndex invalid{};
-
-  template <bool WithGrad, typename Loss>
-  void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
-    evaluate_rows<WithGrad>(inputs, targets, num_classes, ignore_index, begin, n, formula, block,
-                            invalid);
-  }
-
-  void finish() const {
-    invalid.check("sigmoid_focal_loss", "class-index targets", num_classes, ignore_index);
-  }
-};
-
 // Calls f(scalar type tag, targets) with a DenseTargets or a ClassIndexTargets.
 template <typename F>
 void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignore_index, F&& f) {
@@ -76,7 +53,7 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
       dispatch_index(targets.scalar_type(), [&](auto index_tag) {
         using index_t = tag_t<decltype(index_tag)>;
         ClassIndexTargets<scalar_t, index_t> classes{
-            logits, static_cast<const index_t*>(targets.const_data_ptr()),
+            "sigmoid_focal_loss", logits, static_cast<const index_t*>(targets.const_data_ptr()),
             inputs.size(inputs.dim() - 1), ignore_index};
         f(tag, classes);
       });
@@ -91,27 +68,6 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
   });
 }
 
-// Evaluates the loss (and the gradient) of every logit and hands each block to consume(begin, n,
-// block).
-template <bool WithGrad, typename Targets, typename Consume>
-void for_each_block(Targets& targets, int64_t numel, const FocalParams& params,
-                    const Consume& consume) {
-  using T = typename Targets::T;
-  const int64_t num_chunks = (numel + kChunk - 1) / kChunk;
-  dispatch_focal_loss<T>(params, [&](const auto& formula) {
-    torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
-      Block<T> block;
-      const int64_t end = std::min(last_chunk * kChunk, numel);
-      for (int64_t begin = first_chunk * kChunk; begin < end; begin += kBlock) {
-        const int64_t n = std::min(kBlock, end - begin);
-        targets.template evaluate<WithGrad>(begin, n, formula, block);
-        consume(begin, n, block);
-      }
-    });
-  });
-  targets.finish();
-}
-
 Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, double alpha,
                               double gamma, std::optional<double> beta, int64_t ignore_index) {
   const FocalParams params{alpha, gamma, beta};
@@ -122,9 +78,12 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, dou
   dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
     auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
-    for_each_block<false>(
-        evaluator, inputs.numel(), params,
-        [&](int64_t begin, int64_t n, const auto& block) { convert(block.loss, out + begin, n); });
+    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+      for_each_block<false>(evaluator, inputs.numel(), formula,
+                            [&](int64_t begin, int64_t n, const auto& block) {
+                              convert(block.loss, out + begin, n);
+                            });
+    });
   });
   return output;
 }
@@ -142,10 +101,12 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor&
     using scalar_t = tag_t<decltype(tag)>;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    for_each_block<true>(evaluator, inputs.numel(), params,
-                         [&](int64_t begin, int64_t n, const auto& block) {
-                           multiply_and_convert(block.grad, upstream + begin, out + begin, n);
-                         });
+    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+      for_each_block<true>(evaluator, inputs.numel(), formula,
+                           [&](int64_t begin, int64_t n, const auto& block) {
+                             multiply_and_convert(block.grad, upstream + begin, out + begin, n);
+                           });
+    });
   });
   return grad_inputs;
 }
@@ -156,35 +117,12 @@ Tensor focal_loss_sum(const Tensor& inputs, const Tensor& targets_, const FocalP
                       double min_normalizer, const std::optional<Tensor>& grad) {
   const Tensor targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
-  const int64_t numel = inputs.numel();
-  std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
-
   dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
     using scalar_t = tag_t<decltype(tag)>;
-    using T = compute_t<scalar_t>;
-    T divisor = static_cast<T>(min_normalizer);
-    if (normalizer.has_value()) {
-      divisor = clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), divisor);
-    }
-    const T grad_scale = gradient_scale<scalar_t>(divisor);
-    if (grad.has_value()) {
-      auto* out = static_cast<scalar_t*>(grad->mutable_data_ptr());
-      for_each_block<true>(evaluator, numel, params,
-                           [&](int64_t begin, int64_t n, const auto& block) {
-                             block_sums[begin / kBlock] = sum_of(block.loss, n);
-                             scale_and_convert(block.grad, grad_scale, out + begin, n);
-                           });
-    } else {
-      for_each_block<false>(evaluator, numel, params,
-                            [&](int64_t begin, int64_t n, const auto& block) {
-                              block_sums[begin / kBlock] = sum_of(block.loss, n);
-                            });
-    }
-    double sum = 0;
-    for (const double block_sum : block_sums) {
-      sum += block_sum;
-    }
-    *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(sum / divisor);
+    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+      sum_losses<scalar_t>(evaluator, inputs.numel(), formula, normalizer, min_normalizer, grad,
+                           loss);
+    });
   });
   return loss;
 }

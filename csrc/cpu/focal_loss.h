@@ -1,14 +1,14 @@
 // What the focal losses share on the CPU: a block of logits in the L1 cache, evaluated as vectors.
 //
-// Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer in
-// which each positive, and each logit of an ignored row, is replaced by -inf, at which a negative
-// has loss 0 and gradient 0; what is left is one formula for the whole block. The few positives are
-// added one by one.
+// Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer
+// and evaluated as if all were negatives, one formula for the whole block; then the few positives
+// are evaluated one by one, and ignored rows set to 0.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 #include <limits>
+#include <vector>
 
 #include "../checks.h"
 #include "../math/focal.h"
@@ -24,10 +24,10 @@ constexpr int64_t kChunk =
     kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
 
 template <bool WithGrad, typename T, typename Loss>
-FOCALOPS_SIMD void evaluate_negatives(const T* s, T* loss, T* grad, int64_t n, Loss formula) {
+FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n, Loss formula) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const LossAndGrad<T> value = formula.hard(s[i], formula.alpha.negative);
+    const LossAndGrad<T> value = formula.negative(x[i]);
     loss[i] = value.loss;
     if (WithGrad) {
       grad[i] = value.grad;
@@ -60,31 +60,75 @@ FOCALOPS_SIMD void scale_and_convert(const T* from, T scale, To* to, int64_t n) 
 }
 
 template <typename T>
+FOCALOPS_SIMD void multiply(T* values, const T* factors, T factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    values[i] *= factors[i] * factor;
+  }
+}
+
+template <typename T>
 struct Block {
   alignas(64) T logits[kBlock];
   alignas(64) T targets[kBlock];
+  alignas(64) T weights[kBlock];
   alignas(64) T loss[kBlock];
   alignas(64) T grad[kBlock];
 };
 
 template <typename T>
-constexpr T kNoLoss = -std::numeric_limits<T>::infinity();
-
-template <typename T>
 struct Positive {
   int64_t at;  // in the block
-  T logit;
+  T score;
+};
+
+struct Range {
+  int64_t begin, end;  // in the block
+};
+
+// What rows may have beside a class index; null where they have not.
+template <typename T>
+struct RowExtras {
+  const T* weight = nullptr;        // [rows]
+  const T* class_weight = nullptr;  // [K]
+  const T* scores = nullptr;        // [rows]
+
+  bool weighs() const { return weight != nullptr || class_weight != nullptr; }
+  T weight_of(int64_t row) const { return weight == nullptr ? T(1) : weight[row]; }
+  T score_of(int64_t row) const { return scores == nullptr ? T(1) : scores[row]; }
+
+  RowExtras from(int64_t row) const {
+    return {weight == nullptr ? nullptr : weight + row, class_weight,
+            scores == nullptr ? nullptr : scores + row};
+  }
 };
 
 template <bool WithGrad, typename T, typename Loss>
 void evaluate_positives(const Positive<T>* positives, int64_t count, const Loss& formula,
                         Block<T>& block) {
   for (int64_t i = 0; i < count; ++i) {
-    const auto [at, logit] = positives[i];
-    const LossAndGrad<T> value = formula.hard(-logit, formula.alpha.positive);
+    const auto [at, score] = positives[i];
+    const LossAndGrad<T> value = formula.positive(block.logits[at], score);
     block.loss[at] = value.loss;
     if (WithGrad) {
-      block.grad[at] = -value.grad;
+      block.grad[at] = value.grad;
+    }
+  }
+}
+
+template <bool WithGrad, typename T>
+void weigh(Block<T>& block, T factor, int64_t n) {
+  multiply(block.loss, block.weights, factor, n);
+  if (WithGrad) {
+    multiply(block.grad, block.weights, factor, n);
+  }
+}
+
+template <bool WithGrad, typename T>
+void clear(const Range* ignored, int64_t count, Block<T>& block) {
+  for (int64_t i = 0; i < count; ++i) {
+    std::fill(block.loss + ignored[i].begin, block.loss + ignored[i].end, T(0));
+    if (WithGrad) {
+      std::fill(block.grad + ignored[i].begin, block.grad + ignored[i].end, T(0));
     }
   }
 }
@@ -110,33 +154,84 @@ class InvalidIndex {
 // The logits begin .. begin + n of rows of K.
 template <bool WithGrad, typename scalar_t, typename index_t, typename Loss,
           typename T = compute_t<scalar_t>>
-void evaluate_rows(const scalar_t* inputs, const index_t* targets, int64_t num_classes,
-                   int64_t ignore_index, int64_t begin, int64_t n, const Loss& formula,
-                   Block<T>& block, InvalidIndex& invalid) {
+void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtras<T>& extras,
+                   int64_t num_classes, int64_t ignore_index, int64_t begin, int64_t n,
+                   const Loss& formula, Block<T>& block, InvalidIndex& invalid) {
   Positive<T> positives[kBlock];
-  int64_t num_positives = 0;
+  Range ignored[kBlock];
+  int64_t num_positives = 0, num_ignored = 0;
 
   convert(inputs + begin, block.logits, n);
   const int64_t end = begin + n;
   for (int64_t row = begin / num_classes; row * num_classes < end; ++row) {
     const int64_t row_begin =
         row * num_classes - begin;  // in the block, negative where the row began before it
+    const Range range{std::max<int64_t>(row_begin, 0), std::min(row_begin + num_classes, n)};
     const int64_t target = targets[row];
     if (target == ignore_index) {
-      const int64_t row_end = std::min(row_begin + num_classes, n);
-      std::fill(block.logits + std::max<int64_t>(row_begin, 0), block.logits + row_end, kNoLoss<T>);
+      ignored[num_ignored++] = range;
     } else if (target >= 0 && target < num_classes) {
       const int64_t at = row_begin + target;
       if (at >= 0 && at < n) {
-        positives[num_positives++] = {at, block.logits[at]};
-        block.logits[at] = kNoLoss<T>;
+        positives[num_positives++] = {at, extras.score_of(row)};
       }
     } else if (target != num_classes) {
       invalid.note(target);
     }
+    if (extras.weighs()) {
+      const T weight = extras.weight_of(row);
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        block.weights[i] =
+            extras.class_weight == nullptr ? weight : weight * extras.class_weight[i - row_begin];
+      }
+    }
   }
   evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
   evaluate_positives<WithGrad>(positives, num_positives, formula, block);
+  if (extras.weighs()) {
+    weigh<WithGrad>(block, T(1), n);
+  }
+  clear<WithGrad>(ignored, num_ignored, block);
+}
+
+// Class-index targets of contiguous rows, and their extras.
+template <typename scalar_t, typename index_t>
+struct ClassIndexTargets {
+  using T = compute_t<scalar_t>;
+
+  const char* op;
+  const scalar_t* inputs;
+  const index_t* targets;
+  int64_t num_classes;
+  int64_t ignore_index;
+  RowExtras<T> extras{};
+  InvalidIndex invalid{};
+
+  template <bool WithGrad, typename Loss>
+  void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
+    evaluate_rows<WithGrad>(inputs, targets, extras, num_classes, ignore_index, begin, n, formula,
+                            block, invalid);
+  }
+
+  void finish() const { invalid.check(op, "class-index targets", num_classes, ignore_index); }
+};
+
+// Evaluates the loss (and the gradient) of every logit and hands each block to consume(begin, n,
+// block).
+template <bool WithGrad, typename Targets, typename Loss, typename Consume>
+void for_each_block(Targets& targets, int64_t numel, const Loss& formula, const Consume& consume) {
+  using T = typename Targets::T;
+  const int64_t num_chunks = (numel + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
+    Block<T> block;
+    const int64_t end = std::min(last_chunk * kChunk, numel);
+    for (int64_t begin = first_chunk * kChunk; begin < end; begin += kBlock) {
+      const int64_t n = std::min(kBlock, end - begin);
+      targets.template evaluate<WithGrad>(begin, n, formula, block);
+      consume(begin, n, block);
+    }
+  });
+  targets.finish();
 }
 
 // By what the forward multiplies a gradient. A float16 gradient over a large normalizer is 0 before
@@ -149,6 +244,38 @@ T gradient_scale(T divisor) {
 template <typename T>
 T clamped_divisor(T given, T least) {
   return given < least ? least : given;  // a NaN stays
+}
+
+// The sum of the losses over the divisor, written to `loss`; the gradient goes to `grad`, where
+// there is one; it may be the logits themselves.
+template <typename scalar_t, typename Targets, typename Loss, typename T = compute_t<scalar_t>>
+void sum_losses(Targets& targets, int64_t numel, const Loss& formula,
+                const std::optional<Tensor>& normalizer, double min_normalizer,
+                const std::optional<Tensor>& grad, Tensor& loss) {
+  T divisor = static_cast<T>(min_normalizer);
+  if (normalizer.has_value()) {
+    divisor = clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), divisor);
+  }
+  const T grad_scale = gradient_scale<scalar_t>(divisor);
+  std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
+  if (grad.has_value()) {
+    auto* out = static_cast<scalar_t*>(grad->mutable_data_ptr());
+    for_each_block<true>(targets, numel, formula,
+                         [&](int64_t begin, int64_t n, const Block<T>& block) {
+                           block_sums[begin / kBlock] = sum_of(block.loss, n);
+                           scale_and_convert(block.grad, grad_scale, out + begin, n);
+                         });
+  } else {
+    for_each_block<false>(targets, numel, formula,
+                          [&](int64_t begin, int64_t n, const Block<T>& block) {
+                            block_sums[begin / kBlock] = sum_of(block.loss, n);
+                          });
+  }
+  double sum = 0;
+  for (const double block_sum : block_sums) {
+    sum += block_sum;
+  }
+  *static_cast<T*>(loss.mutable_data_ptr()) = static_cast<T>(sum / divisor);
 }
 
 // Uninitialised, of the shape, layout and dtype of a dense tensor.

@@ -36,10 +36,12 @@ struct Level {
   bool has_rows;
 };
 
-template <typename scalar_t_>
+// Extras is void or RowExtras<T>.
+template <typename scalar_t_, typename Extras_>
 struct Head {
   using scalar_t = scalar_t_;
   using T = compute_t<scalar_t>;
+  using Extras = Extras_;
 
   Level levels[kMaxLevels];
   int num_levels;
@@ -53,13 +55,14 @@ struct Head {
   FastDivisor rows_of;    // by classes
   FastDivisor slices_of;  // by the number of slices
   Normalizer<T> normalizer;
+  std::conditional_t<std::is_void_v<Extras>, char, Extras> extras;  // as the labels
 };
 
 // Evaluates a thread's share of item `part` of an image and returns the sum of its losses.
-template <bool WithGrad, typename scalar_t, typename Loss, typename T = compute_t<scalar_t>>
-__device__ __forceinline__ T evaluate_rows(const Head<scalar_t>& head, const Level& level,
-                                           int64_t image, int64_t part, T scale,
-                                           const Loss& formula) {
+template <bool WithGrad, typename Head, typename Loss, typename T = typename Head::T>
+__device__ __forceinline__ T evaluate_rows(const Head& head, const Level& level, int64_t image,
+                                           int64_t part, T scale, const Loss& formula) {
+  using scalar_t = typename Head::scalar_t;
   constexpr int N = kVectorSize<scalar_t>;
   const int64_t rows = level.positions * head.anchors, size = rows * head.classes;
   const int64_t begin = part * kChunk<scalar_t>, first_row = begin / head.classes;
@@ -67,7 +70,8 @@ __device__ __forceinline__ T evaluate_rows(const Head<scalar_t>& head, const Lev
   // From here on all is counted from the beginning of the chunk, in 32 bits.
   const int left = static_cast<int>(min(size - begin, kChunk<scalar_t>));
   const int rows_left = static_cast<int>(min(rows - first_row, kChunk<scalar_t>));
-  const Indices labels = head.labels.from(image * head.rows + level.first_row + first_row);
+  const int64_t first_label = image * head.rows + level.first_row + first_row;
+  const Indices labels = head.labels.from(first_label);
   const auto* logits = static_cast<const scalar_t*>(level.logits) + image * size + begin;
   const bool aligned = is_aligned(logits);
 
@@ -87,7 +91,14 @@ __device__ __forceinline__ T evaluate_rows(const Head<scalar_t>& head, const Lev
       const uint32_t column = head.rows_of.remainder(from_row, row);
       const auto masks = class_row_masks<N>(labels, static_cast<int>(row), rows_left, column,
                                             head.classes, head.ignore_index);
-      const auto values = evaluate_hard(vectors[u], masks, formula);
+      Values<T, N> values;
+      if constexpr (std::is_void_v<typename Head::Extras>) {
+        values = evaluate_hard(vectors[u], masks, formula);
+      } else {
+        values =
+            evaluate_extras(vectors[u], masks, head.extras.from(first_label), static_cast<int>(row),
+                            rows_left, static_cast<int>(column), head.classes, formula);
+      }
       sum += sum_losses(values, i, left);
       if constexpr (WithGrad) {
         auto* grad = static_cast<scalar_t*>(level.grad) + image * size + begin;
@@ -98,10 +109,33 @@ __device__ __forceinline__ T evaluate_rows(const Head<scalar_t>& head, const Lev
   return sum;
 }
 
-template <bool WithGrad, typename scalar_t, typename Loss, typename T = compute_t<scalar_t>>
-__device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const Level& level,
-                                             int64_t image, int64_t part, T scale,
-                                             const Loss& formula) {
+// Positions of one plane, with the weights of their anchors and of the class.
+template <typename scalar_t, int N, typename Loss, typename T = compute_t<scalar_t>>
+__device__ __forceinline__ Values<T, N> evaluate_plane(const Vector<scalar_t, N>& logits,
+                                                       const ElementMasks& masks,
+                                                       const T (&weight)[N], T class_weight,
+                                                       const Loss& formula) {
+  Values<T, N> values;
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const uint32_t bit = 1u << j;
+    const T x = masks.invalid & bit ? quiet_nan<T>() : static_cast<T>(logits.data[j]);
+    LossAndGrad<T> value = formula.negative(x);
+    if (masks.positive & bit) {
+      value = formula.positive(x, T(1));
+    }
+    const T factor = weight[j] * class_weight;
+    values.loss[j] = masks.ignored & bit ? T(0) : factor * value.loss;
+    values.grad[j] = masks.ignored & bit ? T(0) : factor * value.grad;
+  }
+  return values;
+}
+
+template <bool WithGrad, typename Head, typename Loss, typename T = typename Head::T>
+__device__ __forceinline__ T evaluate_planes(const Head& head, const Level& level, int64_t image,
+                                             int64_t part, T scale, const Loss& formula) {
+  using scalar_t = typename Head::scalar_t;
+  using Extras = typename Head::Extras;
   constexpr int N = kVectorSize<scalar_t>;
   const auto unit = static_cast<uint32_t>(part * kThreads + threadIdx.x);
   const uint32_t slice_of_image = level.vectors_of_plane.divide(unit);
@@ -128,6 +162,14 @@ __device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const L
         !is_class && label != head.classes && label != head.ignore_index ? 1u << j : 0u;
   }
 
+  T weight[N];
+  if constexpr (!std::is_void_v<Extras>) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      weight[j] = i + j < size ? head.extras.weight_of(row + j * head.anchors) : T(0);
+    }
+  }
+
   T sum = 0;
   const int64_t first_plane = (image * head.anchors + anchor) * head.classes;
   const auto* logits = static_cast<const scalar_t*>(level.logits);
@@ -148,7 +190,13 @@ __device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const L
         for (int j = 0; j < N; ++j) {
           masks.positive |= positive_class[j] == first + u ? 1u << j : 0u;
         }
-        const auto values = evaluate_hard(vectors[u], masks, formula);
+        Values<T, N> values;
+        if constexpr (std::is_void_v<Extras>) {
+          values = evaluate_hard(vectors[u], masks, formula);
+        } else {
+          values = evaluate_plane(vectors[u], masks, weight, head.extras.class_weight_of(first + u),
+                                  formula);
+        }
         sum += sum_losses(values, i, size);
         if constexpr (WithGrad) {
           auto* plane = static_cast<scalar_t*>(level.grad) + (first_plane + first + u) * size;
@@ -160,10 +208,14 @@ __device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const L
   return sum;
 }
 
-template <bool WithGrad, typename scalar_t, typename Loss>
-__global__ void __launch_bounds__(kThreads, 3)
-    dense_focal_loss_kernel(const __grid_constant__ Head<scalar_t> head, Loss formula,
-                            double* partials) {
+// Blocks a multiprocessor: the most at which nothing is spilled.
+template <typename Head>
+constexpr int kBlocks =
+    sizeof(typename Head::scalar_t) > 2 && std::is_void_v<typename Head::Extras> ? 3 : 2;
+
+template <bool WithGrad, typename Head, typename Loss>
+__global__ void __launch_bounds__(kThreads, kBlocks<Head>)
+    dense_focal_loss_kernel(const __grid_constant__ Head head, Loss formula, double* partials) {
   double sum = 0;
   for (int64_t item = blockIdx.x; item < head.num_items; item += gridDim.x) {
     int l = 0;
@@ -174,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     const int64_t image = (item - level.first_item) / level.items_of_image;
     const int64_t part = item - level.first_item - image * level.items_of_image;
     const auto divisor = head.normalizer.divisor(image);
-    const auto scale = gradient_scale<scalar_t>(divisor);
+    const auto scale = gradient_scale<typename Head::scalar_t>(divisor);
     const auto item_sum = level.has_rows
                               ? evaluate_rows<WithGrad>(head, level, image, part, scale, formula)
                               : evaluate_planes<WithGrad>(head, level, image, part, scale, formula);
@@ -188,24 +240,25 @@ __global__ void __launch_bounds__(kThreads, 3)
 
 // ---- host ---------------------------------------------------------------------------------------
 
-template <typename scalar_t>
-Head<scalar_t> make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape,
-                         const Tensor& labels, int64_t ignore_index,
-                         const Normalizer<compute_t<scalar_t>>& normalizer,
-                         const std::vector<Tensor>& grads) {
+template <typename Head>
+Head make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape, const Tensor& labels,
+               int64_t ignore_index, const Normalizer<typename Head::T>& normalizer,
+               const std::vector<Tensor>& grads) {
+  using scalar_t = typename Head::scalar_t;
   const int64_t slices = ceil_div(shape.classes, kClassesOfSlice);
-  Head<scalar_t> head{{},
-                      static_cast<int>(levels.size()),
-                      0,
-                      {labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long},
-                      shape.rows,
-                      ignore_index,
-                      static_cast<int>(shape.anchors),
-                      static_cast<int>(shape.classes),
-                      static_cast<int>(ceil_div(shape.classes, slices)),
-                      FastDivisor(shape.classes),
-                      FastDivisor(slices),
-                      normalizer};
+  Head head{{},
+            static_cast<int>(levels.size()),
+            0,
+            {labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long},
+            shape.rows,
+            ignore_index,
+            static_cast<int>(shape.anchors),
+            static_cast<int>(shape.classes),
+            static_cast<int>(ceil_div(shape.classes, slices)),
+            FastDivisor(shape.classes),
+            FastDivisor(slices),
+            normalizer,
+            {}};
   for (size_t l = 0; l < levels.size(); ++l) {
     const HeadLevel& from = levels[l];
     Level& to = head.levels[l];
@@ -236,66 +289,80 @@ Head<scalar_t> make_head(const std::vector<HeadLevel>& levels, const HeadShape& 
 // Writes the gradients into `grads`, where there are any; they may be the logits themselves: each
 // thread has read its logits before it writes there.
 Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& shape,
-                        const Tensor& labels_, double alpha, double gamma, int64_t ignore_index,
+                        const Tensor& labels_, const HeadLossOptions& options,
                         const std::optional<Tensor>& normalizer_, double min_normalizer,
                         const std::vector<Tensor>& grads, const LaunchScope& scope) {
   const Tensor& like = levels[0].logits;
   const Tensor labels = torch::stable::contiguous(labels_);
+  const auto weight = contiguous(options.weight), class_weight = contiguous(options.class_weight),
+             given = contiguous(normalizer_);  // held until the launch
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
   if (shape.images * shape.rows * shape.classes == 0) {
     return torch::stable::zero_(loss);
   }
+  const auto run = [&](const auto& head, const auto& formula) {
+    using Head = std::decay_t<decltype(head)>;
+    using Loss = std::decay_t<decltype(formula)>;
+    auto* kernel = grads.empty() ? &dense_focal_loss_kernel<false, Head, Loss>
+                                 : &dense_focal_loss_kernel<true, Head, Loss>;
+    const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
+    Tensor partials = torch::stable::new_empty(like, {grid}, ScalarType::Double);
+    auto* sums = static_cast<double*>(partials.mutable_data_ptr());
+    launch(kernel, grid, kThreads, 0, scope.stream(), head, formula, sums);
+    using T = typename Head::T;
+    launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), sums, grid,
+           Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
+  };
   dispatch_floating(like.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    std::optional<Tensor> given;  // held until the launch
-    if (normalizer_.has_value()) {
-      given = torch::stable::contiguous(*normalizer_);
+    const Normalizer<T> normalizer{data_of<T>(given), static_cast<T>(min_normalizer),
+                                   given.has_value() && given->dim() == 1};
+    if (!weight.has_value() && !class_weight.has_value() && options.label_smoothing == 0) {
+      const auto head = make_head<Head<scalar_t, void>>(levels, shape, labels, options.ignore_index,
+                                                        normalizer, grads);
+      return dispatch_focal_loss<T>(options.alpha, options.gamma,
+                                    [&](const auto& formula) { run(head, formula); });
     }
-    const Normalizer<T> normalizer{
-        given.has_value() ? static_cast<const T*>(given->const_data_ptr()) : nullptr,
-        static_cast<T>(min_normalizer), given.has_value() && given->dim() == 1};
-    const auto head = make_head<scalar_t>(levels, shape, labels, ignore_index, normalizer, grads);
-    dispatch_focal_loss<T>(alpha, gamma, [&](const auto& formula) {
-      using Loss = std::decay_t<decltype(formula)>;
-      auto* kernel = grads.empty() ? &dense_focal_loss_kernel<false, scalar_t, Loss>
-                                   : &dense_focal_loss_kernel<true, scalar_t, Loss>;
-      const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
-      Tensor partials = torch::stable::new_empty(like, {grid}, ScalarType::Double);
-      auto* sums = static_cast<double*>(partials.mutable_data_ptr());
-      launch(kernel, grid, kThreads, 0, scope.stream(), head, formula, sums);
-      launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), sums, grid,
-             Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
-    });
+    auto head = make_head<Head<scalar_t, RowExtras<T>>>(levels, shape, labels, options.ignore_index,
+                                                        normalizer, grads);
+    head.extras = {data_of<T>(weight), data_of<T>(class_weight), nullptr};
+    dispatch_focal_row_loss<T>({options.alpha, options.gamma, options.label_smoothing},
+                               [&](const auto& formula) { run(head, formula); });
   });
   return loss;
 }
 
 std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
     const std::vector<Tensor>& cls_logits, const Tensor& labels, double alpha, double gamma,
-    int64_t ignore_index, const std::optional<Tensor>& normalizer, double min_normalizer,
-    bool compute_grad) {
-  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+    double label_smoothing, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& class_weight, int64_t ignore_index,
+    const std::optional<Tensor>& normalizer, double min_normalizer, bool compute_grad) {
+  const HeadLossOptions options{alpha, gamma, label_smoothing, weight, class_weight, ignore_index};
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, options, normalizer);
   const LaunchScope scope(cls_logits[0]);
   const auto levels = head_levels(cls_logits, shape);
   std::vector<Tensor> grads;
   for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
     grads.push_back(torch::stable::empty_like(levels[l].logits));
   }
-  Tensor loss = dense_focal_loss(levels, shape, labels, alpha, gamma, ignore_index, normalizer,
-                                 min_normalizer, grads, scope);
+  Tensor loss =
+      dense_focal_loss(levels, shape, labels, options, normalizer, min_normalizer, grads, scope);
   return {loss, grads};
 }
 
 Tensor dense_focal_loss_inplace_cuda(const std::vector<Tensor>& cls_logits, const Tensor& labels,
-                                     double alpha, double gamma, int64_t ignore_index,
-                                     const std::optional<Tensor>& normalizer,
+                                     double alpha, double gamma, double label_smoothing,
+                                     const std::optional<Tensor>& weight,
+                                     const std::optional<Tensor>& class_weight,
+                                     int64_t ignore_index, const std::optional<Tensor>& normalizer,
                                      double min_normalizer) {
-  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, gamma, normalizer);
+  const HeadLossOptions options{alpha, gamma, label_smoothing, weight, class_weight, ignore_index};
+  const HeadShape shape = check_dense_focal_loss(cls_logits, labels, options, normalizer);
   check_overwritten(cls_logits);
   const LaunchScope scope(cls_logits[0]);
-  return dense_focal_loss(head_levels(cls_logits, shape), shape, labels, alpha, gamma, ignore_index,
-                          normalizer, min_normalizer, cls_logits, scope);
+  return dense_focal_loss(head_levels(cls_logits, shape), shape, labels, options, normalizer,
+                          min_normalizer, cls_logits, scope);
 }
 
 }  // namespace

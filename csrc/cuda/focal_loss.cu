@@ -15,49 +15,12 @@
 namespace focalops {
 namespace {
 
-template <typename scalar_t_>
-struct ClassIndexTargets {
-  using scalar_t = scalar_t_;
-  using T = compute_t<scalar_t>;
-  static constexpr int N = kVectorSize<scalar_t>;
-
-  Indices targets;
-  int64_t num_rows;
-  int num_classes;
-  int64_t ignore_index;
-  FastDivisor rows_of;
-
-  struct Chunk {
-    int64_t row;
-    uint32_t column;
-  };
-
-  __device__ __forceinline__ Chunk begin_chunk(int64_t begin) const {
-    const int64_t row = begin / num_classes;
-    return {row, static_cast<uint32_t>(begin - row * num_classes)};
-  }
-
-  // `offset` is the first logit's place in the chunk.
-  template <typename Loss>
-  __device__ __forceinline__ Values<T, N> evaluate(const Chunk& chunk, int64_t, int64_t,
-                                                   uint32_t offset,
-                                                   const Vector<scalar_t, N>& logits,
-                                                   const Loss& formula) const {
-    const uint32_t from_row = chunk.column + offset;
-    const uint32_t rows = rows_of.divide(from_row);
-    const int64_t row = chunk.row + rows;
-    const uint32_t column = rows_of.remainder(from_row, rows);
-    const auto masks =
-        class_row_masks<N>(targets, row, num_rows, column, num_classes, ignore_index);
-    return evaluate_hard(logits, masks, formula);
-  }
-};
-
 template <typename scalar_t_, typename target_t>
 struct DenseTargets {
   using scalar_t = scalar_t_;
   using T = compute_t<scalar_t>;
   static constexpr int N = kVectorSize<scalar_t>;
+  static constexpr int kBlocks = 3;
 
   const target_t* targets;
   bool aligned;
@@ -125,63 +88,6 @@ struct StoreGradient {
   __device__ __forceinline__ void finish() {}
 };
 
-// One partial sum a block, added up by sum_partials_kernel: float32 within a chunk, float64 across
-// chunks and blocks.
-template <typename scalar_t, bool WithGrad>
-struct SumLoss {
-  using T = compute_t<scalar_t>;
-  static constexpr int N = kVectorSize<scalar_t>;
-
-  double* partials;
-  scalar_t* grad_inputs;
-  bool aligned;
-  Normalizer<T> normalizer;
-  double sum = 0;
-
-  __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
-    sum += sum_losses(values, i, size);
-    if constexpr (WithGrad) {
-      const T scale = gradient_scale<scalar_t>(normalizer.divisor());
-      store_gradient(grad_inputs, i, size, aligned, values, scale);
-    }
-  }
-
-  __device__ __forceinline__ void finish() {
-    const double block_total = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) {
-      partials[blockIdx.x] = block_total;
-    }
-  }
-};
-
-// At least 3 blocks a multiprocessor: without a bound, ptxas settles on fewer registers and spills
-// float64.
-template <typename Loss, typename Targets, typename Sink>
-__global__ void __launch_bounds__(kThreads, 3)
-    focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
-                      int64_t size, bool aligned, Targets targets, Loss formula, Sink sink) {
-  using scalar_t = typename Targets::scalar_t;
-  constexpr int N = kVectorSize<scalar_t>;
-  for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size;
-       begin += gridDim.x * kChunk<scalar_t>) {
-    const auto chunk = targets.begin_chunk(begin);
-    Vector<scalar_t, N> logits[kUnroll<scalar_t>];
-#pragma unroll
-    for (int u = 0; u < kUnroll<scalar_t>; ++u) {
-      logits[u] = load_vector<N>(inputs, begin + (u * kThreads + threadIdx.x) * N, size, aligned);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll<scalar_t>; ++u) {
-      const uint32_t offset = (u * kThreads + threadIdx.x) * N;
-      const int64_t i = begin + offset;
-      if (i < size) {
-        sink.take(targets.evaluate(chunk, i, size, offset, logits[u], formula), i, size);
-      }
-    }
-  }
-  sink.finish();
-}
-
 // Multiplies in place by a number on the device, or one for each of `count` slices of `size`
 // elements. It is 1 in most training loops: then nothing is read or written. Blocks take the slices
 // in turn.
@@ -233,21 +139,6 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
   });
 }
 
-template <typename Targets, typename MakeSink>
-void launch_focal_loss(const Tensor& inputs, const Targets& targets, const FocalParams& params,
-                       const LaunchScope& scope, const MakeSink& make_sink) {
-  using scalar_t = typename Targets::scalar_t;
-  const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
-  dispatch_focal_loss<typename Targets::T>(params, [&](const auto& formula) {
-    using Sink = decltype(make_sink(int64_t{}));
-    auto* kernel = &focal_loss_kernel<std::decay_t<decltype(formula)>, Targets, Sink>;
-    const int64_t chunks = ceil_div(inputs.numel(), kChunk<scalar_t>);
-    const int64_t grid = resident_grid(kernel, kThreads, 0, chunks, scope);
-    launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits),
-           targets, formula, make_sink(grid));
-  });
-}
-
 Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, double alpha,
                                double gamma, std::optional<double> beta, int64_t ignore_index) {
   const FocalParams params{alpha, gamma, beta};
@@ -262,8 +153,10 @@ Tensor sigmoid_focal_loss_cuda(const Tensor& inputs_, const Tensor& targets_, do
   dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     auto* out = static_cast<scalar_t*>(loss.mutable_data_ptr());
-    launch_focal_loss(inputs, evaluator, params, scope,
-                      [&](int64_t) { return StoreLoss<scalar_t>{out}; });
+    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+      launch_focal_loss(inputs, evaluator, formula, scope,
+                        [&](int64_t) { return StoreLoss<scalar_t>{out}; });
+    });
   });
   return loss;
 }
@@ -285,17 +178,17 @@ Tensor sigmoid_focal_loss_backward_cuda(const Tensor& grad_output_, const Tensor
     using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
     auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t) {
-      return StoreGradient<scalar_t>{upstream, is_aligned(upstream), out};
+    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+      launch_focal_loss(inputs, evaluator, formula, scope, [&](int64_t) {
+        return StoreGradient<scalar_t>{upstream, is_aligned(upstream), out};
+      });
     });
   });
   return grad_inputs;
 }
 
-// Writes the gradient into `grad`, where there is one; it may be `inputs` itself: each thread has
-// read its logits before it writes there.
 Tensor focal_loss_sum(const Tensor& inputs, const Tensor& targets_, const FocalParams& params,
-                      int64_t ignore_index, const std::optional<Tensor>& normalizer_,
+                      int64_t ignore_index, const std::optional<Tensor>& normalizer,
                       double min_normalizer, const std::optional<Tensor>& grad,
                       const LaunchScope& scope) {
   const Tensor targets = torch::stable::contiguous(targets_);
@@ -304,31 +197,10 @@ Tensor focal_loss_sum(const Tensor& inputs, const Tensor& targets_, const FocalP
     return torch::stable::zero_(loss);
   }
   dispatch_targets(inputs, targets, ignore_index, [&](const auto& evaluator) {
-    using scalar_t = typename std::decay_t<decltype(evaluator)>::scalar_t;
-    using T = compute_t<scalar_t>;
-    const Normalizer<T> normalizer{
-        normalizer_.has_value() ? static_cast<const T*>(normalizer_->const_data_ptr()) : nullptr,
-        static_cast<T>(min_normalizer)};
-    std::optional<Tensor> partials;
-    int64_t count = 0;
-    const auto new_partials = [&](int64_t grid) {
-      count = grid;
-      partials = torch::stable::new_empty(inputs, {grid}, ScalarType::Double);
-      return static_cast<double*>(partials->mutable_data_ptr());
-    };
-    if (grad.has_value()) {
-      auto* out = static_cast<scalar_t*>(grad->mutable_data_ptr());
-      launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t grid) {
-        return SumLoss<scalar_t, true>{new_partials(grid), out, is_aligned(out), normalizer};
-      });
-    } else {
-      launch_focal_loss(inputs, evaluator, params, scope, [&](int64_t grid) {
-        return SumLoss<scalar_t, false>{new_partials(grid), nullptr, true, normalizer};
-      });
-    }
-    launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(),
-           static_cast<const double*>(partials->const_data_ptr()), count, normalizer,
-           static_cast<T*>(loss.mutable_data_ptr()));
+    using T = typename std::decay_t<decltype(evaluator)>::T;
+    dispatch_focal_loss<T>(params, [&](const auto& formula) {
+      launch_sum(inputs, evaluator, formula, normalizer, min_normalizer, grad, scope, loss);
+    });
   });
   return loss;
 }
@@ -359,7 +231,7 @@ Tensor sigmoid_focal_loss_sum_inplace_cuda(const Tensor& inputs, const Tensor& t
                                            double min_normalizer) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss_sum(inputs, targets, params, normalizer);
-  check_overwritten(focal_loss_name(params), "inputs", inputs, false);
+  check_overwritten_rows(focal_loss_name(params), inputs);
   return focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer, inputs,
                         LaunchScope(inputs));
 }

@@ -1,5 +1,5 @@
 // What the focal loss kernels share: from class indices to the losses and gradients of a 16-byte
-// vector of logits, and the sum in a fixed order.
+// vector of logits, the kernel of contiguous logits, and the sum in a fixed order.
 #pragma once
 
 #include "../math/focal.h"
@@ -94,6 +94,102 @@ __device__ __forceinline__ Values<T, N> evaluate_hard(const Vector<scalar_t, N>&
   return values;
 }
 
+// What rows may have beside a class index; null where they have not.
+template <typename T>
+struct RowExtras {
+  const T* weight;        // [rows]
+  const T* class_weight;  // [K]
+  const T* scores;        // [rows]
+
+  __device__ __forceinline__ T weight_of(int64_t row) const {
+    return weight == nullptr ? T(1) : weight[row];
+  }
+  __device__ __forceinline__ T class_weight_of(int column) const {
+    return class_weight == nullptr ? T(1) : class_weight[column];
+  }
+  __device__ __forceinline__ T score_of(int64_t row) const {
+    return scores == nullptr ? T(1) : scores[row];
+  }
+  __device__ __forceinline__ RowExtras from(int64_t row) const {
+    return {weight == nullptr ? nullptr : weight + row, class_weight,
+            scores == nullptr ? nullptr : scores + row};
+  }
+};
+
+// As evaluate_hard, with the extras of N logits from `column` of `row` on.
+template <typename scalar_t, int N, typename Row, typename Loss, typename T = compute_t<scalar_t>>
+__device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N>& logits,
+                                                        const ElementMasks& masks,
+                                                        const RowExtras<T>& extras, Row row,
+                                                        Row num_rows, int column, int num_classes,
+                                                        const Loss& formula) {
+  Values<T, N> values;
+#pragma unroll
+  for (int j = 0; j < N; ++j, ++column) {
+    if (column == num_classes) {
+      column = 0;
+      ++row;
+    }
+    const uint32_t bit = 1u << j;
+    const T x = masks.invalid & bit ? quiet_nan<T>() : static_cast<T>(logits.data[j]);
+    LossAndGrad<T> value = formula.negative(x);
+    if (masks.positive & bit) {
+      value = formula.positive(x, extras.score_of(row));
+    }
+    const bool counts = !(masks.ignored & bit) && row < num_rows;
+    const T factor = counts ? extras.weight_of(row) * extras.class_weight_of(column) : T(0);
+    values.loss[j] = counts ? factor * value.loss : T(0);
+    values.grad[j] = counts ? factor * value.grad : T(0);
+  }
+  return values;
+}
+
+// Rows of K logits, contiguous one after the other; Extras is void or RowExtras<T>.
+template <typename scalar_t_, typename Extras = void>
+struct ClassIndexTargets {
+  using scalar_t = scalar_t_;
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+  static constexpr int kBlocks = std::is_void_v<Extras> ? 3 : 2;
+
+  Indices targets;
+  int64_t num_rows;
+  int num_classes;
+  int64_t ignore_index;
+  FastDivisor rows_of;
+  std::conditional_t<std::is_void_v<Extras>, char, Extras> extras{};
+
+  struct Chunk {
+    int64_t row;
+    uint32_t column;
+  };
+
+  __device__ __forceinline__ Chunk begin_chunk(int64_t begin) const {
+    const int64_t row = begin / num_classes;
+    return {row, static_cast<uint32_t>(begin - row * num_classes)};
+  }
+
+  // `offset` is the first logit's place in the chunk.
+  template <typename Loss>
+  __device__ __forceinline__ Values<T, N> evaluate(const Chunk& chunk, int64_t, int64_t,
+                                                   uint32_t offset,
+                                                   const Vector<scalar_t, N>& logits,
+                                                   const Loss& formula) const {
+    const uint32_t from_row = chunk.column + offset;
+    const uint32_t rows = rows_of.divide(from_row);
+    const int64_t row = chunk.row + rows;
+    const uint32_t column = rows_of.remainder(from_row, rows);
+    const auto masks =
+        class_row_masks<N>(targets, row, num_rows, column, num_classes, ignore_index);
+    if constexpr (std::is_void_v<Extras>) {
+      return evaluate_hard(logits, masks, formula);
+    } else {
+      return evaluate_extras(logits, masks, extras, row, num_rows, static_cast<int>(column),
+                             num_classes, formula);
+    }
+  }
+};
+
 template <typename T>
 struct Normalizer {
   const T* value;  // null: there is none
@@ -138,6 +234,62 @@ __device__ __forceinline__ void store_gradient(scalar_t* grad, int64_t i, int64_
   store_vector(grad, i, size, aligned, out);
 }
 
+// One partial sum a block, added up by sum_partials_kernel: float32 within a chunk, float64 across
+// chunks and blocks.
+template <typename scalar_t, bool WithGrad>
+struct SumLoss {
+  using T = compute_t<scalar_t>;
+  static constexpr int N = kVectorSize<scalar_t>;
+
+  double* partials;
+  scalar_t* grad_inputs;
+  Normalizer<T> normalizer;
+  double sum = 0;
+
+  __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
+    sum += sum_losses(values, i, size);
+    if constexpr (WithGrad) {
+      const T scale = gradient_scale<scalar_t>(normalizer.divisor());
+      store_gradient(grad_inputs, i, size, true, values, scale);
+    }
+  }
+
+  __device__ __forceinline__ void finish() {
+    const double block_total = block_sum<kThreads>(sum);
+    if (threadIdx.x == 0) {
+      partials[blockIdx.x] = block_total;
+    }
+  }
+};
+
+// With at least Targets::kBlocks blocks a multiprocessor: without a bound, ptxas settles on fewer
+// registers and spills float64.
+template <typename Loss, typename Targets, typename Sink>
+__global__ void __launch_bounds__(kThreads, Targets::kBlocks)
+    focal_loss_kernel(const typename Targets::scalar_t* inputs,  // [size]
+                      int64_t size, bool aligned, Targets targets, Loss formula, Sink sink) {
+  using scalar_t = typename Targets::scalar_t;
+  constexpr int N = kVectorSize<scalar_t>;
+  for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size;
+       begin += gridDim.x * kChunk<scalar_t>) {
+    const auto chunk = targets.begin_chunk(begin);
+    Vector<scalar_t, N> logits[kUnroll<scalar_t>];
+#pragma unroll
+    for (int u = 0; u < kUnroll<scalar_t>; ++u) {
+      logits[u] = load_vector<N>(inputs, begin + (u * kThreads + threadIdx.x) * N, size, aligned);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll<scalar_t>; ++u) {
+      const uint32_t offset = (u * kThreads + threadIdx.x) * N;
+      const int64_t i = begin + offset;
+      if (i < size) {
+        sink.take(targets.evaluate(chunk, i, size, offset, logits[u], formula), i, size);
+      }
+    }
+  }
+  sink.finish();
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sum_partials_kernel(const double* partials, int64_t count, Normalizer<T> normalizer, T* loss) {
@@ -149,6 +301,60 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) {
     *loss = static_cast<T>(sum / normalizer.divisor());
   }
+}
+
+// ---- host ---------------------------------------------------------------------------------------
+
+template <typename Targets, typename Loss, typename MakeSink>
+void launch_focal_loss(const Tensor& inputs, const Targets& targets, const Loss& formula,
+                       const LaunchScope& scope, const MakeSink& make_sink) {
+  using scalar_t = typename Targets::scalar_t;
+  const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
+  using Sink = decltype(make_sink(int64_t{}));
+  auto* kernel = &focal_loss_kernel<Loss, Targets, Sink>;
+  const int64_t chunks = ceil_div(inputs.numel(), kChunk<scalar_t>);
+  const int64_t grid = resident_grid(kernel, kThreads, 0, chunks, scope);
+  launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits),
+         targets, formula, make_sink(grid));
+}
+
+// What is not a view begins at a multiple of 16 bytes, and so does a gradient.
+inline void check_overwritten_rows(const char* op, const Tensor& inputs) {
+  check_overwritten(op, "inputs", inputs, false);
+  if (!is_aligned(inputs.const_data_ptr())) {
+    fail(op, ": inplace_backward needs inputs to begin at a multiple of 16 bytes, and it does not");
+  }
+}
+
+// The sum of the losses over the divisor, written to `loss`; the gradient goes to `grad`, where
+// there is one. It may be `inputs` itself: each thread has read its logits before it writes there.
+template <typename Targets, typename Loss>
+void launch_sum(const Tensor& inputs, const Targets& targets, const Loss& formula,
+                const std::optional<Tensor>& given, double min_normalizer,
+                const std::optional<Tensor>& grad, const LaunchScope& scope, Tensor& loss) {
+  using scalar_t = typename Targets::scalar_t;
+  using T = compute_t<scalar_t>;
+  const Normalizer<T> normalizer{data_of<T>(given), static_cast<T>(min_normalizer)};
+  std::optional<Tensor> partials;
+  int64_t count = 0;
+  const auto new_partials = [&](int64_t grid) {
+    count = grid;
+    partials = torch::stable::new_empty(inputs, {grid}, ScalarType::Double);
+    return static_cast<double*>(partials->mutable_data_ptr());
+  };
+  if (grad.has_value()) {
+    auto* out = static_cast<scalar_t*>(grad->mutable_data_ptr());
+    launch_focal_loss(inputs, targets, formula, scope, [&](int64_t grid) {
+      return SumLoss<scalar_t, true>{new_partials(grid), out, normalizer};
+    });
+  } else {
+    launch_focal_loss(inputs, targets, formula, scope, [&](int64_t grid) {
+      return SumLoss<scalar_t, false>{new_partials(grid), nullptr, normalizer};
+    });
+  }
+  launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(),
+         static_cast<const double*>(partials->const_data_ptr()), count, normalizer,
+         static_cast<T*>(loss.mutable_data_ptr()));
 }
 
 }  // namespace focalops

@@ -2,14 +2,17 @@
 // Detection", 2017).
 //
 // Everything comes from e = exp(-|x|): one exp, one log1p, one reciprocal, finite for every finite
-// logit x. A loss is a struct with two functions: `hard` for a target of 0 or 1, in s = -x for a
-// positive and s = x for a negative element, and `soft` for a target t in [0, 1], which equals
-// `hard` where t is 0 or 1. A negative of s = -inf has neither loss nor gradient.
+// logit x. A loss is a struct that says what a row of logits with at most one true class costs:
+// `negative(x)` for every other logit, `positive(x, score)` for that of the true class, `score`
+// being the IoU or quality of the box, where the loss looks at it. FL and FL* also have `hard`,
+// both in one formula of s = -x for a positive and s = x for a negative element, and `soft` for a
+// target t in [0, 1], which equals `hard` where t is 0 or 1.
 #pragma once
 
 #include <cfloat>
 #include <cmath>
 #include <optional>
+#include <vector>
 
 #include "host_device.h"
 
@@ -162,6 +165,13 @@ struct FocalLoss {
     const T grad = scale * (gamma * slope * (1 - 2 * u) * finite_cross_entropy + r * (v - u * e));
     return {scale * cross_entropy, x < 0 ? -grad : grad};
   }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return hard(x, alpha.negative); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T) const {
+    const LossAndGrad<T> value = hard(-x, alpha.positive);
+    return {value.loss, -value.grad};
+  }
 };
 
 // FL* of the paper's appendix, in x_t = -s: L = -a log(sigmoid(gamma x_t + beta)) / gamma. A soft
@@ -185,6 +195,136 @@ struct FocalLossStar {
     // At t = 0.5 the logit does not count, not even an infinite one.
     const LossAndGrad<T> value = hard(sign == 0 ? T(0) : sign * x, alpha.at(t));
     return {value.loss, sign * value.grad};
+  }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return hard(x, alpha.negative); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T) const {
+    const LossAndGrad<T> value = hard(-x, alpha.positive);
+    return {value.loss, -value.grad};
+  }
+};
+
+// The focal loss of the targets t (1 - smoothing) + smoothing / 2: each logit is a question of two
+// answers.
+template <typename T, int Gamma>
+struct SmoothedFocalLoss {
+  FocalLoss<T, Gamma> focal;
+  T smoothing;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.soft(x, smoothing / 2); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T) const {
+    return focal.soft(x, 1 - smoothing / 2);
+  }
+};
+
+namespace detail {
+
+// BCE(x, t), its derivative p - t, and what the losses below make of p = sigmoid(x).
+template <typename T>
+struct CrossEntropy {
+  T loss;
+  T error;   // p - t
+  T spread;  // p (1 - p)
+
+  FOCALOPS_HOST_DEVICE CrossEntropy(T x, T t) {
+    const T magnitude = x < 0 ? -x : x;
+    const T v = x < 0 ? t : 1 - t;
+    const T e = exp_nonpositive(-magnitude);
+    const T r = reciprocal(1 + e);
+    const T er = e * r;
+    loss = (v > 0 ? v * magnitude : T(0)) + log1p_unit(e);
+    error = x < 0 ? er - v : v - er;
+    spread = er * r;
+  }
+};
+
+template <typename T>
+FOCALOPS_HOST_DEVICE T log_sigmoid(T x) {
+  return (x < 0 ? x : T(0)) - log1p_unit(exp_nonpositive(x < 0 ? x : -x));
+}
+
+}  // namespace detail
+
+// Quality focal loss (Li et al., "Generalized Focal Loss", 2020): |y - p|^gamma BCE(x, y), y =
+// score for the true class, 0 for the others.
+template <typename T, int Gamma>
+struct QualityFocalLoss {
+  FocalLoss<T, Gamma> focal;  // alpha < 0
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, T(1)); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
+    const detail::CrossEntropy<T> cross_entropy(x, score);
+    const T d = cross_entropy.error < 0 ? -cross_entropy.error : cross_entropy.error;
+    const T least = detail::smallest_normal(T()), most = detail::largest(T());
+    const T modulation = detail::modulate<Gamma>(d, T(log(d)), focal.gamma);
+    const T finite_loss = cross_entropy.loss > most ? most : cross_entropy.loss;
+    const T slope = focal.gamma * modulation / (d < least ? least : d) * cross_entropy.spread;
+    const T grad = modulation * d + slope * finite_loss;
+    return {modulation * cross_entropy.loss, cross_entropy.error < 0 ? -grad : grad};
+  }
+};
+
+// Varifocal loss (Zhang et al., "VarifocalNet", 2021): score BCE(x, score) for the true class of a
+// score > 0, alpha p^gamma BCE(x, 0) for all else.
+template <typename T, int Gamma>
+struct VarifocalLoss {
+  FocalLoss<T, Gamma> focal;
+  T alpha;
+  bool iou_weighted;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, alpha); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
+    if (score <= 0) {
+      return negative(x);
+    }
+    const detail::CrossEntropy<T> cross_entropy(x, score);
+    const T weight = iou_weighted ? score : T(1);
+    return {weight * cross_entropy.loss, weight * cross_entropy.error};
+  }
+};
+
+// Matchability-aware loss (Huang et al., "DEIM", 2024): BCE(x, score^gamma) for the true class,
+// alpha p^gamma BCE(x, 0) for the others, whose weight p^gamma is a constant to the gradient.
+template <typename T>
+struct MatchabilityAwareLoss {
+  T alpha;
+  T gamma;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const {
+    const T e = detail::exp_nonpositive(x < 0 ? x : -x);
+    const T r = detail::reciprocal(1 + e);
+    const T l = detail::log1p_unit(e);
+    const T p = x < 0 ? e * r : r;
+    const T scale = alpha * detail::modulate<kAnyGamma>(p, (x < 0 ? x : T(0)) - l, gamma);
+    return {scale * ((x < 0 ? T(0) : x) + l), scale * p};
+  }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
+    const T t = detail::modulate<kAnyGamma>(score, T(log(score)), gamma);
+    const detail::CrossEntropy<T> cross_entropy(x, t);
+    return {cross_entropy.loss, cross_entropy.error};
+  }
+};
+
+// IoU-aware BCE (Cai et al., "Align-DETR", 2023): BCE(x, t) with t = max(p^alpha score^(1 - alpha),
+// 0.01), a constant to the gradient, for the true class, p^gamma BCE(x, 0) for the others.
+template <typename T, int Gamma>
+struct IouAwareCrossEntropy {
+  FocalLoss<T, Gamma> focal;  // alpha < 0
+  T alpha;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, T(1)); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
+    const T of_p = detail::modulate<kAnyGamma>(T(0), detail::log_sigmoid(x), alpha);
+    const T of_score = detail::modulate<kAnyGamma>(score, T(log(score)), 1 - alpha);
+    const T given = of_p * of_score, least = T(0.01);
+    const detail::CrossEntropy<T> cross_entropy(x, given < least ? least : given);
+    return {cross_entropy.loss, cross_entropy.error};
   }
 };
 
@@ -210,6 +350,64 @@ void dispatch_focal_loss(const FocalParams& params, F&& f) {
     return f(FocalLossStar<T>{AlphaBalance<T>(params.alpha), T(params.gamma), T(*params.beta)});
   }
   dispatch_focal_loss<T>(params.alpha, params.gamma, f);
+}
+
+// The losses of rows with a weight, a score or smoothed targets, and how many parameters each has.
+enum class RowLoss : int64_t { focal, quality, varifocal, matchability, iou_aware };
+
+inline bool knows_row_loss(int64_t loss, size_t num_parameters) {
+  constexpr size_t num_parameters_of[] = {3, 1, 3, 2, 2};
+  return loss >= 0 && loss < 5 && num_parameters == num_parameters_of[loss];
+}
+
+namespace detail {
+
+template <typename F>
+void with_gamma(double gamma, F&& f) {
+  if (gamma == 2) {
+    return f(std::integral_constant<int, 2>{});
+  }
+  return f(std::integral_constant<int, kAnyGamma>{});
+}
+
+}  // namespace detail
+
+// Calls f with the focal loss of alpha, gamma, label_smoothing.
+template <typename T, typename F>
+void dispatch_focal_row_loss(const std::vector<double>& p, F&& f) {
+  detail::with_gamma(p[1], [&](auto gamma) {
+    const FocalLoss<T, decltype(gamma)::value> focal{AlphaBalance<T>(p[0]), T(p[1])};
+    if (p[2] == 0) {
+      return f(focal);
+    }
+    return f(SmoothedFocalLoss<T, decltype(gamma)::value>{focal, T(p[2])});
+  });
+}
+
+// Calls f with the loss. Its parameters are those of the Python functions, in their order:
+//     focal: alpha, gamma, label_smoothing; quality: beta; varifocal: alpha, gamma, iou_weighted;
+//     matchability: gamma, alpha; iou_aware: alpha, gamma
+template <typename T, typename F>
+void dispatch_row_loss(RowLoss loss, const std::vector<double>& p, F&& f) {
+  const AlphaBalance<T> none(-1);
+  switch (loss) {
+    case RowLoss::focal:
+      return dispatch_focal_row_loss<T>(p, f);
+    case RowLoss::quality:
+      return detail::with_gamma(p[0], [&](auto gamma) {
+        f(QualityFocalLoss<T, decltype(gamma)::value>{{none, T(p[0])}});
+      });
+    case RowLoss::varifocal:
+      return detail::with_gamma(p[1], [&](auto gamma) {
+        f(VarifocalLoss<T, decltype(gamma)::value>{{none, T(p[1])}, T(p[0]), p[2] != 0});
+      });
+    case RowLoss::matchability:
+      return f(MatchabilityAwareLoss<T>{T(p[1]), T(p[0])});
+    case RowLoss::iou_aware:
+      return detail::with_gamma(p[1], [&](auto gamma) {
+        f(IouAwareCrossEntropy<T, decltype(gamma)::value>{{none, T(p[1])}, T(p[0])});
+      });
+  }
 }
 
 }  // namespace focalops

@@ -34,6 +34,19 @@ def emulated_cuda() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def last_blocks(count: int) -> Iterator[Any]:
+    """The ops of the emulated kernels, of whose launches only the last blocks run, each with one piece of the work."""
+    library = _library()
+    library.focalops_emulation_set_extent.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    library.focalops_emulation_set_order(0, 0)
+    library.focalops_emulation_set_extent(2**30, count)
+    try:
+        yield torch.ops.focalops_emulated
+    finally:
+        library.focalops_emulation_set_extent(2, 2**64 - 1)
+
+
 def ops() -> list[str]:
     """The ops that have a CUDA kernel."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key

@@ -75,6 +75,12 @@ struct {
   unsigned seed = 0;
 } scheduling;
 
+// What runs of a launch: all blocks, or the last ones of a launch that is too large for that.
+struct Extent {
+  int multiprocessors = 2;
+  uint64_t last_blocks = ~uint64_t{0};
+} extent;
+
 // One block at a time runs, whatever stream it belongs to.
 struct Machine {
   std::vector<Fiber> fibers{kMaxThreads};
@@ -519,7 +525,7 @@ cudaError_t allow_dynamic_shared(Kernel kernel, int bytes) {
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 2;
+      *value = extent.multiprocessors;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlock:
       *value = kSharedPerBlock;
@@ -542,8 +548,8 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function
   take_turns();
   const dim3 grid = config.gridDim;
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
-  std::vector<uint64_t> order(count);
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<uint64_t> order(std::min(count, extent.last_blocks));
+  std::iota(order.begin(), order.end(), count - order.size());
   if (scheduling.order == kDescending) {
     std::reverse(order.begin(), order.end());
   } else if (scheduling.order == kShuffled) {
@@ -591,6 +597,11 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function
 
 EXPORT void focalops_emulation_set_order(int order, unsigned seed) {
   emulation::scheduling = {static_cast<emulation::Order>(order), seed};
+}
+
+// A device of so many multiprocessors, which runs only the last blocks of a launch.
+EXPORT void focalops_emulation_set_extent(int multiprocessors, uint64_t last_blocks) {
+  emulation::extent = {multiprocessors, last_blocks};
 }
 
 // `count` threads that each begin and end a stream take turns in between, from the first on.

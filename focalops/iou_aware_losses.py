@@ -1,0 +1,145 @@
+"""Classification losses whose target is the quality of the box: its IoU, or any score in [0, 1].
+
+All take ``targets=(labels, scores)``, both of shape ``inputs.shape[:-1]``: the class index of a row as in
+:func:`focalops.sigmoid_focal_loss`, and the score of the true class (read where there is one). With ``reduction="sum"`` and ``"mean"`` the logits are
+read once and the gradient is written in the same pass, as there; ``"none"`` is composed of PyTorch's own ops. The options are those of
+:func:`focalops.sigmoid_focal_loss`. No loss is differentiated by the scores. Time O(inputs).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from focalops.focal_loss import IA_BCE, MATCHABILITY, QUALITY, VARIFOCAL, _row_loss
+
+
+def quality_focal_loss(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor],
+    beta: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""QFL of Generalized Focal Loss (arXiv 2006.04388): :math:`|y - p|^\beta \, \mathrm{BCE}(p, y)`, y the score of the true class, else 0.
+
+    >>> quality_focal_loss(logits, (labels, ious), reduction="sum", normalizer=num_positives)  # (N, K), (N,), (N,)
+    """
+    return _row_loss(
+        QUALITY,
+        inputs,
+        targets,
+        (beta,),
+        reduction,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        min_normalizer=min_normalizer,
+        weight=weight,
+        class_weight=class_weight,
+        inplace_backward=inplace_backward,
+    )
+
+
+def varifocal_loss(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor],
+    alpha: float = 0.75,
+    gamma: float = 2.0,
+    iou_weighted: bool = True,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""VFL of VarifocalNet (arXiv 2008.13367): :math:`q \, \mathrm{BCE}(p, q)` for the true class of a score q > 0,
+    :math:`\alpha p^\gamma \, \mathrm{BCE}(p, 0)` for all else.
+
+    ``iou_weighted=False`` leaves the factor q out.
+    """
+    return _row_loss(
+        VARIFOCAL,
+        inputs,
+        targets,
+        (alpha, gamma, iou_weighted),
+        reduction,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        min_normalizer=min_normalizer,
+        weight=weight,
+        class_weight=class_weight,
+        inplace_backward=inplace_backward,
+    )
+
+
+def matchability_aware_loss(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor],
+    gamma: float = 1.5,
+    alpha: float = 1.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""MAL of DEIM (arXiv 2412.04234): :math:`\mathrm{BCE}(p, q^\gamma)` for the true class of score q,
+    :math:`\alpha p^\gamma \, \mathrm{BCE}(p, 0)` for the others, :math:`p^\gamma` being a constant to the gradient.
+    """
+    return _row_loss(
+        MATCHABILITY,
+        inputs,
+        targets,
+        (gamma, alpha),
+        reduction,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        min_normalizer=min_normalizer,
+        weight=weight,
+        class_weight=class_weight,
+        inplace_backward=inplace_backward,
+    )
+
+
+def ia_bce_loss(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor],
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""IA-BCE of Align-DETR (arXiv 2304.07527): :math:`\mathrm{BCE}(p, t)` for the true class of score q, with
+    :math:`t = \max(p^\alpha q^{1 - \alpha}, 0.01)` a constant to the gradient, and :math:`p^\gamma \, \mathrm{BCE}(p, 0)` for
+    the others.
+    """
+    return _row_loss(
+        IA_BCE,
+        inputs,
+        targets,
+        (alpha, gamma),
+        reduction,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        min_normalizer=min_normalizer,
+        weight=weight,
+        class_weight=class_weight,
+        inplace_backward=inplace_backward,
+    )
