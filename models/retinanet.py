@@ -29,10 +29,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from focalops import (
     AnchorGenerator,
-    batched_nms,
     class_index_targets,
-    decode_boxes,
     dense_focal_loss,
+    detect,
     encode_boxes,
     match_anchors,
 )
@@ -227,44 +226,20 @@ class RetinaNet(nn.Module):
     ) -> list[Detections]:
         """Score threshold and top-k a level, boxes of the survivors, NMS per class."""
         config = self.config
-        logits_levels = [rows(level, config.num_classes) for level in cls_logits]
-        deltas_levels = [rows(level, 4) for level in bbox_regression]
-        anchors_levels = anchors.split([level.shape[1] for level in deltas_levels])
-        detections = []
-        for image, image_size in enumerate(image_sizes):
-            boxes, scores, labels = [], [], []
-            for logits, deltas, level_anchors in zip(
-                logits_levels, deltas_levels, anchors_levels, strict=True
-            ):
-                level_scores = logits[image].sigmoid().flatten()  # (H * W * A * K,)
-                candidates = torch.where(level_scores > config.score_threshold)[0]
-                level_scores, best = level_scores[candidates].topk(
-                    min(len(candidates), config.topk_candidates)
-                )
-                candidates = candidates[best]
-                position = candidates // config.num_classes
-                boxes.append(
-                    decode_boxes(
-                        deltas[image][position], level_anchors[position], image_size=image_size
-                    )
-                )
-                scores.append(level_scores)
-                labels.append(candidates % config.num_classes)
-            image_boxes, image_scores, image_labels = (
-                torch.cat(boxes),
-                torch.cat(scores),
-                torch.cat(labels),
-            )
-            keep = batched_nms(image_boxes, image_scores, image_labels, config.nms_threshold)
-            keep = keep[: config.detections_per_image]
-            detections.append(
-                {
-                    "boxes": image_boxes[keep],
-                    "scores": image_scores[keep],
-                    "labels": image_labels[keep],
-                }
-            )
-        return detections
+        *padded, counts = detect(
+            cls_logits,
+            bbox_regression,
+            anchors,
+            score_threshold=config.score_threshold,
+            topk_per_level=config.topk_candidates,
+            iou_threshold=config.nms_threshold,
+            max_detections=config.detections_per_image,
+            image_sizes=image_sizes,
+        )
+        return [
+            {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count]}
+            for boxes, scores, labels, count in zip(*padded, counts.tolist(), strict=True)
+        ]
 
 
 class UnresizedTransform(GeneralizedRCNNTransform):
