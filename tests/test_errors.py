@@ -17,6 +17,13 @@ Arguments = dict[str, Any]
 
 IOU_KINDS = ("", "generalized_", "distance_", "complete_")
 
+ROW_LOSSES = {
+    "ia_bce_loss": "gamma",
+    "matchability_aware_loss": "gamma",
+    "quality_focal_loss": "beta",
+    "varifocal_loss": "gamma",
+}
+
 
 def right_arguments() -> dict[str, Arguments]:
     """For each op, arguments that it takes."""
@@ -53,6 +60,15 @@ def right_arguments() -> dict[str, Arguments]:
         },
         "nms": {"boxes": boxes, "scores": scores, "iou_threshold": 0.5},
         "sigmoid_focal_loss": focal,
+        "sigmoid_focal_loss, sum": {**focal, "reduction": "sum"},
+        **{
+            op: {
+                "inputs": torch.zeros(6, 5),
+                "targets": (indices, scores),
+                "reduction": "sum",
+            }
+            for op in ROW_LOSSES
+        },
         "sigmoid_focal_loss_star": focal,
     }
 
@@ -97,6 +113,29 @@ def focal_of(inputs: str) -> list[tuple[str, Callable, str]]:
         ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ("normalizer", always(2), "normalizer must be None unless reduction is 'sum', got reduction 'none'"),
         ("inplace_backward", always(True), "inplace_backward needs reduction 'sum' or 'mean', got 'none'"),
+    ]  # fmt: skip
+
+
+def weights_of(weight: str, shape: str) -> list[tuple[str, Callable, str]]:
+    dtype = "float32 (float64 for float64 logits)"
+    return [
+        (weight, always(torch.ones(3)), f"weight must have the shape of {shape}, and be {dtype}, got (3,) and torch.float32"),
+        ("class_weight", always(torch.ones(4)), f"class_weight must have shape (5,) and be {dtype}, got (4,) and torch.float32"),
+    ]  # fmt: skip
+
+
+def row_loss_of(exponent: str) -> list[tuple[str, Callable, str]]:
+    shape = "must have the shape of inputs, (6, 5), without its last dimension"
+    return [
+        ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),
+        ("targets", lambda t: (t[0][:3], t[1]), f"class-index targets {shape}, got (3,)"),
+        ("targets", lambda t: (t[0].float(), t[1]), "class-index targets must be int32 or int64, got torch.float32"),
+        ("targets", lambda t: (t[0], t[1][:3]), "scores must have the shape of targets, (6,), and be float32 (float64 for float64 logits), got (3,) and torch.float32"),
+        ("targets", lambda t: (t[0], torch.zeros(6, requires_grad=True)), "scores must not require grad"),
+        (exponent, always(-1), f"{exponent} must be >= 0, got -1"),
+        ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+        ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
+        *weights_of("weight", "targets, (6,)"),
     ]  # fmt: skip
 
 
@@ -166,6 +205,8 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("gamma", always(math.nan), "gamma must be >= 0, got nan"),
         ("normalizer", always(torch.ones(3)), "normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
         ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
+        ("label_smoothing", always(1.5), "label_smoothing must lie in [0, 1], got 1.5"),
+        *weights_of("weight", "labels, (2, 57)"),
     ],
     "detect": [
         ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
@@ -226,6 +267,12 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("gamma", always(-1), "gamma must be >= 0, got -1"),
         ("gamma", always(math.nan), "gamma must be >= 0, got nan"),
     ],
+    "sigmoid_focal_loss, sum": [
+        ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
+        ("label_smoothing", always(1.5), "label_smoothing must lie in [0, 1], got 1.5"),
+        *weights_of("weight", "targets, (6,)"),
+    ],
+    **{op: row_loss_of(exponent) for op, exponent in ROW_LOSSES.items()},
     "sigmoid_focal_loss_star": [
         *focal_of("inputs"),
         ("gamma", always(0), "gamma must be > 0, got 0"),
@@ -241,6 +288,7 @@ ANY_VALUE = {
     "clip",
     "eps",
     "ignore_index",
+    "iou_weighted",
     "inplace_backward",
     "iou_threshold",
     "matches",
@@ -263,9 +311,13 @@ def moved(arguments: Arguments, device: str) -> Arguments:
     return pytree.tree_map(move, arguments)
 
 
+def function_of(op: str) -> Callable[..., Any]:
+    return getattr(focalops, op.partition(",")[0])
+
+
 def sentence_of(op: str, arguments: Arguments) -> str:
     with pytest.raises((RuntimeError, ValueError)) as raised:
-        getattr(focalops, op)(**arguments)
+        function_of(op)(**arguments)
     return str(raised.value)
 
 
@@ -287,13 +339,14 @@ def test_says_what_is_wrong(op, argument, wrong, sentence, device):
 
 @pytest.mark.parametrize("op", WRONG)
 def test_right_arguments_are_taken(op, device):
-    getattr(focalops, op)(**moved(right_arguments()[op], device))
+    function_of(op)(**moved(right_arguments()[op], device))
 
 
 def test_every_argument_of_every_op_is_in_the_table():
     functions = {n for n in focalops.__all__ if inspect.isfunction(getattr(focalops, n))}
     functions -= {"accelerate"}  # takes a model
-    assert functions == WRONG.keys() == right_arguments().keys()
-    for op, cases in WRONG.items():
-        parameters = set(inspect.signature(getattr(focalops, op)).parameters)
-        assert parameters - ANY_VALUE <= {argument for argument, _, _ in cases}, op
+    assert WRONG.keys() == right_arguments().keys()
+    assert functions == {op.partition(",")[0] for op in WRONG}
+    for op in functions:
+        tested = {argument for name, argument, *_ in CASES if function_of(name).__name__ == op}
+        assert set(inspect.signature(function_of(op)).parameters) - ANY_VALUE <= tested, op

@@ -1,5 +1,6 @@
 """Every public op under the compiler and the transforms of torch, in one table."""
 
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -37,6 +38,10 @@ def boxes(*shape: int) -> Tensor:
 
 def focal(n: int) -> Inputs:
     return torch.randn(n, 5), torch.randint(0, 6, (n,))
+
+
+def row_loss(function: Callable, x: Tensor, targets: Tensor, scores: Tensor) -> Tensor:
+    return function(x, (targets, scores), reduction="sum")
 
 
 def head(n: int) -> Inputs:
@@ -95,6 +100,18 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     ),
     "multiclass_nms": (lambda b, s, i, c: multiclass_nms(b, s, i, 0.5, 7, counts=c), padded),
     "nms": (lambda b, s: nms(b, s, 0.5), lambda n: (boxes(n), torch.rand(n))),
+    **{
+        name: (
+            functools.partial(row_loss, getattr(focalops, name)),
+            lambda n: (*focal(n), torch.rand(n)),
+        )
+        for name in (
+            "ia_bce_loss",
+            "matchability_aware_loss",
+            "quality_focal_loss",
+            "varifocal_loss",
+        )
+    },
     "sigmoid_focal_loss": (lambda x, t: sigmoid_focal_loss(x, t, reduction="sum"), focal),
     "sigmoid_focal_loss_star": (lambda x, t: sigmoid_focal_loss_star(x, t, beta=1.0), focal),
 }
