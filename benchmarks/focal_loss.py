@@ -2,40 +2,75 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Contestant
-from focalops import reference, sigmoid_focal_loss
+from focalops import dense_focal_loss, reference, sigmoid_focal_loss
 
-BATCH_OF_16 = 16 * 201_600  # anchors of 16 images of 800 x 1344
+ANCHORS = 201_600  # of an image of 800 x 1344
+LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # 9 anchors a position
+CLASSES = (80, 91, 264, 1203)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU_LOGITS = 16_000_000
+ROWS, PLANES = "channels_last", "contiguous"
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     if quick:
-        sizes = [(50_000, 80, torch.float32)]
-    elif device.type == "cpu":
-        sizes = [
-            (200_000, 80, torch.float32),
-            (200_000, 91, torch.float32),
-            (200_000, 80, torch.bfloat16),
-        ]
-    else:
-        dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        sizes = [(BATCH_OF_16, k, dtype) for k in (80, 91, 264, 1203) for dtype in dtypes]
-    for rows, classes, dtype in sizes:
-        yield case(rows, classes, dtype, device, quick)
+        yield rows_case(50_000, 80, torch.float32, device, quick)
+        return
+    is_cpu = device.type == "cpu"
+    for dtype in DTYPES:
+        # On a CPU, which half precision hardly helps: only the smallest and the largest K.
+        for classes in CLASSES if dtype == torch.float32 or not is_cpu else CLASSES[::3]:
+            rows = CPU_LOGITS // classes if is_cpu else 16 * ANCHORS
+            yield rows_case(rows, classes, dtype, device, quick)
+    for layout in (ROWS, PLANES):
+        for dtype in DTYPES[:2]:
+            yield head_case(1 if is_cpu else 16, 80, dtype, layout, device)
 
 
-def case(rows: int, classes: int, dtype: torch.dtype, device: torch.device, quick: bool) -> Case:
-    # Logits of a network at its start (pi = 0.01) and later, one anchor in 200 positive, one in 50 ignored.
-    logits = (torch.randn(rows, classes, device=device) * 2 - 4).to(dtype).requires_grad_()
-    kind = torch.rand(rows, device=device)
-    classes_of = torch.randint(0, classes, (rows,), device=device)
-    targets = torch.where(kind < 0.005, classes_of, torch.where(kind < 0.025, -100, classes))
+def make_targets(shape: tuple[int, ...], classes: int, device: torch.device) -> Tensor:
+    """One anchor in 200 positive, one in 50 ignored."""
+    kind = torch.rand(shape, device=device)
+    classes_of = torch.randint(0, classes, shape, device=device)
+    return torch.where(kind < 0.005, classes_of, torch.where(kind < 0.025, -100, classes))
+
+
+def new_logits(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Those of a network at its start (pi = 0.01) and later."""
+    return (torch.randn(shape, device=device) * 2 - 4).to(dtype)
+
+
+def agree_in(dtype: torch.dtype) -> Callable[[Any, Any], None]:
+    coarse = dtype != torch.float32
+
+    def agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+        # Half the digits of the dtype: the rivals round every intermediate to it.
+        torch.testing.assert_close(
+            ours[0], theirs[0].float(), rtol=2e-2 if coarse else 1e-4, atol=0
+        )
+        for one, other in zip(ours[1:], theirs[1:], strict=True):
+            torch.testing.assert_close(
+                one, other, rtol=5e-2 if coarse else 1e-3, atol=1e-4 if coarse else 1e-9
+            )
+
+    return agree
+
+
+def rows_case(
+    rows: int, classes: int, dtype: torch.dtype, device: torch.device, quick: bool
+) -> Case:
+    logits = new_logits(rows, classes, dtype=dtype, device=device).requires_grad_()
+    targets = make_targets((rows,), classes, device)
     normalizer = ((targets >= 0) & (targets < classes)).sum().float()
 
     def step(loss: Callable[..., Tensor]) -> Contestant:
@@ -45,31 +80,124 @@ def case(rows: int, classes: int, dtype: torch.dtype, device: torch.device, quic
 
         return run
 
-    def torchvision_loss(
-        logits: Tensor, targets: Tensor, reduction: str, normalizer: Tensor
-    ) -> Tensor:
-        kept = targets >= 0
-        one_hot = torch.zeros_like(logits)
-        positive = kept & (targets < classes)
-        one_hot[positive, targets[positive]] = 1
-        loss = torchvision.ops.sigmoid_focal_loss(logits[kept], one_hot[kept], reduction="sum")
-        return loss / normalizer
-
     contestants = {OURS: step(sigmoid_focal_loss), "reference": step(reference.sigmoid_focal_loss)}
     if not quick:
         contestants["reference, compiled"] = step(torch.compile(reference.sigmoid_focal_loss))
-        contestants["torchvision"] = step(torchvision_loss)
-
-    def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
-        coarse = dtype != torch.float32
-        # Half the digits of the dtype: the rivals round every intermediate to it.
-        torch.testing.assert_close(
-            ours[0], theirs[0].float(), rtol=2e-2 if coarse else 1e-4, atol=0
-        )
-        torch.testing.assert_close(
-            ours[1], theirs[1], rtol=5e-2 if coarse else 1e-3, atol=1e-4 if coarse else 1e-9
-        )
-
+        of_torchvision = torchvision.ops.sigmoid_focal_loss
+        contestants["torchvision"] = step(on_dense_targets(of_torchvision))
+        contestants["torchvision, compiled"] = step(on_dense_targets(torch.compile(of_torchvision)))
+        if device.type == "cuda":
+            contestants |= {name: step(loss) for name, loss in cuda_rivals(classes)}
     size = f"{rows:,} x {classes} {str(dtype).removeprefix('torch.')}"
     least = 2 * logits.numel() * logits.element_size()
-    return Case("focal loss + gradient", size, least, contestants, agree)
+    return Case("focal loss + gradient", size, least, contestants, agree_in(dtype))
+
+
+def on_dense_targets(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """From class indices to the one-hot matrix of the rows that count, as torchvision's RetinaNet makes it."""
+
+    def run(logits: Tensor, targets: Tensor, reduction: str, normalizer: Tensor) -> Tensor:
+        kept, positive = targets >= 0, (targets >= 0) & (targets < logits.shape[1])
+        one_hot = torch.zeros_like(logits)
+        one_hot[positive, targets[positive]] = 1
+        return loss(logits[kept], one_hot[kept], reduction=reduction) / normalizer.clamp(min=1)
+
+    return run
+
+
+def cuda_rivals(classes: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    """mmcv and apex, where they can be imported; apex where K is a multiple of 8."""
+    try:
+        mmcv_loss = import_module("mmcv.ops").sigmoid_focal_loss
+    except ImportError:
+        pass
+    else:
+
+        def mmcv(logits: Tensor, targets: Tensor, reduction: str, normalizer: Tensor) -> Tensor:
+            kept = targets >= 0
+            loss = mmcv_loss(logits[kept], targets[kept], 2.0, 0.25, None, reduction)
+            return loss / normalizer
+
+        yield "mmcv", mmcv
+    try:
+        apex_loss = import_module("apex.contrib.focal_loss").focal_loss
+    except ImportError:
+        return
+    if classes % 8 == 0:
+
+        def apex(logits: Tensor, targets: Tensor, reduction: str, normalizer: Tensor) -> Tensor:
+            theirs = torch.where(targets == classes, -1, targets).masked_fill(targets < 0, -2)
+            return apex_loss(logits, theirs, normalizer, classes, 0.25, 2.0, 0.0)
+
+        yield "apex", apex
+
+
+def head_case(
+    images: int, classes: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> Case:
+    memory_format = torch.channels_last if layout == ROWS else torch.contiguous_format
+    levels = [
+        new_logits(images, 9 * classes, *size, dtype=dtype, device=device)
+        .contiguous(memory_format=memory_format)
+        .requires_grad_()
+        for size in LEVELS
+    ]
+    anchors = sum(9 * height * width for height, width in LEVELS)
+    labels = make_targets((images, anchors), classes, device)
+    normalizer = ((labels >= 0) & (labels < classes)).sum(1).float()
+
+    def step(loss: Callable[..., Tensor]) -> Contestant:
+        def run() -> tuple[Tensor, ...]:
+            total = loss(levels, labels, normalizer=normalizer)
+            return total.detach(), *torch.autograd.grad(total, levels)
+
+        return run
+
+    def concatenated(levels: list[Tensor], labels: Tensor, normalizer: Tensor) -> Tensor:
+        """Permute, cat, and the loss of each image in turn, as torchvision's RetinaNet."""
+        rows = [
+            level.unflatten(1, (9, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in levels
+        ]
+        loss = on_dense_targets(torchvision.ops.sigmoid_focal_loss)
+        images = zip(torch.cat(rows, dim=1), labels, normalizer, strict=True)
+        return torch.stack([loss(*image[:2], "sum", image[2]) for image in images]).sum()
+
+    contestants = {
+        OURS: step(dense_focal_loss),
+        "reference": step(reference.dense_focal_loss),
+        "reference, compiled": step(torch.compile(reference.dense_focal_loss)),
+        "torchvision": step(concatenated),
+    }
+    size = f"{images} x {anchors:,} x {classes} {str(dtype).removeprefix('torch.')}, {layout}"
+    least = 2 * sum(level.numel() * level.element_size() for level in levels)
+    return Case("focal loss of a head + gradient", size, least, contestants, agree_in(dtype))
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """The share of the device's copy bandwidth by K, a line a dtype."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in record["rows"]:
+        if found := re.fullmatch(r"[\d,]+ x (\d+) (\w+)", row["size"]):
+            point = int(found[1]), row["timings"][OURS]["of_copy"]
+            lines.setdefault(found[2], []).append(point)
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for dtype, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=dtype)
+    axes.axhline(1, color="gray", linewidth=1, linestyle=":")
+    axes.set(
+        title=f"Focal loss + gradient\n{record['device']}",
+        xlabel="K, number of classes",
+        ylabel="bandwidth over that of a copy",
+        xscale="log",
+        ylim=(0, None),
+    )
+    axes.set_xticks(CLASSES, [str(k) for k in CLASSES])
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

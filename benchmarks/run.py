@@ -24,7 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(OPS)}; all by default")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the record as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the record as JSON, and a picture beside it"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
     arguments = parser.parse_args()
     for op in arguments.ops:
@@ -36,6 +38,8 @@ def main() -> None:
     record = run_all(cases(arguments.ops or list(OPS), device, arguments.quick), device)
     if arguments.out:
         write_record(record, arguments.out)
+        if not arguments.ops or "focal_loss" in arguments.ops:
+            focal_loss.draw(record, arguments.out.with_suffix(".png"))
 
 
 def cases(ops: list[str], device: torch.device, quick: bool) -> Iterator[Case]:
