@@ -63,6 +63,7 @@ struct StoreLoss {
     store_vector(loss, i, size, true, out);
   }
 
+  __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void finish() {}
 };
 
@@ -85,6 +86,7 @@ struct StoreGradient {
     store_vector(grad_inputs, i, size, true, out);
   }
 
+  __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void finish() {}
 };
 

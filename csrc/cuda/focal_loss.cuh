@@ -212,10 +212,17 @@ __device__ __forceinline__ T gradient_scale(T divisor) {
   return std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
 }
 
-// Of the elements i .. i + N of an array of `size`.
+// Of the elements i .. i + N of an array of `size`; nearly all vectors lie within it.
 template <typename T, int N>
 __device__ __forceinline__ T sum_losses(const Values<T, N>& values, int64_t i, int64_t size) {
   T sum = 0;
+  if (i + N <= size) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      sum += values.loss[j];
+    }
+    return sum;
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     sum += i + j < size ? values.loss[j] : T(0);
@@ -245,11 +252,17 @@ struct SumLoss {
   scalar_t* grad_inputs;
   Normalizer<T> normalizer;
   double sum = 0;
+  T scale = 1;  // of the gradient
+
+  __device__ __forceinline__ void begin() {
+    if constexpr (WithGrad) {
+      scale = gradient_scale<scalar_t>(normalizer.divisor());
+    }
+  }
 
   __device__ __forceinline__ void take(const Values<T, N>& values, int64_t i, int64_t size) {
     sum += sum_losses(values, i, size);
     if constexpr (WithGrad) {
-      const T scale = gradient_scale<scalar_t>(normalizer.divisor());
       store_gradient(grad_inputs, i, size, true, values, scale);
     }
   }
@@ -270,6 +283,7 @@ __global__ void __launch_bounds__(kThreads, Targets::kBlocks)
                       int64_t size, bool aligned, Targets targets, Loss formula, Sink sink) {
   using scalar_t = typename Targets::scalar_t;
   constexpr int N = kVectorSize<scalar_t>;
+  sink.begin();
   for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size;
        begin += gridDim.x * kChunk<scalar_t>) {
     const auto chunk = targets.begin_chunk(begin);
