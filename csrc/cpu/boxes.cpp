@@ -299,6 +299,31 @@ void for_each_row(const RowLayout<N>& layout, const F& f) {
   });
 }
 
+template <typename T>
+FOCALOPS_SIMD void encode_lanes(BoxCoder<T> coder, const BoxLanes<T>& boxes,
+                                const BoxLanes<T>& anchors, int64_t n, BoxLanes<T>& lanes,
+                                Deltas<T>* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Deltas<T> deltas = coder.encode(boxes.box(i), anchors.box(i));
+    lanes.x1[i] = deltas.x;
+    lanes.y1[i] = deltas.y;
+    lanes.x2[i] = deltas.w;
+    lanes.y2[i] = deltas.h;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = {lanes.x1[i], lanes.y1[i], lanes.x2[i], lanes.y2[i]};
+  }
+}
+
+template <typename T>
+void put(const Box<T>& box, int64_t i, BoxLanes<T>& lanes) {
+  lanes.x1[i] = box.x1;
+  lanes.y1[i] = box.y1;
+  lanes.x2[i] = box.x2;
+  lanes.y2[i] = box.y2;
+}
+
 Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
                         const std::vector<double>& weights) {
   check_encode_boxes(boxes, anchors, weights);
@@ -311,8 +336,21 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
     const Rows<Box<T>, T> box_rows(inputs[0], layout.strides[0]),
         anchor_rows(inputs[1], layout.strides[1]);
     auto* out = static_cast<Deltas<T>*>(output.mutable_data_ptr());
-    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
-      out[i] = coder.encode(box_rows.load(outer, inner), anchor_rows.load(outer, inner));
+    torch::stable::parallel_for(0, layout.num_rows, kCoderGrain, [&](int64_t begin, int64_t end) {
+      BoxLanes<T> boxes_of, anchors_of, deltas_of;
+      int64_t outer = begin / layout.num_inner, inner = begin % layout.num_inner;
+      for (; begin < end; begin += kLanes) {
+        const int64_t n = std::min(kLanes, end - begin);
+        for (int64_t i = 0; i < n; ++i) {
+          put(box_rows.load(outer, inner), i, boxes_of);
+          put(anchor_rows.load(outer, inner), i, anchors_of);
+          if (++inner == layout.num_inner) {
+            inner = 0;
+            ++outer;
+          }
+        }
+        encode_lanes(coder, boxes_of, anchors_of, n, deltas_of, out + begin);
+      }
     });
   });
   return output;
