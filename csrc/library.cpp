@@ -75,6 +75,15 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float[] image_size, bool compute_grad_anchors) -> (Tensor grad_deltas, Tensor "
       "grad_anchors)");
 
+  // deltas: up to 8 levels (B, A * 4, H, W); anchors: (N, 4); gt_boxes: (B, M, 4); matches: (B, N);
+  // loss: 0 L1, 1 smooth L1, 2 .. 5 the IoU family; normalizer: 0-d or (B,); grads: one a level,
+  // none unless compute_grad.
+  m.def(
+      "dense_box_loss(Tensor[] deltas, Tensor anchors, Tensor gt_boxes, Tensor matches, int loss,"
+      " float[] weights, float clip, float beta, float eps, Tensor? normalizer, float "
+      "min_normalizer,"
+      " bool compute_grad) -> (Tensor loss, Tensor[] grads)");
+
   // matching. roles: uint8 (B, M), 0 an object, 1 a crowd, 2 nothing; low_quality: 0 none, 1 the
   // anchor's own best box, 2 the last box, 3 the last box and of equal anchors the first.
   m.def(

@@ -6,6 +6,7 @@ from focalops.anchors import AnchorGenerator
 from focalops.box_losses import (
     box_iou_loss,
     complete_box_iou_loss,
+    dense_box_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "complete_box_iou_loss",
     "count_degenerate_boxes",
     "decode_boxes",
+    "dense_box_loss",
     "dense_focal_loss",
     "detect",
     "distance_box_iou",

@@ -400,6 +400,45 @@ def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x1 + 0.5 * w, y1 + 0.5 * h, w, h
 
 
+def dense_box_loss(
+    deltas: Sequence[Tensor],  # L of [B, A * 4, H, W]
+    anchors: Tensor,  # [N, 4], N = sum of H * W * A
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4]
+    matches: Tensor,  # [B, N]
+    *,
+    loss: str = "l1",
+    weights: Sequence[float] = (1, 1, 1, 1),
+    clip: float = math.log(1000 / 16),
+    beta: float = 1.0,
+    eps: float = 1e-7,
+    normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
+    min_normalizer: float = 1,
+) -> Tensor:
+    rows = [
+        level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas
+    ]  # L of [B, H * W * A, 4]
+    x = torch.cat(rows, dim=1)
+    x = x.to(compute_dtype(x.dtype))
+    losses = [x.new_zeros(0).sum()]
+    for image, match in enumerate(matches):
+        foreground = match >= 0
+        these, of = x[image][foreground], anchors[foreground].to(x.dtype)
+        truth = gt_boxes[image][match[foreground]].to(x.dtype)
+        if loss in ("l1", "smooth_l1"):
+            target = encode_boxes(truth, of, weights)
+            beta_or_0 = beta if loss == "smooth_l1" else 0
+            losses.append(F.smooth_l1_loss(these, target, reduction="sum", beta=beta_or_0))
+        else:
+            losses.append(
+                _iou_loss(loss, decode_boxes(these, of, weights, clip), truth, "sum", eps)
+            )
+    total = torch.stack(losses)[1:]  # [B]
+    if normalizer is None:
+        return total.sum()
+    divisor = torch.as_tensor(normalizer, dtype=x.dtype, device=x.device)
+    return (total / divisor.clamp(min=min_normalizer)).sum()
+
+
 def match_anchors(
     anchors: Tensor,  # [A, 4]
     gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -30,9 +29,9 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from focalops import (
     AnchorGenerator,
     class_index_targets,
+    dense_box_loss,
     dense_focal_loss,
     detect,
-    encode_boxes,
     match_anchors,
 )
 
@@ -190,32 +189,24 @@ class RetinaNet(nn.Module):
         """Each image's losses are divided by its number of foreground anchors, or by the mean number
         over the images of all ranks, then averaged."""
         config = self.config
-        deltas = torch.cat([rows(level, 4) for level in bbox_regression], dim=1)  # (B, N, 4)
         matches = self.match(anchors, targets)  # (B, N)
         classes = class_index_targets(
             matches, [t["labels"] for t in targets], config.num_classes
         )  # (B, N)
-        foreground = matches >= 0
-        counts = normalizers(foreground.sum(dim=1), config.normalizer)  # (B,)
+        counts = normalizers((matches >= 0).sum(dim=1), config.normalizer)  # (B,)
 
         classification = dense_focal_loss(
             cls_logits, classes, config.alpha, config.gamma, normalizer=counts
         ) / len(targets)
-        bbox = torch.stack(
-            [
-                box_loss(
-                    config.box_loss,
-                    image_deltas[is_foreground],
-                    anchors[is_foreground],
-                    target["boxes"][match[is_foreground]],
-                )
-                / count.clamp(min=1)
-                for image_deltas, target, match, is_foreground, count in zip(
-                    deltas, targets, matches, foreground, counts, strict=True
-                )
-            ]
-        )
-        return {"classification": classification, "bbox_regression": bbox.mean()}
+        bbox = dense_box_loss(
+            bbox_regression,
+            anchors,
+            [t["boxes"] for t in targets],
+            matches,
+            loss=config.box_loss,
+            normalizer=counts,
+        ) / len(targets)
+        return {"classification": classification, "bbox_regression": bbox}
 
     def postprocess_detections(
         self,
@@ -273,26 +264,7 @@ def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
     return (total[0] / total[1]).expand(len(counts))
 
 
-BOX_LOSSES = {
-    "l1": F.l1_loss,
-    "smooth_l1": F.smooth_l1_loss,
-    "giou": torchvision.ops.generalized_box_iou_loss,
-    "diou": torchvision.ops.distance_box_iou_loss,
-    "ciou": torchvision.ops.complete_box_iou_loss,
-}
-
-
-def box_loss(
-    name: str,
-    deltas: Tensor,  # (F, 4)
-    anchors: Tensor,  # (F, 4)
-    gt_boxes: Tensor,  # (F, 4)
-) -> Tensor:
-    """Summed over the foreground anchors: of the deltas for the L1 losses, else of the boxes."""
-    loss = BOX_LOSSES[name]
-    if name in ("l1", "smooth_l1"):
-        return loss(deltas, encode_boxes(gt_boxes, anchors), reduction="sum")
-    return loss(decode_boxes(deltas, anchors), gt_boxes, reduction="sum")
+BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
 
 
 def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from focalops import (
     box_iou_loss,
     complete_box_iou_loss,
+    dense_box_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
     reference,
@@ -124,6 +125,244 @@ def test_only_the_wanted_gradient_is_computed(device):
     assert grad1.shape == (5, 4) and grad2.numel() == 0
     generalized_box_iou_loss(boxes1.detach(), boxes2, "sum").backward()
     assert torch.equal(boxes2.grad, op(upstream, *plain, 1, 1e-7, False, True)[1])
+
+
+# ---- dense_box_loss -----------------------------------------------------------------------------
+
+KINDS = ("l1", "smooth_l1", "iou", "giou", "diou", "ciou")
+LAYOUTS = ("planes", "rows", "mixed")
+SIZES = ((6, 8), (3, 5), (1, 1))
+
+
+def head(
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "planes",
+    images: int = 2,
+    sizes: tuple[tuple[int, int], ...] = SIZES,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Deltas of 3 anchors a position, anchors, 4 boxes an image, and matches of one anchor in four."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    levels = []
+    for i, (h, w) in enumerate(sizes):
+        level = (torch.randn(images, 12, h, w) / 4).to(device, dtype)
+        if layout == "rows" or (layout == "mixed" and i % 2):
+            level = level.to(memory_format=torch.channels_last)
+        levels.append(level.requires_grad_())
+    rows = 3 * sum(h * w for h, w in sizes)
+    anchors = random_boxes(rows, device=device, dtype=compute)
+    gt_boxes = random_boxes(images, 4, device=device, dtype=compute)
+    matches = torch.randint(0, 4, (images, rows))
+    kind = torch.rand(images, rows)
+    matches[kind < 0.75], matches[kind < 0.1] = -1, -2
+    return levels, anchors, gt_boxes, matches.to(device)
+
+
+def check_dense(levels, anchors, gt_boxes, matches, **options):
+    """Against autograd of the reference in float64. Some twenty roundings a value in the compute dtype, and one more of
+    a half gradient."""
+    value = dense_box_loss(levels, anchors, gt_boxes, matches, **options)
+    exact_levels = [level.detach().double().requires_grad_() for level in levels]
+    normalizer = options.pop("normalizer", None)
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.double()
+    exact = reference.dense_box_loss(
+        exact_levels, anchors.double(), gt_boxes.double(), matches, normalizer=normalizer, **options
+    )
+    unit = torch.finfo(value.dtype).eps
+    torch.testing.assert_close(value.double(), exact, rtol=64 * unit, atol=64 * unit)
+    grads = torch.autograd.grad(value, levels)
+    for level, grad, other in zip(levels, grads, torch.autograd.grad(exact, exact_levels), strict=True):  # fmt: skip
+        assert grad.dtype == level.dtype and grad.stride() == level.stride()
+        half = torch.finfo(level.dtype).eps if level.dtype in DTYPES[:2] else 0
+        smallest = torch.finfo(level.dtype).smallest_normal * torch.finfo(level.dtype).eps
+        torch.testing.assert_close(grad.double(), other, rtol=half + 512 * unit, atol=64 * unit + smallest)  # fmt: skip
+    return value
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", KINDS)
+def test_dense(loss, dtype, layout, device):
+    arguments = head(device, dtype, layout)
+    weights = (10.0, 10.0, 5.0, 5.0) if layout == "mixed" else (1.0, 1.0, 1.0, 1.0)
+    check_dense(*arguments, loss=loss, weights=weights, beta=0.3)
+    normalizer = torch.tensor([3.0, 0.5], device=device)
+    check_dense(*arguments, loss=loss, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("loss", ["l1", "giou"])
+def test_dense_is_torchvisions(loss, device):
+    """RetinaNet's box loss: of each image the sum over its foreground, by their number; then the mean."""
+    levels, anchors, gt_boxes, matches = head(device, layout="mixed")
+    number = (matches >= 0).sum(1)
+    value = dense_box_loss(levels, anchors, list(gt_boxes), matches, loss=loss, normalizer=number)
+    rows = [x.unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels]
+    expected = []
+    for i, x in enumerate(torch.cat(rows, 1)):
+        foreground = torch.where(matches[i] >= 0)[0]
+        box_loss = torchvision.models.detection._utils._box_loss(
+            loss,
+            torchvision.models.detection._utils.BoxCoder((1.0, 1.0, 1.0, 1.0)),
+            anchors[foreground],
+            gt_boxes[i][matches[i, foreground]],
+            x[foreground],
+        )
+        expected.append(box_loss / max(1, len(foreground)))
+    torch.testing.assert_close(value, sum(expected))
+    for grad, other in zip(torch.autograd.grad(value, levels), torch.autograd.grad(sum(expected), levels), strict=True):  # fmt: skip
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dense_normalizers_and_settings(device):
+    arguments = head(device)
+    for options in (
+        {"normalizer": 7},
+        {"normalizer": torch.tensor(7, device=device)},
+        {"normalizer": torch.tensor([0.0, 7], device=device), "min_normalizer": 3},
+        {"loss": "smooth_l1", "beta": 0.0},
+        {"loss": "ciou", "eps": 0.1, "clip": 0.2},
+    ):
+        check_dense(*arguments, **options)
+
+
+def test_dense_other_memory(device):
+    """Strided levels are copied; one off a 16-byte boundary is read where it lies."""
+    levels, anchors, gt_boxes, matches = head(device, sizes=((6, 8),))
+    level = levels[0].detach()
+    expected = dense_box_loss([level], anchors, gt_boxes, matches)
+    wide = torch.cat((level, level), dim=3)[..., :8].requires_grad_()
+    (grad,) = torch.autograd.grad(dense_box_loss([wide], anchors, gt_boxes, matches), wide)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        like = level.to(memory_format=memory_format)
+        flat = torch.empty(level.numel() + 1, device=device)[1:]
+        shifted = flat.as_strided(like.shape, like.stride()).copy_(like).requires_grad_()
+        value = dense_box_loss([shifted], anchors, gt_boxes, matches)
+        torch.testing.assert_close(value.detach(), expected)
+        assert torch.equal(torch.autograd.grad(value, shifted)[0], grad)
+
+
+def test_dense_nothing(device):
+    levels, anchors, gt_boxes, matches = head(device, sizes=((2, 3), (0, 4)))
+    nothing = torch.full_like(matches, -1)
+    for boxes in (gt_boxes, gt_boxes[:, :0]):
+        value = dense_box_loss(levels, anchors, boxes, nothing, normalizer=(nothing >= 0).sum())
+        grads = torch.autograd.grad(value, levels)
+        assert value == 0 and all((grad == 0).all() for grad in grads)
+    for shape in ((2, 12, 0, 4), (0, 12, 2, 2)):
+        level = torch.zeros(shape, device=device, requires_grad=True)
+        rows = 3 * shape[2] * shape[3]
+        empty = anchors.new_zeros(rows, 4), gt_boxes.new_zeros(shape[0], 4, 4)
+        value = dense_box_loss([level], *empty, matches.new_zeros(shape[0], rows))
+        assert value == 0 and torch.autograd.grad(value, level)[0].shape == shape
+
+
+def test_dense_backward_again_and_checkpointing(device):
+    levels, *rest = head(device, torch.float16)
+    normalizer = torch.tensor([1e5, 3e5], device=device)
+    value = dense_box_loss(levels, *rest, normalizer=normalizer)
+    runs = [torch.autograd.grad(value * 2.0**16, levels, retain_graph=i < 2) for i in range(3)]
+    for one, two, three in zip(*runs, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    assert any((grad != 0).any() for grad in runs[0])  # they survive a large normalizer
+    levels, *rest = head(device)
+    with torch.no_grad():
+        assert not dense_box_loss(levels, *rest).requires_grad
+
+
+@pytest.mark.parametrize("loss", KINDS[:5])  # the weight of the last is not differentiated
+def test_dense_gradcheck(loss, device):
+    levels, anchors, gt_boxes, matches = head(device, torch.float64, sizes=((2, 1),))
+    matches[:, :4] = torch.arange(4, device=device)
+
+    def f(*levels):
+        return dense_box_loss(levels, anchors, gt_boxes, matches, loss=loss, normalizer=3)
+
+    assert torch.autograd.gradcheck(f, levels)
+    assert torch.autograd.gradgradcheck(f, levels)
+
+
+def test_dense_two_runs_give_the_same_bits(device):
+    levels, *rest = head(device, layout="mixed", sizes=((33, 40), (5, 7)))
+    runs, before = [], torch.get_num_threads()
+    for threads in (1, before):
+        torch.set_num_threads(threads)
+        value = dense_box_loss(levels, *rest, loss="giou")
+        runs.append((value.detach(), *torch.autograd.grad(value, levels)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_match_that_is_none(backend, device):
+    levels, anchors, gt_boxes, matches = head(device, sizes=((3, 5),))
+    matches[1, 7] = 4
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="matches must be less than the number of boxes, 4, got 4"):  # fmt: skip
+            dense_box_loss(levels, anchors, gt_boxes, matches)
+    else:
+        value = dense_box_loss(levels, anchors, gt_boxes, matches)
+        (grad,) = torch.autograd.grad(value, levels)
+        assert value.isnan() and grad.isnan().sum() == 4
+
+
+def test_dense_errors(device):
+    levels, anchors, gt_boxes, matches = head(device, sizes=((3, 5), (2, 2)))
+    x, y = levels
+    good = {"anchors": anchors, "gt_boxes": gt_boxes, "matches": matches}
+    cases = [
+        ([], {}, "deltas must be 1 to 8 levels, got 0"),
+        ([x.long(), y], {}, r"deltas\[0\] must be float16, bfloat16, float32 or float64, got torch.int64"),
+        ([x, y.double()], {}, r"deltas\[1\] must be torch.float32 like deltas\[0\], got torch.float64"),
+        ([x, y[:, 1:]], {}, r"deltas\[1\] must have shape \(B, A \* 4, H, W\), .* got \(2, 11, 2, 2\)"),
+        ([x, y], {"anchors": anchors[1:]}, r"anchors must have shape \(57, 4\), .* got \(56, 4\)"),
+        ([x, y], {"anchors": anchors > 0}, "anchors must be float32 .* got torch.bool"),
+        ([x, y], {"gt_boxes": gt_boxes[:1]}, r"gt_boxes must be a list of 2 .* got \(1, 4, 4\)"),
+        ([x, y], {"matches": matches.int()}, r"matches must be torch.int64 of shape \(2, 57\), got torch.int32"),
+        ([x, y], {"weights": (1, 1)}, "weights must be 4 numbers, got 2"),
+        ([x, y], {"beta": -1}, "beta must be >= 0, got -1"),
+        ([x, y], {"normalizer": torch.ones(3, device=device)}, r"normalizer must be .* of shape \(2,\), got .* \(3,\)"),
+    ]  # fmt: skip
+    for deltas, options, sentence in cases:
+        with pytest.raises(RuntimeError, match=f"dense_box_loss: {sentence}"):
+            dense_box_loss(deltas, **{**good, **options})
+        if deltas:
+            meta = {
+                k: v.to("meta") if isinstance(v, Tensor) else v
+                for k, v in {**good, **options}.items()
+            }
+            with pytest.raises(RuntimeError, match=f"dense_box_loss: {sentence}"):
+                dense_box_loss([level.to("meta") for level in deltas], **meta)
+    with pytest.raises(ValueError, match=r"loss must be one of 'l1', .* got 'l2'"):
+        dense_box_loss(levels, **good, loss="l2")
+    with pytest.raises(ValueError, match="gt_boxes must not require grad"):
+        dense_box_loss(levels, anchors, gt_boxes.requires_grad_(), matches)
+
+
+def test_dense_opcheck_and_compiler(device):
+    levels, *rest = head(device, sizes=((3, 5), (2, 2)))
+    op = torch.ops.focalops.dense_box_loss.default
+    for compute_grad, normalizer in (
+        (True, None),
+        (False, torch.tensor([2.0, 3.0], device=device)),
+    ):
+        settings = ([1.0] * 4, 4.0, 1.0, 1e-7)
+        torch.library.opcheck(op, (levels, *rest, 3, *settings, normalizer, 1.0, compute_grad))
+
+    def f(levels, normalizer):
+        return (
+            dense_box_loss([x * 2 for x in levels], *rest, loss="giou", normalizer=normalizer) * 3
+        )
+
+    normalizer = torch.tensor([2.0, 3.0], device=device)
+    compiled = torch.compile(f, fullgraph=True)(levels, normalizer)
+    eager = f(levels, normalizer)
+    torch.testing.assert_close(compiled, eager)
+    grads, expected = torch.autograd.grad(compiled, levels), torch.autograd.grad(eager, levels)
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other)
+
+
+# ---- the compiler, errors -----------------------------------------------------------------------
 
 
 def test_opcheck(device):
