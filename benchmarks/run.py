@@ -8,14 +8,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import boxes, focal_loss, matching, nms
+from benchmarks import box_losses, boxes, focal_loss, loss_step, matching, nms
 from benchmarks.harness import OURS, Case, copy_gb_per_s, describe, run_all, run_case, write_record
 
 OPS = {
     "focal_loss": focal_loss.cases,
     "box_iou": boxes.iou_cases,
     "box_coding": boxes.coding_cases,
+    "box_losses": box_losses.cases,
     "matching": matching.cases,
+    "loss_step": loss_step.cases,
     "nms": nms.cases,
 }
 
