@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from focalops.boxes import decode_boxes, encode_boxes
 from focalops.focal_loss import dense_focal_loss
 from focalops.matching import class_index_targets, match_anchors
-from focalops.nms import batched_nms
+from focalops.postprocess import detect
 
 
 @dataclass
@@ -87,6 +87,13 @@ def _accelerate(model: Any, name: str, report: Accelerated) -> None:
         (f"{name}.head.regression_head", regression, retinanet.RetinaNetRegressionHead),
     ]
 
+    generator = model.anchor_generator
+    anchors = []
+    for method in ("forward", "grid_anchors"):  # which give every image the same
+        anchors += _overridden(f"{name}.anchor_generator", generator, AnchorGenerator, method)
+    if not anchors and len(generator.sizes) > MAX_LEVELS:
+        anchors.append(f"{name}.anchor_generator has more than {MAX_LEVELS} levels")
+
     reasons = _overridden(name, model, retinanet.RetinaNet, "compute_loss")
     for where, part, origin in heads:
         reasons += _overridden(where, part, origin, "compute_loss")
@@ -95,9 +102,7 @@ def _accelerate(model: Any, name: str, report: Accelerated) -> None:
     coder = getattr(regression, "box_coder", None)
     for method in ("encode_single", "decode_single"):
         reasons += _overridden(f"{name}.head.regression_head.box_coder", coder, BoxCoder, method)
-    generator = model.anchor_generator
-    for method in ("forward", "grid_anchors"):
-        reasons += _overridden(f"{name}.anchor_generator", generator, AnchorGenerator, method)
+    reasons += anchors
     loss_type = getattr(regression, "_loss_type", None)
     if loss_type not in BOX_LOSSES:
         reasons.append(f"{name}.head.regression_head has the unknown box loss {loss_type!r}")
@@ -105,6 +110,7 @@ def _accelerate(model: Any, name: str, report: Accelerated) -> None:
 
     reasons = _overridden(name, model, retinanet.RetinaNet, "postprocess_detections")
     reasons += _overridden(f"{name}.box_coder", model.box_coder, BoxCoder, "decode_single")
+    reasons += anchors
     post_processing = _swap(
         model,
         "postprocess_detections",
@@ -122,6 +128,9 @@ def _accelerate(model: Any, name: str, report: Accelerated) -> None:
             heads[1:], (_classification_forward, _regression_forward), strict=True
         ):
             _swap(part, "forward", forward, f"{where}: the copies", reasons, report)
+
+
+MAX_LEVELS = 8  # of dense_focal_loss and detect
 
 
 def _overridden(where: str, part: Any, origin: type, method: str) -> list[str]:
@@ -192,8 +201,8 @@ def _compute_loss(
     if isinstance(cls_logits, HeadOutputs):
         cls_levels = cls_logits.levels
         deltas = torch.cat([_rows(level, 4) for level in deltas.levels], dim=1)
-    else:  # as one level of one position: the same numbers in the same order
-        cls_levels = [cls_logits.reshape(len(cls_logits), -1, 1, 1)]
+    else:
+        cls_levels = [_level(cls_logits)]
 
     boxes, labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
     matches = match_anchors(
@@ -243,58 +252,39 @@ def _box_losses(
     return iou_loss(decode_boxes(deltas, anchors, coder.weights, coder.bbox_xform_clip), gt_boxes)
 
 
-@torch.no_grad()
 def _postprocess_detections(
     model: Any,
     head_outputs: dict[str, list[Tensor]],  # L of (B, A * columns, H, W) or (B, H * W * A, columns)
-    anchors: list[list[Tensor]],  # B of L of (H * W * A, 4)
+    anchors: list[list[Tensor]],  # B of L of (H * W * A, 4), all the same
     image_shapes: list[tuple[int, int]],
 ) -> list[dict[str, Tensor]]:
     """Score threshold and top-k a level, boxes of the survivors, NMS per class."""
-    num_classes = model.head.classification_head.num_classes
-    levels = [
-        (_rows(logits, num_classes), _rows(deltas, 4))
-        for logits, deltas in zip(
-            head_outputs["cls_logits"], head_outputs["bbox_regression"], strict=True
-        )
+    *padded, counts = detect(
+        [_level(level) for level in head_outputs["cls_logits"]],
+        [_level(level) for level in head_outputs["bbox_regression"]],
+        torch.cat(anchors[0]),
+        score_threshold=model.score_thresh,
+        topk_per_level=model.topk_candidates,
+        iou_threshold=model.nms_thresh,
+        max_detections=model.detections_per_img,
+        image_sizes=image_shapes,
+        weights=model.box_coder.weights,
+        clip=model.box_coder.bbox_xform_clip,
+    )
+    names = ("boxes", "scores", "labels")
+    return [
+        {name: value[image, :count] for name, value in zip(names, padded, strict=True)}
+        for image, count in enumerate(counts.tolist())
     ]
-    coder = model.box_coder
-    detections = []
-    for index, image_shape in enumerate(image_shapes):
-        boxes, scores, labels = [], [], []
-        for (logits, deltas), level_anchors in zip(levels, anchors[index], strict=True):
-            level_scores = logits[index].sigmoid().flatten()
-            candidates = torch.where(level_scores > model.score_thresh)[0]
-            level_scores, best = level_scores[candidates].topk(
-                min(len(candidates), model.topk_candidates)
-            )
-            candidates = candidates[best]
-            position = candidates // num_classes
-            boxes.append(
-                decode_boxes(
-                    deltas[index][position],
-                    level_anchors[position],
-                    coder.weights,
-                    coder.bbox_xform_clip,
-                    image_shape,
-                )
-            )
-            scores.append(level_scores)
-            labels.append(candidates % num_classes)
-        found = {
-            "boxes": torch.cat(boxes),
-            "scores": torch.cat(scores),
-            "labels": torch.cat(labels),
-        }
-        keep = batched_nms(found["boxes"], found["scores"], found["labels"], model.nms_thresh)
-        detections.append({k: v[keep[: model.detections_per_img]] for k, v in found.items()})
-    return detections
+
+
+def _level(outputs: Tensor) -> Tensor:
+    """As (B, A * columns, H, W): rows are a channels_last column of positions with one anchor each."""
+    return outputs if outputs.dim() == 4 else outputs.transpose(1, 2).unsqueeze(3)
 
 
 def _rows(level: Tensor, columns: int) -> Tensor:
     """One row an anchor: (B, A * columns, H, W) -> (B, H * W * A, columns)."""
-    if level.dim() == 3:
-        return level
     batch, _, height, width = level.shape
     split = level.view(batch, -1, columns, height, width)
     return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)

@@ -11,6 +11,7 @@ import torch
 from test_models_convert import MODELS, batch, resnet18_fpn, with_many_detections
 from torch import nn
 from torchvision.models.detection import RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from focalops import accelerate
 from focalops.accelerate import HeadOutputs
@@ -133,6 +134,14 @@ def own_post_processing(model: RetinaNet) -> None:
             own_post_processing,
             ["the post-processing, because model.postprocess_detections is the instance's own"],
             ["the loss step"],
+        ),
+        (
+            lambda m: setattr(m, "anchor_generator", AnchorGenerator(((9,),) * 9, ((1.0,),) * 9)),
+            [
+                f"{part}, because model.anchor_generator has more than 8 levels"
+                for part in ("the loss step", "the post-processing")
+            ],
+            [],
         ),
         (
             lambda m: setattr(m.head.regression_head, "_loss_type", "huber"),
