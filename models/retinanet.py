@@ -168,15 +168,19 @@ class RetinaNet(nn.Module):
         return self.transform.postprocess(detections, batch.image_sizes, original_sizes)
 
     def match(self, anchors: Tensor, targets: list[Target]) -> Tensor:  # (N, 4) -> (B, N)
-        """Of each anchor the index of its box, -1 or -2. Crowd regions match nothing."""
-        boxes = [
-            t["boxes"].masked_fill(t["iscrowd"][:, None], math.nan)
-            if "iscrowd" in t
-            else t["boxes"]
-            for t in targets
-        ]
+        """Of each anchor the index of its box, -1 or -2, which is also that of anchors in crowds."""
+        crowd = None
+        if any("iscrowd" in t for t in targets):
+            crowd = [
+                t["iscrowd"] if "iscrowd" in t else torch.zeros_like(t["labels"], dtype=torch.bool)
+                for t in targets
+            ]
         return match_anchors(
-            anchors, boxes, self.config.fg_iou_threshold, self.config.bg_iou_threshold
+            anchors,
+            [t["boxes"] for t in targets],
+            self.config.fg_iou_threshold,
+            self.config.bg_iou_threshold,
+            crowd=crowd,
         )
 
     def compute_loss(
