@@ -16,13 +16,14 @@ class Log:
         self.directory, self.every = directory, every
         self.sums: dict[str, float] = {}
         self.count = 0
+        self.new_writer: Any = None
         self.writer: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise DataError("--tensorboard needs the package tensorboard") from None
-            self.writer = SummaryWriter(str(directory / "tensorboard"))
+            self.new_writer = SummaryWriter
 
     def __call__(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -35,7 +36,9 @@ class Log:
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **means}) + "\n")
-        if self.writer is not None:
+        if self.new_writer is not None:
+            if self.writer is None:  # not before: of several processes, one is called
+                self.writer = self.new_writer(str(self.directory / "tensorboard"))
             for name, value in means.items():
                 self.writer.add_scalar(name, value, step)
 

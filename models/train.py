@@ -247,7 +247,9 @@ def train(
             done = step + 1
             progress.update()
             progress.set_postfix(
-                {name: f"{value:.3f}" for name, value in figures.items()} | memory(device),
+                {name: f"{value:.3f}" for name, value in figures.items()}
+                | speed(progress, recipe.batch_size)
+                | memory(device),
                 refresh=False,
             )
             if log is not None and rank() == 0:
@@ -375,6 +377,11 @@ def not_finite(
         "and the last checkpoint is as it was; a lower --learning-rate, a longer --warmup-steps or "
         "--clip-norm helps where the images are in order"
     )
+
+
+def speed(progress: tqdm, batch_size: int) -> dict[str, str]:
+    rate = progress.format_dict["rate"]  # steps a second; None at first
+    return {"images/s": f"{rate * batch_size:.1f}"} if rate else {}
 
 
 def memory(device: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from models_fixtures import make_coco_folder
 from models import train as training
 from models.__main__ import main
 from models.data import CocoDataset
+from models.log import Log
 from models.retinanet import RetinaNetConfig, normalizers
 from models.train import (
     Recipe,
@@ -270,6 +271,22 @@ def test_half_precision_trains(data: CocoDataset, tmp_path: Path) -> None:
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     assert losses["float16"] == pytest.approx(losses["float32"], rel=0.01)
     assert len({*losses.values()}) == 3
+
+
+def test_log_writes_means(tmp_path: Path) -> None:
+    with Log(tmp_path, every=2, tensorboard=False) as log:
+        for step in range(1, 6):
+            log(step, {"loss": float(step)})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 2, "loss": 1.5}, {"step": 4, "loss": 3.5}]
+
+
+def test_log_for_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with Log(tmp_path, every=1, tensorboard=True) as log:
+        log(7, {"loss": 0.25})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 0.25)]
 
 
 # ---- Several processes --------------------------------------------------------------------------
