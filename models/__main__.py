@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import glob
 import json
 import sys
 import time
@@ -18,12 +19,13 @@ from models.data import (
     DataError,
     TrainingStream,
     collate,
+    convert_voc,
     open_data,
     prepare_backbone_weights,
     read_image,
 )
 from models.distributed import process_group, rank
-from models.draw import draw_comparison, draw_curves, draw_detections
+from models.draw import draw_comparison, draw_contact_sheet, draw_curves, draw_detections
 from models.evaluate import (
     compare,
     detect,
@@ -164,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(run_predict, "predict", "draw the detections on images")
     sub.add_argument("checkpoint", type=Path)
-    sub.add_argument("images", nargs="+", type=Path)
+    sub.add_argument("images", nargs="+", type=Path, help="files, folders or patterns")
     sub.add_argument(
         "--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: %(default)s"
     )
@@ -172,6 +174,10 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(run_configs, "configs", "the recipes as JSON, which train --recipe takes")
     sub.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
+
+    sub = command(run_convert, "convert", "a Pascal VOC folder as a COCO-format folder")
+    sub.add_argument("voc", type=Path, metavar="DIR")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
 
     sub = command(run_bench, "bench", "time the parts of a training step beside torchvision's")
     sub.add_argument("--model", choices=BENCH_MODELS, default=BENCH_MODELS[0])
@@ -237,6 +243,13 @@ def run_train(options: argparse.Namespace) -> None:
             "--resume goes on with the checkpoint's recipe, so no option of the recipe can be given"
         )
     data = open_data(options.data, options.split)
+    if data.left_out and rank() == 0:
+        ids = ", ".join(map(str, data.left_out[:10])) + (", ..." if len(data.left_out) > 10 else "")
+        print(
+            f"{data.annotation_file}: {len(data.left_out)} boxes without an area inside their image "
+            f"are left out (annotations {ids})",
+            file=sys.stderr,
+        )
     if not options.resume:
         model["num_classes"] = len(data.categories)
         if "crop" in training:
@@ -288,7 +301,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 def run_predict(options: argparse.Namespace) -> None:
     model, recipe, categories = load_model(options.checkpoint, options.device)
-    for path in options.images:
+    pictures = []
+    for path in find_images(options.images):
         image = read_image(path)
         out = options.out / f"{path.stem}.png"
         draw_detections(
@@ -299,7 +313,39 @@ def run_predict(options: argparse.Namespace) -> None:
             list(categories.values()),
             options.min_score,
         )
+        pictures.append(out)
         print(out)
+    if len(pictures) > 1:
+        sheet = options.out / "contact-sheet.png"
+        draw_contact_sheet(sheet, pictures)
+        print(sheet)
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """Files as they are, the images of folders, what patterns match."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            of_folder = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not of_folder:
+                raise DataError(f"the folder {path} holds no images")
+            found += of_folder
+        elif not path.exists() and glob.has_magic(str(path)):
+            matches = sorted(glob.glob(str(path), recursive=True))
+            if not matches:
+                raise DataError(f"no file matches {path}")
+            found += map(Path, matches)
+        else:
+            found.append(path)
+    return found
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    for split, count in convert_voc(options.voc, options.out).items():
+        print(f"{options.out / split}.json: {count} images")
 
 
 BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")

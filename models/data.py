@@ -50,7 +50,8 @@ class CocoDataset(Dataset):
     """Images as uint8 (3, H, W) with "boxes" (M, 4) xyxy, "labels" (M,) in 0..K-1, "crowd_boxes"
     (C, 4), the regions around crowds of objects, and "image_id".
 
-    Boxes without an area are left out; pycocotools sees them through `coco`.
+    Boxes without an area inside their image are left out; `left_out` holds their annotations' ids,
+    as far as the file tells the images' sizes, and pycocotools sees them through `coco`.
     """
 
     def __init__(self, root: str | Path, split: str) -> None:
@@ -59,6 +60,11 @@ class CocoDataset(Dataset):
         self.image_ids = sorted(self.coco.imgs)
         self.categories = {id: self.coco.cats[id]["name"] for id in sorted(self.coco.cats)}
         self.labels = {category_id: label for label, category_id in enumerate(self.categories)}
+        self.left_out = [
+            annotation["id"]
+            for annotation in self.coco.anns.values()
+            if not has_area(annotation["bbox"], self.coco.imgs[annotation["image_id"]])
+        ]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -117,6 +123,19 @@ def load_annotations(path: Path) -> COCO:
     for key in ("images", "annotations", "categories"):
         if not isinstance(dataset, dict) or not isinstance(dataset.get(key), list):
             raise DataError(f"{path} is not a COCO annotation file: it has no list {key!r}")
+    needed = {"images": ("id", "file_name"), "annotations": ("id",), "categories": ("id", "name")}
+    for name, keys in needed.items():
+        seen = set()
+        for number, entry in enumerate(dataset[name]):
+            for key in keys:
+                if not isinstance(entry, dict) or key not in entry:
+                    raise DataError(f"{path}: entry {number} of {name!r} has no {key!r}")
+            if entry["id"] in seen:
+                raise DataError(f"{path}: the id {entry['id']} stands twice in {name!r}")
+            seen.add(entry["id"])
+    for annotation in dataset["annotations"]:
+        annotation.setdefault("image_id", None)  # for the index; the sentence comes below
+        annotation.setdefault("category_id", None)
     coco = as_coco(dataset)
     for annotation in coco.anns.values():
         for key, known in (("image_id", coco.imgs), ("category_id", coco.cats)):
@@ -139,6 +158,12 @@ def is_box(value: Any) -> bool:
         and len(value) == 4
         and all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
     )
+
+
+def has_area(bbox: list[float], image: dict[str, Any]) -> bool:
+    x, y, w, h = bbox
+    right, bottom = image.get("width", math.inf), image.get("height", math.inf)
+    return min(x + w, right) > max(x, 0) and min(y + h, bottom) > max(y, 0)
 
 
 def as_coco(dataset: dict[str, Any]) -> COCO:
@@ -373,6 +398,81 @@ def voc_to_coco(sources: list[tuple[str, str]], category: str) -> dict[str, Any]
         "annotations": annotations,
         "categories": [{"id": 1, "name": category}],
     }
+
+
+def convert_voc(root: Path, out: Path) -> dict[str, int]:
+    """Writes the splits of a Pascal VOC folder as a COCO-format folder that links to its images;
+    returns the number of images of each.
+
+    VOC counts pixels from 1 and box ends inclusively. Objects that it calls difficult, and leaves out
+    of its own evaluation, become crowd regions, which COCO's leaves out.
+    """
+    lists = sorted(p for p in (root / "ImageSets" / "Main").glob("*.txt") if "_" not in p.stem)
+    if not lists:
+        raise DataError(f"{root} is no Pascal VOC folder: it has no ImageSets/Main/*.txt")
+    splits = {path.stem: path.read_text().split() for path in lists}
+    parsed = {name: _voc_image(root, name) for names in splits.values() for name in names}
+    classes = sorted({name for _, objects in parsed.values() for name, _, _ in objects})
+    ids = {name: number for number, name in enumerate(classes, start=1)}
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "images").exists():
+        (out / "images").symlink_to((root / "JPEGImages").resolve())
+    for split, names in splits.items():
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for image_id, name in enumerate(names, start=1):
+            image, objects = parsed[name]
+            images.append({"id": image_id, **image})
+            for category, (x1, y1, x2, y2), difficult in objects:
+                width, height = x2 - x1 + 1, y2 - y1 + 1
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": ids[category],
+                        "bbox": [x1 - 1, y1 - 1, width, height],
+                        "area": width * height,
+                        "iscrowd": int(difficult),
+                    }
+                )
+        dataset = {
+            "info": {},
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": number, "name": name} for name, number in ids.items()],
+        }
+        (out / f"{split}.json").write_text(json.dumps(dataset))
+    return {split: len(names) for split, names in splits.items()}
+
+
+VocObject = tuple[str, tuple[float, ...], bool]  # class, x1 y1 x2 y2, difficult
+
+
+def _voc_image(root: Path, name: str) -> tuple[dict[str, Any], list[VocObject]]:
+    path = root / "Annotations" / f"{name}.xml"
+    try:
+        tree = ElementTree.parse(path).getroot()
+        image = {
+            "file_name": tree.findtext("filename") or f"{name}.jpg",
+            "width": int(tree.findtext("size/width", "")),
+            "height": int(tree.findtext("size/height", "")),
+        }
+        objects = [
+            (
+                thing.findtext("name", ""),
+                tuple(
+                    float(thing.findtext(f"bndbox/{side}", ""))
+                    for side in ("xmin", "ymin", "xmax", "ymax")
+                ),
+                thing.findtext("difficult") == "1",
+            )
+            for thing in tree.iter("object")
+        ]
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (ElementTree.ParseError, ValueError) as error:
+        raise DataError(f"{path} is no Pascal VOC annotation ({error})") from None
+    return image, objects
 
 
 def prepare_backbone_weights(backbone: str) -> None:

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 from torch import Tensor
 
 from focalops import box_iou
@@ -155,6 +156,21 @@ def _finish(figure: Figure, path: Path, title: str, handles: list[Line2D]) -> No
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def draw_contact_sheet(path: Path, pictures: list[Path], columns: int = 4, side: int = 400) -> None:
+    """Pictures in rows, each scaled down to a square of `side` pixels; the last row may be short."""
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for index, picture in enumerate(pictures):
+        with Image.open(picture) as image:
+            small = image.convert("RGB")
+        small.thumbnail((side - MARGIN, side - MARGIN))
+        left, top = index % columns * side, index // columns * side
+        sheet.paste(small, (left + (side - small.width) // 2, top + (side - small.height) // 2))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
 def draw_curves(path: Path, title: str, categories: list[dict[str, Any]]) -> None:

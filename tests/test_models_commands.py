@@ -198,6 +198,15 @@ def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
     assert main([*predict, "--min-score", "0", "--device", "cpu"]) == 0
     with Image.open(pictures / "000000000100.png") as picture:
         assert min(picture.size) >= 900
+    assert not (pictures / "contact-sheet.png").exists()
+
+    folder = coco_folder / "val2017"
+    for images in (str(folder), str(folder / "*.png")):
+        predict[2:3] = [images]
+        (pictures / "contact-sheet.png").unlink(missing_ok=True)
+        assert main([*predict, "--device", "cpu"]) == 0
+        with Image.open(pictures / "contact-sheet.png") as sheet:
+            assert sheet.size == (800, 400)
 
 
 def test_configs_are_recipes(
@@ -269,6 +278,8 @@ def test_errors_are_one_sentence(
         f"train --data {folder} --out {run} --recipe {broken}": "broken.pt is no recipe",
         f"train --data {folder} --out {run} --recipe v9": "must be one of coco, .* got 'v9'",
         f"train --data {folder} --out {run} --resume --steps 9": "no option of the recipe",
+        f"predict {checkpoint} {checkpoint.parent}": "the folder .* holds no images",
+        f"predict {checkpoint} {nowhere}*": r"no file matches .*nowhere\*",
         f"train --data {folder} --out {nowhere} --resume": "checkpoint.pt does not exist",
     }
     for command, message in cases.items():

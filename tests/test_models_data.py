@@ -12,6 +12,7 @@ from models.data import (
     CocoDataset,
     DataError,
     TrainingStream,
+    convert_voc,
     find_split,
     random_crop,
     voc_to_coco,
@@ -76,7 +77,9 @@ def test_boxes_are_clipped_to_the_image(coco_folder: Path) -> None:
         {"id": 3, "image_id": 100, "category_id": SQUARE, "bbox": [10, 10, 0, 20], "area": 1},
     ]
     file.write_text(json.dumps(dataset))
-    assert CocoDataset(coco_folder, "val")[0][1]["boxes"].tolist() == [[0, 90, 15, 96]]
+    data = CocoDataset(coco_folder, "val")
+    assert data[0][1]["boxes"].tolist() == [[0, 90, 15, 96]]
+    assert data.left_out == [2, 3]
 
 
 def edit(file: Path, change: str) -> None:
@@ -87,6 +90,12 @@ def edit(file: Path, change: str) -> None:
         dataset["annotations"][2]["image_id"] = 1
     elif change == "bbox":
         dataset["annotations"][2]["bbox"] = [1, 2, 3]
+    elif change == "no image":
+        del dataset["annotations"][2]["image_id"]
+    elif change == "twice":
+        dataset["annotations"][2]["id"] = 1
+    elif change == "name":
+        del dataset["images"][1]["file_name"]
     elif change == "list":
         del dataset["annotations"]
     file.write_text("{" if change == "json" else json.dumps(dataset))
@@ -97,6 +106,9 @@ def edit(file: Path, change: str) -> None:
     [
         ("category", r"instances_val2017.json: annotation 3 has an unknown category_id, 55"),
         ("image", r"instances_val2017.json: annotation 3 has an unknown image_id, 1"),
+        ("no image", r"instances_val2017.json: annotation 3 has an unknown image_id, None"),
+        ("twice", r"instances_val2017.json: the id 1 stands twice in 'annotations'"),
+        ("name", r"instances_val2017.json: entry 1 of 'images' has no 'file_name'"),
         ("bbox", r"annotation 3 must have a bbox of four numbers, got \[1, 2, 3\]"),
         ("list", r"instances_val2017.json is not a COCO annotation file: .* list 'annotations'"),
         ("json", r"instances_val2017.json is not valid JSON \(.*line 1 column 2"),
@@ -190,6 +202,34 @@ def test_voc_to_coco() -> None:
     assert dataset["annotations"][1]["image_id"] == 2
     assert dataset["annotations"][1]["bbox"] == [1, 2, 10, 20]
     assert dataset["categories"] == [{"id": 1, "name": "tree"}]
+
+
+def test_convert_voc(tmp_path: Path) -> None:
+    voc, out = tmp_path / "voc", tmp_path / "out"
+    for folder in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        (voc / folder).mkdir(parents=True)
+    xml = """<annotation><filename>a.jpg</filename><size><width>40</width><height>30</height></size>
+    <object><name>dog</name><difficult>1</difficult><bndbox>
+    <xmin>1</xmin><ymin>2</ymin><xmax>11</xmax><ymax>22</ymax></bndbox></object>
+    <object><name>cat</name><bndbox>
+    <xmin>5</xmin><ymin>6</ymin><xmax>40</xmax><ymax>30</ymax></bndbox></object></annotation>"""
+    (voc / "Annotations" / "a.xml").write_text(xml)
+    (voc / "ImageSets" / "Main" / "train.txt").write_text("a\n")
+    (voc / "ImageSets" / "Main" / "dog_train.txt").write_text("a 1\n")
+    Image.new("RGB", (40, 30)).save(voc / "JPEGImages" / "a.jpg")
+    assert convert_voc(voc, out) == {"train": 1}
+    data = CocoDataset(out, "train")
+    assert data.categories == {1: "cat", 2: "dog"}
+    image, target = data[0]
+    assert image.shape == (3, 30, 40)
+    assert target["boxes"].tolist() == [[4, 5, 40, 30]] and target["labels"].tolist() == [0]
+    assert target["crowd_boxes"].tolist() == [[0, 1, 11, 22]]
+
+    (voc / "Annotations" / "a.xml").write_text(xml.replace("<xmin>5", "<xmin>five"))
+    with pytest.raises(DataError, match=r"a\.xml is no Pascal VOC annotation .*five"):
+        convert_voc(voc, out)
+    with pytest.raises(DataError, match="is no Pascal VOC folder"):
+        convert_voc(tmp_path, out)
 
 
 @pytest.mark.parametrize("shape", [(50, 60), (64, 64), (65, 300), (200, 333)])
