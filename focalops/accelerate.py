@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from focalops.box_losses import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    generalized_box_iou_loss,
+)
 from focalops.boxes import decode_boxes, encode_boxes
 from focalops.focal_loss import dense_focal_loss
 from focalops.matching import class_index_targets, match_anchors
@@ -229,7 +234,12 @@ def _compute_loss(
     return {"classification": classification, "bbox_regression": bbox_regression}
 
 
-BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
+IOU_LOSSES = {
+    "giou": generalized_box_iou_loss,
+    "diou": distance_box_iou_loss,
+    "ciou": complete_box_iou_loss,
+}
+BOX_LOSSES = ("l1", "smooth_l1", *IOU_LOSSES)
 
 
 def _box_losses(
@@ -242,14 +252,9 @@ def _box_losses(
     if name in ("l1", "smooth_l1"):
         loss = nn.functional.l1_loss if name == "l1" else nn.functional.smooth_l1_loss
         return loss(deltas, encode_boxes(gt_boxes, anchors, coder.weights), reduction="none").sum(1)
-    from torchvision import ops
-
-    iou_loss = {
-        "giou": ops.generalized_box_iou_loss,
-        "diou": ops.distance_box_iou_loss,
-        "ciou": ops.complete_box_iou_loss,
-    }[name]
-    return iou_loss(decode_boxes(deltas, anchors, coder.weights, coder.bbox_xform_clip), gt_boxes)
+    return IOU_LOSSES[name](
+        decode_boxes(deltas, anchors, coder.weights, coder.bbox_xform_clip), gt_boxes
+    )
 
 
 def _postprocess_detections(
