@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from focalops._library import no_cuda_reason
 
@@ -46,6 +47,28 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         if "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise torch.OutOfMemoryError(str(error)) from None
         raise
+
+
+def register_vmap_as_loop(name: str) -> None:
+    """A call for each sample, for ops that take lists of batches: torch's own fallback knows no lists."""
+    op = getattr(ops, name)
+
+    def sample(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, Tensor):
+            return value if dim is None else value.select(dim, i)
+        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [sample(v, d, i) for v, d in zip(value, dim, strict=True)]
+        return value
+
+    def loop(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        results = [
+            op(*(sample(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tree_map(lambda *tensors: torch.stack(tensors), *results)
+        return stacked, tree_map(lambda _: 0, stacked)
+
+    torch.library.register_vmap(f"focalops::{name}", loop)
 
 
 # ---- sentences that the native checks say too (csrc/checks.h) -----------------------------------

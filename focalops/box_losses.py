@@ -17,6 +17,7 @@ from focalops._ops import (
     check_same_device,
     compute_dtype,
     ops,
+    register_vmap_as_loop,
     runs_reference,
 )
 from focalops.boxes import (
@@ -417,3 +418,5 @@ def _backward_dense(ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]) 
 torch.library.register_autograd(
     "focalops::dense_box_loss", _backward_dense, setup_context=_setup_dense
 )
+
+register_vmap_as_loop("dense_box_loss")

@@ -16,6 +16,7 @@ from focalops._ops import (
     check_same_device,
     compute_dtype,
     ops,
+    register_vmap_as_loop,
     runs_reference,
 )
 
@@ -1082,37 +1083,4 @@ def _(
     return (loss, grad.to(x.dtype)), (0, 0)
 
 
-@torch.library.register_vmap("focalops::dense_focal_loss")
-def _(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    cls_logits: list[Tensor],
-    labels: Tensor,
-    alpha: float,
-    gamma: float,
-    ignore_index: int,
-    normalizer: Tensor | None,
-    min_normalizer: float,
-    compute_grad: bool,
-) -> tuple[tuple[Tensor, list[Tensor]], tuple[int, list[int]]]:
-    """A call for each sample: there is a batch dimension already."""
-    losses, grads = [], []
-    for i in range(info.batch_size):
-
-        def sample(tensor: Tensor, dim: int | None, i: int = i) -> Tensor:
-            return tensor if dim is None else tensor.select(dim, i)
-
-        loss, grad = ops.dense_focal_loss(
-            [sample(level, dim) for level, dim in zip(cls_logits, in_dims[0], strict=True)],
-            sample(labels, in_dims[1]),
-            alpha,
-            gamma,
-            ignore_index,
-            None if normalizer is None else sample(normalizer, in_dims[5]),
-            min_normalizer,
-            compute_grad,
-        )
-        losses.append(loss)
-        grads.append(grad)
-    levels = [torch.stack(level) for level in zip(*grads, strict=True)]
-    return (torch.stack(losses), levels), (0, [0] * len(levels))
+register_vmap_as_loop("dense_focal_loss")

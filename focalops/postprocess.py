@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._ops import call, check, check_floating, check_same_device, ops, runs_reference
+from focalops._ops import (
+    call,
+    check,
+    check_floating,
+    check_same_device,
+    ops,
+    register_vmap_as_loop,
+    runs_reference,
+)
 
 
 def detect(
@@ -218,3 +226,6 @@ def _check_level(
             f"levels, H and W those of the level, got {tuple(level.shape)}"
         ),
     )
+
+
+register_vmap_as_loop("detect")

@@ -16,6 +16,7 @@ from focalops import (
     class_index_targets,
     count_degenerate_boxes,
     decode_boxes,
+    dense_box_loss,
     dense_focal_loss,
     detect,
     encode_boxes,
@@ -41,7 +42,7 @@ def focal(n: int) -> Inputs:
 
 
 def row_loss(function: Callable, x: Tensor, targets: Tensor, scores: Tensor) -> Tensor:
-    return function(x, (targets, scores), reduction="sum")
+    return function(x, (targets, scores.detach()), reduction="sum")
 
 
 def head(n: int) -> Inputs:
@@ -83,6 +84,13 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     "decode_boxes": (
         lambda d, a: decode_boxes(d, a, image_size=(80, 90)),
         lambda n: (torch.randn(n, 4), boxes(n)),
+    ),
+    "dense_box_loss": (
+        lambda d3, d4, a, g, m: dense_box_loss([d3, d4], a.detach(), g.detach(), m, loss="giou"),
+        lambda n: (
+            *(torch.randn(2, 8, n, 1), torch.randn(2, 8, 2, 2)),
+            *(boxes(2 * n + 8), boxes(2, 3), torch.randint(-2, 3, (2, 2 * n + 8))),
+        ),
     ),
     "dense_focal_loss": (lambda p3, p4, labels: dense_focal_loss([p3, p4], labels), head),
     "detect": (
@@ -184,8 +192,7 @@ def test_autocast_changes_nothing(op, dtype, device):
     torch.testing.assert_close(results, function(*inputs), rtol=0, atol=0)
 
 
-# What detects takes lists of batches, for which vmap has no fallback.
-@pytest.mark.parametrize("op", sorted(EXAMPLES.keys() - DYNAMIC - {"detect"}))
+@pytest.mark.parametrize("op", sorted(EXAMPLES.keys() - DYNAMIC))
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_vmap_is_a_loop(op, device):
     function, _ = example(op, 5, device)
