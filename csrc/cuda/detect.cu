@@ -154,7 +154,7 @@ enum class Stage { kFilter, kRefine, kGather };
 // Blocks take a contiguous share of the items each, an item of one segment at a time. digit: the
 // one that is counted; gather counts none, but looks at the counts of the last.
 template <Stage stage, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)  // with 4 blocks it spills on sm_80
     candidates_kernel(const __grid_constant__ Head head, float least_logit, Segments segments,
                       int digit) {
   constexpr int N = kVectorSize<scalar_t>;
