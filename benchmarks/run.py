@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import box_losses, boxes, focal_loss, loss_step, matching, nms
+from benchmarks import box_losses, boxes, detections, focal_loss, loss_step, matching, nms
 from benchmarks.harness import OURS, Case, copy_gb_per_s, describe, run_all, run_case, write_record
 
 OPS = {
@@ -19,6 +19,7 @@ OPS = {
     "matching": matching.cases,
     "loss_step": loss_step.cases,
     "nms": nms.cases,
+    "detections": detections.cases,
 }
 
 

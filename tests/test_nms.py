@@ -84,6 +84,15 @@ def test_identical_boxes(device):
     assert len(keep) == 2 and set((keep % 2).tolist()) == {0, 1}
 
 
+def test_very_many_boxes_on_one_spot(backend, device):
+    n = 2_000 if backend == "cuda-emulated" else 100_000
+    boxes = torch.tensor([[10.0, 20.0, 30.0, 40.0]], device=device).repeat(n, 1)
+    scores = torch.rand(n, device=device)
+    assert torch.equal(nms(boxes, scores, 0.5), reference.nms(boxes, scores, 0.5))
+    indices, num_kept = multiclass_nms(boxes[None], scores[None], None, 0.5)
+    assert num_kept == 1 and indices[0, 0] == scores.argmax()
+
+
 def test_chains_in_which_every_other_box_is_kept(device):
     # Sixty boxes in a row, each suppressed by the one before it unless that is suppressed itself.
     index = torch.arange(600, device=device)
