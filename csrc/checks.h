@@ -697,6 +697,38 @@ inline void check_multiclass_nms(const Tensor& boxes, const Tensor& scores,
   }
 }
 
+// boxes: (B, N, 4), scores and labels: (B, N).
+inline void check_soft_nms(const Tensor& boxes, const Tensor& scores,
+                           const std::optional<Tensor>& labels, double sigma,
+                           int64_t max_detections) {
+  const char* op = "soft_nms";
+  check_coordinates(op, "boxes", boxes);
+  if (boxes.dim() != 3 || boxes.size(2) != 4) {
+    fail(op, ": boxes must have shape (B, N, 4), got ", shape_of(boxes));
+  }
+  check_like(op, "scores", scores, "boxes", boxes);
+  const auto check_one_for_each_box = [&](const char* name, const Tensor& tensor) {
+    if (tensor.dim() != 2 || !same_shape(tensor, boxes, 2)) {
+      fail(op, ": ", name, " must have shape (", boxes.size(0), ", ", boxes.size(1),
+           "), one for each box, got ", shape_of(tensor));
+    }
+  };
+  check_one_for_each_box("scores", scores);
+  if (labels.has_value()) {
+    if (!is_index(labels->scalar_type())) {
+      fail(op, ": labels must be int32 or int64, got ", dtype_of(*labels));
+    }
+    check_same_device(op, "labels", *labels, "boxes", boxes);
+    check_one_for_each_box("labels", *labels);
+  }
+  if (!(sigma > 0)) {
+    fail(op, ": sigma must be > 0, got ", sigma);
+  }
+  if (max_detections < 0) {
+    fail(op, ": max_detections must be >= 0, got ", max_detections);
+  }
+}
+
 inline HeadShape check_detect(const std::vector<Tensor>& cls_logits,
                               const std::vector<Tensor>& box_deltas, const Tensor& anchors,
                               const std::optional<Tensor>& image_sizes,

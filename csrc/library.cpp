@@ -97,6 +97,11 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "multiclass_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts,"
       " float iou_threshold, int max_detections) -> (Tensor indices, Tensor num_kept)");
+  // indices: [B, max_detections], padded with -1; kept_scores: as they have become, padded with 0.
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, float sigma,"
+      " bool is_gaussian, float score_threshold, int max_detections)"
+      " -> (Tensor indices, Tensor kept_scores, Tensor num_kept)");
 
   // detections, padded with 0, 0 and -1. cls_logits: up to 8 levels (B, A * K, H, W); box_deltas:
   // (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width.

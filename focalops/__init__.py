@@ -26,7 +26,7 @@ from focalops.iou_aware_losses import (
     varifocal_loss,
 )
 from focalops.matching import class_index_targets, count_degenerate_boxes, match_anchors
-from focalops.nms import batched_nms, multiclass_nms, nms
+from focalops.nms import batched_nms, multiclass_nms, nms, soft_nms
 from focalops.postprocess import detect
 
 __all__ = [
@@ -57,5 +57,6 @@ __all__ = [
     "quality_focal_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
+    "soft_nms",
     "varifocal_loss",
 ]

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._ops import call, check, check_floating, check_same_device, ops, runs_reference
+from focalops._ops import (
+    FLOATING,
+    call,
+    check,
+    check_floating,
+    check_same_device,
+    compute_dtype,
+    ops,
+    runs_reference,
+)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -98,6 +107,72 @@ def multiclass_nms(
     return call(ops.multiclass_nms, boxes, scores, labels, counts, iou_threshold, max_detections)
 
 
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None = None,
+    iou_threshold: float = 0.3,
+    max_detections: int = 100,
+    *,
+    method: str = "linear",
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""NMS that lowers the score of a box beside a better one of its class, rather than remove it.
+
+    Bodla et al., "Improving Object Detection With One Line of Code", 2017. Again and again the best box that is left is kept,
+    and the scores s of the others decay by their IoU with it.
+
+    Args:
+        boxes: ``(B, N, 4)`` as xyxy, float16, bfloat16, float32 or float64.
+        scores: ``(B, N)``, any of these dtypes. A box to be left out, such as padding, has a NaN.
+        labels: ``(B, N)``, the class of each box, int32 or int64; None: all are of one class.
+        iou_threshold: with ``"linear"``, an IoU up to it does no harm.
+        max_detections: how many boxes of an image are kept at most.
+        method: ``"linear"``: :math:`s (1 - \mathrm{iou})` where ``iou > iou_threshold``; ``"gaussian"``:
+            :math:`s \exp(-\mathrm{iou}^2 / \sigma)`.
+        sigma: of the gaussian, > 0.
+        score_threshold: a box is kept while its score is above it, as it has become.
+
+    Returns:
+        ``indices (B, max_detections)``, int64, of the kept boxes in the order in which they were taken, then -1; their scores,
+        as they have become, then 0, float64 if an argument is float64, else float32; and ``num_kept (B,)``, int64. Of equal
+        scores the lower index comes first. A box with a NaN score or coordinate is never kept, and lowers nothing.
+
+    All images are done at once, and nothing waits for the device. Memory O(B N), time O(N x max_detections) an image. Nothing is
+    differentiated.
+
+    >>> indices, kept_scores, num_kept = soft_nms(boxes, scores, labels, method="gaussian")
+    """
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"method must be 'linear' or 'gaussian', got {method!r}")
+    if runs_reference(boxes):
+        return reference.soft_nms(
+            boxes,
+            scores,
+            labels,
+            iou_threshold,
+            max_detections,
+            method=method,
+            sigma=sigma,
+            score_threshold=score_threshold,
+        )
+    if boxes.dtype in FLOATING and scores.dtype in FLOATING:
+        dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+        boxes, scores = boxes.to(dtype), scores.to(dtype)
+    return call(
+        ops.soft_nms,
+        boxes.detach(),
+        scores.detach(),
+        labels,
+        float(iou_threshold),
+        float(sigma),
+        method == "gaussian",
+        float(score_threshold),
+        max_detections,
+    )
+
+
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
@@ -165,3 +240,38 @@ def _(
     check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
     indices = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
     return indices, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("focalops::soft_nms")
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    iou_threshold: float,
+    sigma: float,
+    is_gaussian: bool,
+    score_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "soft_nms"
+    check(
+        boxes.dtype in (torch.float32, torch.float64),
+        lambda: f"{op}: boxes must be float32 or float64, got {boxes.dtype}",
+    )
+    check(
+        boxes.dim() == 3 and boxes.shape[2] == 4,
+        lambda: f"{op}: boxes must have shape (B, N, 4), got {tuple(boxes.shape)}",
+    )
+    check_same_device(op, "scores", scores, "boxes", boxes)
+    check(
+        scores.dtype == boxes.dtype,
+        lambda: f"{op}: scores must be {boxes.dtype} like boxes, got {scores.dtype}",
+    )
+    _check_one_for_each(op, "scores", scores, boxes, 2, "box")
+    if labels is not None:
+        _check_one_for_each(op, "labels", labels, boxes, 2, "box")
+    check(sigma > 0, lambda: f"{op}: sigma must be > 0, got {sigma:g}")
+    check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
+    padded = (boxes.shape[0], max_detections)
+    indices = boxes.new_empty(padded, dtype=torch.int64)
+    return indices, boxes.new_empty(padded), boxes.new_empty(padded[:1], dtype=torch.int64)

@@ -604,6 +604,46 @@ def multiclass_nms(
     return indices, num_kept
 
 
+def soft_nms(
+    boxes: Tensor,  # [B, N, 4]
+    scores: Tensor,  # [B, N]
+    labels: Tensor | None = None,  # [B, N]
+    iou_threshold: float = 0.3,
+    max_detections: int = 100,
+    *,
+    method: str = "linear",
+    sigma: float = 0.5,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+    boxes, scores = boxes.to(dtype), scores.to(dtype).clone()
+    indices = boxes.new_full((len(boxes), max_detections), -1, dtype=torch.int64)
+    kept_scores = boxes.new_zeros((len(boxes), max_detections))
+    num_kept = boxes.new_zeros(len(boxes), dtype=torch.int64)
+    for i in range(len(boxes)):
+        left = (
+            scores[i]
+            .masked_fill(boxes[i].isnan().any(dim=1), -math.inf)
+            .nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        )
+        for count in range(max_detections if len(left) else 0):
+            best = left.argmax()
+            if not left[best] > score_threshold:
+                break
+            indices[i, count], kept_scores[i, count] = best, left[best]
+            num_kept[i] += 1
+            left[best] = -math.inf
+            iou = box_iou(boxes[i, best].unsqueeze(0), boxes[i])[0].nan_to_num(0)
+            if labels is not None:
+                iou = torch.where(labels[i] == labels[i, best], iou, 0)
+            if method == "gaussian":
+                decay = torch.exp(-(iou * iou) / sigma)
+            else:
+                decay = torch.where(iou.double() > iou_threshold, 1 - iou, 1)
+            left = torch.where(left == -math.inf, left, left * decay)
+    return indices, kept_scores, num_kept
+
+
 def detect(
     cls_logits: Sequence[Tensor],  # L of [B, A * K, H, W]
     box_deltas: Sequence[Tensor],  # L of [B, A * 4, H, W]

@@ -32,19 +32,6 @@ struct SortedBoxes {
   }
 };
 
-// int32 or int64, told apart at run time; null where there are none.
-struct Integers {
-  const void* data;
-  bool is_int64;
-
-  __device__ __forceinline__ int64_t at(int64_t i, int64_t otherwise) const {
-    if (data == nullptr) {
-      return otherwise;
-    }
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-};
-
 // One thread a box: the class of each box in order of score.
 template <typename index_t>
 __global__ void __launch_bounds__(kChunk)

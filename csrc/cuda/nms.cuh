@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../math/nms.h"
+#include "integers.cuh"
 #include "launch.cuh"
 
 namespace focalops {

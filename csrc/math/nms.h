@@ -38,4 +38,20 @@ FOCALOPS_HOST_DEVICE bool has_nan(const Box<T>& box) {
   return box.x1 != box.x1 || box.y1 != box.y1 || box.x2 != box.x2 || box.y2 != box.y2;
 }
 
+// Soft-NMS (Bodla et al., "Improving Object Detection With One Line of Code", 2017): what becomes
+// of a score beside a better box.
+template <typename T>
+struct ScoreDecay {
+  T iou_threshold;  // linear: no decay up to it
+  T sigma;          // gaussian
+  bool is_gaussian;
+
+  FOCALOPS_HOST_DEVICE T operator()(T score, T iou) const {
+    if (is_gaussian) {
+      return mul(score, T(std::exp(-div(mul(iou, iou), sigma))));
+    }
+    return iou > iou_threshold ? mul(score, sub(T(1), iou)) : score;
+  }
+};
+
 }  // namespace focalops
