@@ -300,7 +300,7 @@ void for_each_row(const RowLayout<N>& layout, const F& f) {
 }
 
 template <typename T>
-FOCALOPS_SIMD void encode_lanes(BoxCoder<T> coder, const BoxLanes<T>& boxes,
+FOCALOPS_SIMD void encode_lanes(const BoxCoder<T>& coder, const BoxLanes<T>& boxes,
                                 const BoxLanes<T>& anchors, int64_t n, BoxLanes<T>& lanes,
                                 Deltas<T>* out) {
 #pragma omp simd

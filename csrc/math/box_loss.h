@@ -64,7 +64,7 @@ struct BoxLoss {
 // Calls f with the loss of the kind, which has been checked.
 template <typename T, typename F>
 void dispatch_box_loss(int64_t kind, const BoxCoder<T>& coder, double beta, double eps, F&& f) {
-  const auto call = [&](auto loss) {
+  const auto call = [&](auto&& loss) {
     loss.coder = coder;
     loss.beta = static_cast<T>(beta);
     loss.per_beta = static_cast<T>(beta > 0 ? 1 / beta : 0);
