@@ -417,31 +417,3 @@ def test_compiles_whole(device):
     (grad,) = torch.autograd.grad(compiled(deltas, anchors, boxes), deltas)
     (expected,) = torch.autograd.grad(f(deltas, anchors, boxes), deltas)
     torch.testing.assert_close(grad, expected)
-
-
-ERRORS = [
-    (lambda x: box_iou(x[:, :3], x), r"box_iou: boxes1 must have shape \(N, 4\) or \(B, N, 4\), got \(5, 3\)"),
-    (lambda x: box_iou(x, x[0]), r"box_iou: boxes2 must have shape \(M, 4\), got \(4,\)"),
-    (lambda x: box_iou(x[None], x), r"box_iou: boxes2 must have shape \(1, M, 4\) as boxes1 is batched, got \(5, 4\)"),
-    (lambda x: box_iou(x > 0, x > 0), "box_iou: boxes1 must be float32 or float64, got torch.bool"),
-    (lambda x: box_iou(x, x > 0), "box_iou: boxes2 must be torch.float32 like boxes1, got torch.bool"),
-    (lambda x: complete_box_iou(x[:, :3], x), r"complete_box_iou: boxes1 must have shape \(N, 4\) or \(B, N, 4\), got \(5, 3\)"),
-    (lambda x: encode_boxes(x[:, :3], x), r"encode_boxes: boxes must have shape \(..., 4\), got \(5, 3\)"),
-    (lambda x: encode_boxes(x, x[:, :1]), r"encode_boxes: anchors must have shape \(..., 4\), got \(5, 1\)"),
-    (lambda x: encode_boxes(x, x[:3]), r"encode_boxes: anchors must have a shape that broadcasts with that of boxes, \(5, 4\), got \(3, 4\)"),
-    (lambda x: encode_boxes(x > 0, x), "encode_boxes: boxes must be float32 or float64, got torch.bool"),
-    (lambda x: encode_boxes(x, x, (1, 1)), "encode_boxes: weights must be 4 numbers, got 2"),
-    (lambda x: decode_boxes(x > 0, x), "decode_boxes: deltas must be float16, bfloat16, float32 or float64, got torch.bool"),
-    (lambda x: decode_boxes(x, x[:3]), r"decode_boxes: anchors must have a shape that broadcasts with that of deltas, \(5, 4\), got \(3, 4\)"),
-    (lambda x: decode_boxes(x, x > 0), r"decode_boxes: anchors must be float32 \(float64 for float64 deltas\), got torch.bool"),
-    (lambda x: decode_boxes(x, x, (1,)), "decode_boxes: weights must be 4 numbers, got 1"),
-    (lambda x: decode_boxes(x, x, image_size=(3, 4, 5)), "decode_boxes: image_size must be 2 numbers, height and width, got 3"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("call, sentence", ERRORS)
-def test_errors(call, sentence, device):
-    with pytest.raises(RuntimeError, match=sentence):
-        call(torch.zeros(5, 4, device=device))
-    with pytest.raises(RuntimeError, match=sentence):
-        call(torch.zeros(5, 4, device="meta"))

@@ -327,32 +327,3 @@ def test_compiles_whole(dtype, device):
     grads, expected = torch.autograd.grad(compiled, levels), torch.autograd.grad(eager, levels)
     for grad, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, other)
-
-
-def test_errors(device):
-    levels, labels = setup(device, sizes=((3, 5), (2, 2)))
-    x, y = levels
-    cases = [
-        ([], labels, {}, "cls_logits must be 1 to 8 levels, got 0"),
-        ([x] * 9, labels, {}, "cls_logits must be 1 to 8 levels, got 9"),
-        ([x.long(), y], labels, {}, r"cls_logits\[0\] must be float16, bfloat16, float32 or float64, got torch.int64"),
-        ([x, y.double()], labels, {}, r"cls_logits\[1\] must be torch.float32 like cls_logits\[0\], got torch.float64"),
-        ([x, y[0]], labels, {}, r"cls_logits\[1\] must have shape \(B, A \* K, H, W\), .* got \(15, 2, 2\)"),
-        ([x, y[:, 1:]], labels, {}, r"cls_logits\[1\] must have shape .* got \(2, 14, 2, 2\)"),
-        ([x, y], labels.float(), {}, "labels must be int32 or int64, got torch.float32"),
-        ([x, y], labels[:1], {}, r"labels must have shape \(2, A \* 19\), .* got \(1, 57\)"),
-        ([x, y], labels[:, 1:], {}, r"labels must have shape \(2, A \* 19\), .* got \(2, 56\)"),
-        ([x, y], labels[:, :38], {}, r"cls_logits must have A \* K channels, A = 2 .* got 15"),
-        ([x, y], labels, {"gamma": -1}, "gamma must be >= 0, got -1"),
-        ([x, y], labels, {"normalizer": torch.ones(3, device=device)}, r"normalizer must be .* of shape \(2,\), got .* \(3,\)"),
-    ]  # fmt: skip
-    for cls_logits, these, options, sentence in cases:
-        with pytest.raises(RuntimeError, match=f"dense_focal_loss: {sentence}"):
-            dense_focal_loss(cls_logits, these, **options)
-        if cls_logits:
-            meta = [level.to("meta") for level in cls_logits]
-            options = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in options.items()}
-            with pytest.raises(RuntimeError, match=f"dense_focal_loss: {sentence}"):
-                dense_focal_loss(meta, these.to("meta"), **options)
-    with pytest.raises(ValueError, match="normalizer must not require grad"):
-        dense_focal_loss(levels, labels, normalizer=torch.ones(2, requires_grad=True))

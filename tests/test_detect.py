@@ -336,34 +336,3 @@ def test_compiles_whole(device):
     compiled = torch.compile(f, fullgraph=True)(logits, deltas, anchors, sizes)
     expected = f(logits, deltas, anchors, sizes)
     assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
-
-
-def test_errors(device):
-    (x, y), (d, e), anchors = setup(device, sizes=((3, 5), (2, 2)))
-    cases = [
-        ([], [], anchors, {}, "cls_logits must be 1 to 8 levels, got 0"),
-        ([x] * 9, [d] * 9, anchors, {}, "cls_logits must be 1 to 8 levels, got 9"),
-        ([x, y], [d], anchors, {}, "box_deltas must be 2 levels like cls_logits, got 1"),
-        ([x.long(), y], [d, e], anchors, {}, r"cls_logits\[0\] must be float16, bfloat16, float32 or float64, got torch.int64"),
-        ([x, y.double()], [d, e], anchors, {}, r"cls_logits\[1\] must be torch.float32 like cls_logits\[0\], got torch.float64"),
-        ([x, y], [d.half(), e], anchors, {}, r"box_deltas\[0\] must be torch.float32 like cls_logits\[0\], got torch.float16"),
-        ([x, y[0]], [d, e], anchors, {}, r"cls_logits\[1\] must have shape \(B, A \* K, H, W\), .* got \(15, 2, 2\)"),
-        ([x, y[:, 1:]], [d, e], anchors, {}, r"cls_logits\[1\] must have shape .* got \(2, 14, 2, 2\)"),
-        ([x, y], [d, e[..., 1:]], anchors, {}, r"box_deltas\[1\] must have shape \(B, A \* 4, H, W\), .* got \(2, 12, 2, 1\)"),
-        ([x, y], [d[:1], e], anchors, {}, r"box_deltas\[0\] must have shape .* got \(1, 12, 3, 5\)"),
-        ([x, y], [d[:, 1:], e[:, 1:]], anchors, {}, "must have A \\* K and A \\* 4 channels, got 15 and 11"),
-        ([x, y], [d[:, :8], e[:, :8]], anchors, {}, "must have A \\* K and A \\* 4 channels, got 15 and 8"),
-        ([x, y], [d, e], anchors[1:], {}, r"anchors must have shape \(57, 4\), 3 at each .* got \(56, 4\)"),
-        ([x, y], [d, e], anchors, {"image_sizes": torch.ones(2, 3)}, r"image_sizes must have shape \(2, 2\), .* got \(2, 3\)"),
-        ([x, y], [d, e], anchors, {"weights": (1, 1)}, "weights must be 4 numbers, got 2"),
-        ([x, y], [d, e], anchors, {"topk_per_level": 0}, "topk_per_level must be >= 1, got 0"),
-        ([x, y], [d, e], anchors, {"max_detections": -1}, "max_detections must be >= 0, got -1"),
-    ]  # fmt: skip
-    for logits, deltas, these, options, sentence in cases:
-        with pytest.raises(RuntimeError, match=f"detect: .*{sentence}"):
-            detect(logits, deltas, these, **options)
-        if logits:
-            options = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in options.items()}
-            meta = [level.to("meta") for level in logits], [level.to("meta") for level in deltas]
-            with pytest.raises(RuntimeError, match=f"detect: .*{sentence}"):
-                detect(*meta, these.to("meta"), **options)

@@ -65,6 +65,7 @@ def right_arguments() -> dict[str, Arguments]:
             "iou_threshold": 0.5,
         },
         "nms": {"boxes": boxes, "scores": scores, "iou_threshold": 0.5},
+        "soft_nms": {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3)},
         "sigmoid_focal_loss": focal,
         "sigmoid_focal_loss, sum": {**focal, "reduction": "sum"},
         **{
@@ -286,6 +287,18 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
     ],
     "nms": nms_of("(N, 4)", "(6,)"),
+    "soft_nms": [
+        ("boxes", Tensor.long, "boxes must be float32 or float64, got torch.int64"),
+        ("boxes", lambda b: b[0], "boxes must have shape (B, N, 4), got (3, 4)"),
+        ("scores", Tensor.long, "scores must be torch.float32 like boxes, got torch.int64"),
+        ("scores", lambda s: s[:, 1:], "scores must have shape (2, 3), one for each box, got (2, 2)"),
+        ("scores", elsewhere, "scores " + ELSEWHERE.format("boxes")),
+        ("labels", always(torch.zeros(2, 3)), "labels must be int32 or int64, got torch.float32"),
+        ("labels", always(torch.zeros(3).long()), "labels must have shape (2, 3), one for each box, got (3,)"),
+        ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
+        ("method", always("hard"), "method must be 'linear' or 'gaussian', got 'hard'"),
+        ("sigma", always(0), "sigma must be > 0, got 0"),
+    ],
     "sigmoid_focal_loss": [
         *focal_of("inputs"),
         ("gamma", always(-1), "gamma must be >= 0, got -1"),

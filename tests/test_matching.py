@@ -383,50 +383,6 @@ def test_compiles_whole(device):
     assert torch.equal(f(anchors, boxes, labels), expected)
 
 
-ERRORS = [
-    (lambda a, b: match_anchors(a[0], b), r"match_anchors: anchors must have shape \(A, 4\), got \(4,\)"),
-    (lambda a, b: match_anchors(a > 0, b), "match_anchors: anchors must be float32 or float64, got torch.bool"),
-    (lambda a, b: match_anchors(a, b > 0), "match_anchors: gt_boxes must be torch.float32 like anchors, got torch.bool"),
-    (lambda a, b: match_anchors(a, b[0]), r"match_anchors: gt_boxes must be a list of \(M_i, 4\) or have shape \(B, M, 4\), got \(3, 4\)"),
-    (lambda a, b: match_anchors(a, b, counts=a[0]), "match_anchors: counts must be int32 or int64, got torch.float32"),
-    (lambda a, b: match_anchors(a, b, counts=b.new_ones(3).int()), r"match_anchors: counts must have shape \(2,\), one for each image, got \(3,\)"),
-    (lambda a, b: match_anchors(a, b, crowd=b[..., 0] > 0, crowd_threshold=-1), "match_anchors: crowd_threshold must be >= 0, got -1"),
-    (lambda a, b: match_anchors(a, b, 0.3, 0.5), "match_anchors: bg_iou_threshold must be <= fg_iou_threshold, 0.3, got 0.5"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("call, sentence", ERRORS)
-def test_errors(call, sentence, device):
-    for where in (device, "meta"):
-        with pytest.raises(RuntimeError, match=sentence):
-            call(torch.zeros(5, 4, device=where), torch.zeros(2, 3, 4, device=where))
-
-
-def test_errors_of_values(device):
-    anchors, boxes = torch.zeros(5, 4, device=device), torch.zeros(2, 3, 4, device=device)
-    with pytest.raises(ValueError, match=r"gt_boxes\[1\] must have shape \(M, 4\), got \(4,\)"):
-        match_anchors(anchors, [boxes[0], boxes[0, 0]])
-    with pytest.raises(
-        ValueError, match="counts must be None unless gt_boxes is one padded tensor"
-    ):
-        match_anchors(anchors, list(boxes), counts=torch.ones(2, device=device).int())
-    for options, sentence in (
-        ({"rule": "yolo"}, "rule must be one of 'torchvision', 'detectron2', 'mmdet', got 'yolo'"),
-        ({"min_pos_iou": 0.1}, "must be left alone unless rule is 'mmdet', got 'torchvision'"),
-        ({"crowd": torch.ones(2, 3)}, r"crowd must be bool, .* of shape \(2, 3\), got torch.float32"),
-        ({"crowd": [torch.ones(2).bool()] * 2}, r"crowd must be .* got torch.bool of shape \(2, 2\)"),
-        ({"image_sizes": [(4, 5)]}, r"image_sizes must have shape \(2, 2\), .* got \(1, 2\)"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=sentence):
-            match_anchors(anchors, boxes, **options)
-    with pytest.raises(
-        ValueError, match="gt_labels must have one entry for each of the 2 images, got 1"
-    ):
-        class_index_targets(torch.zeros(2, 5).long(), [torch.zeros(3).long()], 4)
-    with pytest.raises(ValueError, match=r"gt_labels must be .* have shape \(2, M\), got \(3,\)"):
-        class_index_targets(torch.zeros(2, 5).long(), torch.zeros(3).long(), 4)
-
-
 def test_counts_out_of_range(backend, device):
     anchors, boxes = anchor_grid(3, 3, device), random_boxes(6, 48, 48, device).view(2, 3, 4)
     counts = torch.tensor([-2, 9], device=device)

@@ -263,46 +263,6 @@ def test_opcheck(device):
         torch.library.opcheck(torch.ops.focalops.nms, arguments)
 
 
-INVALID = {
-    "boxes must be float16, bfloat16, float32 or float64, got torch.int64": lambda b, s, i: (
-        b.long(),
-        s,
-        i,
-    ),
-    "boxes must have shape (N, 4), got (6, 5)": lambda b, s, i: (torch.zeros(6, 5).to(b), s, i),
-    "boxes must have shape (N, 4), got (4,)": lambda b, s, i: (b[0], s, i),
-    "scores must be float16, bfloat16, float32 or float64, got torch.int64": lambda b, s, i: (
-        b,
-        s.long(),
-        i,
-    ),
-    "scores must have shape (6,), one for each box, got (5,)": lambda b, s, i: (b, s[1:], i),
-    "scores must have shape (6,), one for each box, got (6, 1)": lambda b, s, i: (b, s[:, None], i),
-    "idxs must be int32 or int64, got torch.float32": lambda b, s, i: (b, s, i.float()),
-    "idxs must have shape (6,), one for each box, got (2,)": lambda b, s, i: (b, s, i[:2]),
-}
-
-
-@pytest.mark.parametrize("sentence", INVALID)
-@pytest.mark.parametrize("under", ["eager", "fake"])
-def test_invalid_arguments(sentence, under, device):
-    arguments = (
-        random_boxes(6, device),
-        torch.rand(6, device=device),
-        torch.zeros(6, dtype=torch.int64, device=device),
-    )
-    boxes, scores, idxs = INVALID[sentence](*arguments)
-    to = "meta" if under == "fake" else device
-    boxes, scores, idxs = boxes.to(to), scores.to(to), idxs.to(to)
-    with pytest.raises(RuntimeError) as raised:
-        batched_nms(boxes, scores, idxs, 0.5)
-    assert f"batched_nms: {sentence}" in str(raised.value)
-    if not sentence.startswith("idxs"):
-        with pytest.raises(RuntimeError) as raised:
-            nms(boxes, scores, 0.5)
-        assert f"nms: {sentence}" in str(raised.value)
-
-
 # ---- multiclass_nms -----------------------------------------------------------------------------
 
 
@@ -400,36 +360,3 @@ def test_multiclass_nms_in_a_cuda_graph(backend, device):
     graph.replay()
     expected = multiclass_nms(boxes, scores, labels, 0.5, counts=counts)
     assert torch.equal(indices, expected[0]) and torch.equal(num_kept, expected[1])
-
-
-MULTICLASS_INVALID = {
-    "boxes must have shape (B, N, 4), got (6, 4)": {"boxes": torch.rand(6, 4)},
-    "scores must have shape (2, 6), one for each box, got (2, 5)": {"scores": torch.rand(2, 5)},
-    "scores must be float16, bfloat16, float32 or float64, got torch.int64": {
-        "scores": torch.zeros(2, 6).long()
-    },
-    "labels must be int32 or int64, got torch.float32": {"labels": torch.rand(2, 6)},
-    "labels must have shape (2, 6), one for each box, got (6,)": {"labels": torch.zeros(6).long()},
-    "counts must have shape (2,), one for each image, got (3,)": {"counts": torch.zeros(3).long()},
-    "counts must be int32 or int64, got torch.bool": {"counts": torch.zeros(2).bool()},
-    "max_detections must be >= 0, got -1": {"max_detections": -1},
-}
-
-
-@pytest.mark.parametrize("sentence", MULTICLASS_INVALID)
-@pytest.mark.parametrize("under", ["eager", "fake"])
-def test_multiclass_nms_invalid_arguments(sentence, under, device):
-    arguments = {
-        "boxes": torch.rand(2, 6, 4),
-        "scores": torch.rand(2, 6),
-        "labels": torch.zeros(2, 6).long(),
-        "counts": None,
-        "max_detections": 3,
-        **MULTICLASS_INVALID[sentence],
-    }
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            arguments[name] = value.to("meta" if under == "fake" else device)
-    with pytest.raises(RuntimeError) as raised:
-        multiclass_nms(**arguments, iou_threshold=0.5)
-    assert f"multiclass_nms: {sentence}" in str(raised.value)

@@ -119,24 +119,3 @@ def test_opcheck(with_labels, device):
     boxes, scores, labels = setup(device, size=20)
     arguments = (boxes, scores, labels if with_labels else None, 0.3, 0.5, True, 0.1, 10)
     torch.library.opcheck(torch.ops.focalops.soft_nms.default, arguments)
-
-
-def test_errors(device):
-    boxes, scores, labels = setup(device)
-    cases = [
-        ((boxes.long(), scores), {}, "boxes must be float32 or float64, got torch.int64"),
-        ((boxes[0], scores), {}, r"boxes must have shape \(B, N, 4\), got \(40, 4\)"),
-        ((boxes, scores.long()), {}, "scores must be torch.float32 like boxes, got torch.int64"),
-        ((boxes, scores[:, 1:]), {}, r"scores must have shape \(2, 40\), .* got \(2, 39\)"),
-        ((boxes, scores, labels.float()), {}, "labels must be int32 or int64, got torch.float32"),
-        ((boxes, scores, labels[0]), {}, r"labels must have shape \(2, 40\), .* got \(40,\)"),
-        ((boxes, scores), {"sigma": 0}, "sigma must be > 0, got 0"),
-        ((boxes, scores), {"max_detections": -1}, "max_detections must be >= 0, got -1"),
-    ]
-    for arguments, options, sentence in cases:
-        with pytest.raises(RuntimeError, match=f"soft_nms: {sentence}"):
-            soft_nms(*arguments, **options)
-        with pytest.raises(RuntimeError, match=f"soft_nms: {sentence}"):
-            soft_nms(*(argument.to("meta") for argument in arguments), **options)
-    with pytest.raises(ValueError, match="method must be 'linear' or 'gaussian', got 'hard'"):
-        soft_nms(boxes, scores, method="hard")

@@ -25,6 +25,7 @@ from focalops import (
     nms,
     sigmoid_focal_loss,
     sigmoid_focal_loss_star,
+    soft_nms,
 )
 
 Inputs = tuple[Tensor, ...]
@@ -107,6 +108,10 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda n: (boxes(n), boxes(2, 4), torch.tensor([4, 1])),
     ),
     "multiclass_nms": (lambda b, s, i, c: multiclass_nms(b, s, i, 0.5, 7, counts=c), padded),
+    "soft_nms": (
+        lambda b, s: soft_nms(b, s, max_detections=7),
+        lambda n: (boxes(2, n), torch.rand(2, n)),
+    ),
     "nms": (lambda b, s: nms(b, s, 0.5), lambda n: (boxes(n), torch.rand(n))),
     **{
         name: (
@@ -133,6 +138,7 @@ CHOICES = {
     "detect",
     "match_anchors",
     "multiclass_nms",
+    "soft_nms",
 }
 DIFFERENTIABLE = EXAMPLES.keys() - DYNAMIC - CHOICES
 
