@@ -244,16 +244,6 @@ class UnresizedTransform(GeneralizedRCNNTransform):
         return image, target
 
 
-def rows(level: Tensor, columns: int) -> Tensor:
-    """One row an anchor: (B, A * columns, H, W) -> (B, H * W * A, columns)."""
-    batch, _, height, width = level.shape
-    return (
-        level.view(batch, -1, columns, height, width)
-        .permute(0, 3, 4, 1, 2)
-        .reshape(batch, -1, columns)
-    )
-
-
 def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
     """What each image's losses are divided by, from the images' numbers of foreground anchors.
 
@@ -379,7 +369,7 @@ class TimmBody(nn.Module):
             timm.create_model, config.backbone.removeprefix(TIMM), features_only=True
         )
         try:
-            info = create(pretrained=False).feature_info
+            info: Any = create(pretrained=False).feature_info
         except RuntimeError as error:
             raise ValueError(f"backbone {config.backbone!r}: {error}") from None
         last = {reduction: index for index, reduction in enumerate(info.reduction())}
