@@ -94,14 +94,16 @@ def compile_kernels(source: Path, arch: str, nvcc: str, flags: Iterable[str]) ->
     names = subprocess.run(
         ["c++filt"], input="\n".join(kernels), capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    return {shorten(name): kernel for name, kernel in zip(names, kernels.values(), strict=True)}
+    short = {shorten(name): kernel for name, kernel in zip(names, kernels.values(), strict=True)}
+    assert len(short) == len(kernels), f"kernels of {source.name} share a short name"
+    return short
 
 
 def shorten(name: str) -> str:
     """Without namespaces, return type and parameters."""
     name = name.replace("(anonymous namespace)::", "").replace("focalops::", "")
     name = re.sub(r"c10::|torch::headeronly::", "", name).removeprefix("void ")
-    name = re.sub(r"\((int|bool)\)(-?\d+)", r"\2", name)
+    name = re.sub(r"\([\w:]+\)(-?\d+)", r"\1", name)
     return re.sub(r"\(.*", "", name)
 
 

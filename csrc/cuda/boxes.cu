@@ -19,6 +19,9 @@ namespace focalops {
 namespace {
 
 constexpr int kThreads = 256;
+// Blocks a multiprocessor, at least; 0: as the compiler likes it, which for double is to spill.
+template <typename T>
+constexpr int kMinBlocks = std::is_same_v<T, double> ? 1 : 0;
 
 // ---- pairwise IoU -------------------------------------------------------------------------------
 
@@ -40,7 +43,7 @@ __device__ __forceinline__ int64_t column_of(int64_t first, int lane, int lanes,
 }
 
 template <IouKind Kind, typename T, bool Vectorised>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     box_iou_kernel(IouFormula<Kind, T> formula, Rows<Box<T>, T> boxes1,  // [B, N, 4]
                    Rows<Box<T>, T> boxes2,                               // [B, M, 4]
                    Matrix matrix,
@@ -102,7 +105,7 @@ struct Upstream {
 };
 
 template <IouKind Kind, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     box_iou_backward_kernel(IouFormula<Kind, T> formula, const T* grad_output,
                             Upstream strides,        // [B, N, M]
                             Rows<Box<T>, T> boxes1,  // [B, N, 4]

@@ -139,8 +139,12 @@ __device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const L
   return sum;
 }
 
+// Blocks a multiprocessor. Without the number ptxas spills for the sake of more of them.
+template <typename scalar_t>
+constexpr int kBlocks = std::is_same_v<scalar_t, double> ? 1 : 2;
+
 template <typename scalar_t, typename Loss>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     dense_box_loss_kernel(const __grid_constant__ Head<scalar_t> head, Loss formula,
                           double* partials) {
   double sum = 0;

@@ -21,9 +21,6 @@ namespace {
 
 constexpr int kMaxLevels = 8;
 constexpr int64_t kClassesOfSlice = 16;
-// Planes in flight: the labels take registers too.
-template <typename scalar_t>
-constexpr int kPlanes = kUnroll<scalar_t> > 1 ? kUnroll<scalar_t> / 2 : 1;
 
 struct Level {
   const void* logits;
@@ -36,7 +33,7 @@ struct Level {
   bool has_rows;
 };
 
-// Extras is void or RowExtras<T>.
+// Extras is void or RowWeights<T>.
 template <typename scalar_t_, typename Extras_>
 struct Head {
   using scalar_t = scalar_t_;
@@ -109,6 +106,14 @@ __device__ __forceinline__ T evaluate_rows(const Head& head, const Level& level,
   return sum;
 }
 
+// Planes in flight: the labels take registers too, and the weights of 8 positions even more.
+template <typename Head>
+constexpr int kPlanes =
+    sizeof(typename Head::scalar_t) == 8 ||
+            (sizeof(typename Head::scalar_t) == 2 && !std::is_void_v<typename Head::Extras>)
+        ? 1
+        : 2;
+
 // Positions of one plane, with the weights of their anchors and of the class.
 template <typename scalar_t, int N, typename Loss, typename T = compute_t<scalar_t>>
 __device__ __forceinline__ Values<T, N> evaluate_plane(const Vector<scalar_t, N>& logits,
@@ -173,17 +178,17 @@ __device__ __forceinline__ T evaluate_planes(const Head& head, const Level& leve
   T sum = 0;
   const int64_t first_plane = (image * head.anchors + anchor) * head.classes;
   const auto* logits = static_cast<const scalar_t*>(level.logits);
-  for (int first = begin; first < end; first += kPlanes<scalar_t>) {
-    Vector<scalar_t, N> vectors[kPlanes<scalar_t>];
+  for (int first = begin; first < end; first += kPlanes<Head>) {
+    Vector<scalar_t, N> vectors[kPlanes<Head>];
 #pragma unroll
-    for (int u = 0; u < kPlanes<scalar_t>; ++u) {
+    for (int u = 0; u < kPlanes<Head>; ++u) {
       if (first + u < end) {
         const auto* plane = logits + (first_plane + first + u) * size;
         vectors[u] = load_vector<N>(plane, i, size, is_aligned(plane));
       }
     }
 #pragma unroll
-    for (int u = 0; u < kPlanes<scalar_t>; ++u) {
+    for (int u = 0; u < kPlanes<Head>; ++u) {
       if (first + u < end) {
         ElementMasks masks = row_masks;
 #pragma unroll
@@ -211,7 +216,7 @@ __device__ __forceinline__ T evaluate_planes(const Head& head, const Level& leve
 // Blocks a multiprocessor: the most at which nothing is spilled.
 template <typename Head>
 constexpr int kBlocks =
-    sizeof(typename Head::scalar_t) > 2 && std::is_void_v<typename Head::Extras> ? 3 : 2;
+    sizeof(typename Head::scalar_t) == 4 && std::is_void_v<typename Head::Extras> ? 3 : 2;
 
 template <bool WithGrad, typename Head, typename Loss>
 __global__ void __launch_bounds__(kThreads, kBlocks<Head>)
@@ -324,9 +329,9 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
       return dispatch_focal_loss<T>(options.alpha, options.gamma,
                                     [&](const auto& formula) { run(head, formula); });
     }
-    auto head = make_head<Head<scalar_t, RowExtras<T>>>(levels, shape, labels, options.ignore_index,
-                                                        normalizer, grads);
-    head.extras = {data_of<T>(weight), data_of<T>(class_weight), nullptr};
+    auto head = make_head<Head<scalar_t, RowWeights<T>>>(levels, shape, labels,
+                                                         options.ignore_index, normalizer, grads);
+    head.extras = {data_of<T>(weight), data_of<T>(class_weight)};
     dispatch_focal_row_loss<T>({options.alpha, options.gamma, options.label_smoothing},
                                [&](const auto& formula) { run(head, formula); });
   });

@@ -96,10 +96,9 @@ __device__ __forceinline__ Values<T, N> evaluate_hard(const Vector<scalar_t, N>&
 
 // What rows may have beside a class index; null where they have not.
 template <typename T>
-struct RowExtras {
+struct RowWeights {
   const T* weight;        // [rows]
   const T* class_weight;  // [K]
-  const T* scores;        // [rows]
 
   __device__ __forceinline__ T weight_of(int64_t row) const {
     return weight == nullptr ? T(1) : weight[row];
@@ -107,21 +106,29 @@ struct RowExtras {
   __device__ __forceinline__ T class_weight_of(int column) const {
     return class_weight == nullptr ? T(1) : class_weight[column];
   }
+  __device__ __forceinline__ T score_of(int64_t) const { return T(1); }
+  __device__ __forceinline__ RowWeights from(int64_t row) const {
+    return {weight == nullptr ? nullptr : weight + row, class_weight};
+  }
+};
+
+// With the score of each row's object, as the quality losses have it.
+template <typename T>
+struct RowExtras : RowWeights<T> {
+  const T* scores;  // [rows]
+
   __device__ __forceinline__ T score_of(int64_t row) const {
     return scores == nullptr ? T(1) : scores[row];
-  }
-  __device__ __forceinline__ RowExtras from(int64_t row) const {
-    return {weight == nullptr ? nullptr : weight + row, class_weight,
-            scores == nullptr ? nullptr : scores + row};
   }
 };
 
 // As evaluate_hard, with the extras of N logits from `column` of `row` on.
-template <typename scalar_t, int N, typename Row, typename Loss, typename T = compute_t<scalar_t>>
+template <typename scalar_t, int N, typename Extras, typename Row, typename Loss,
+          typename T = compute_t<scalar_t>>
 __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N>& logits,
                                                         const ElementMasks& masks,
-                                                        const RowExtras<T>& extras, Row row,
-                                                        Row num_rows, int column, int num_classes,
+                                                        const Extras& extras, Row row, Row num_rows,
+                                                        int column, int num_classes,
                                                         const Loss& formula) {
   Values<T, N> values;
 #pragma unroll
@@ -144,7 +151,7 @@ __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N
   return values;
 }
 
-// Rows of K logits, contiguous one after the other; Extras is void or RowExtras<T>.
+// Rows of K logits, contiguous one after the other; Extras is void, RowWeights<T> or RowExtras<T>.
 template <typename scalar_t_, typename Extras = void>
 struct ClassIndexTargets {
   using scalar_t = scalar_t_;
