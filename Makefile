@@ -13,9 +13,15 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
 # Without a GPU the kernels are compiled only to see that they compile: one architecture is enough.
-ifeq ($(TORCH_CUDA_ARCH_LIST)$(shell nvidia-smi -L 2>/dev/null),)
+GPUS := $(shell nvidia-smi -L 2>/dev/null)
+ifeq ($(TORCH_CUDA_ARCH_LIST)$(GPUS),)
 export TORCH_CUDA_ARCH_LIST := 9.0
 endif
+
+# One process a core, where pytest-xdist is installed and no GPU would have to be shared. Threads that
+# wait for work must then leave the core to the other processes.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest \
+  $(if $(GPUS),,$(shell $(PY) -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null))
 
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := $(filter csrc/%,$(CXX_FILES))
@@ -27,7 +33,7 @@ demo: $(BUILT)
 	$(PY) -m models demo
 
 test: $(BUILT)
-	$(PY) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # The CUDA kernels, emulated on the CPU (CONTRIBUTING.md), under the address and undefined-behaviour
 # sanitizers, which Python does not know and so has to preload.
@@ -35,7 +41,7 @@ test-sanitize: $(BUILT)
 	$(PY) tests/cuda_emulation/build.py sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FOCALOPS_EMULATION=sanitized \
-	$(PY) -m pytest -k cuda-emulated $(ARGS)
+	$(PYTEST) -k cuda-emulated $(ARGS)
 
 fuzz: $(BUILT)
 	PYTHONPATH=. $(PY) tests/fuzz.py $(ARGS)

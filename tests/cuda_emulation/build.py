@@ -1,5 +1,6 @@
 """Compiles csrc/cuda/*.cu with the host compiler, into build/emulation/<variant>/."""
 
+import fcntl
 import functools
 import os
 import shlex
@@ -81,12 +82,14 @@ def _build(variant: str, name: str, sources: list[Path], link_flags: list[str]) 
     edge(output, objects, link)
 
     file = directory / f"{name}.ninja"
-    file.write_text(f"builddir = {directory}\n" + "\n".join(lines) + "\n")
     ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-    done = subprocess.run(
-        [*ninja, "-f", str(file), "-j", jobs], capture_output=True, text=True, check=False
-    )
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes builds, the others wait
+        file.write_text(f"builddir = {directory}\n" + "\n".join(lines) + "\n")
+        done = subprocess.run(
+            [*ninja, "-f", str(file), "-j", jobs], capture_output=True, text=True, check=False
+        )
     if done.returncode:
         raise RuntimeError(f"the emulation of csrc/cuda does not compile:\n{done.stdout[-6000:]}")
     return output
