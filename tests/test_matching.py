@@ -1,6 +1,8 @@
 """match_anchors and class_index_targets against the reference and torchvision."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,75 +152,21 @@ def test_no_images(device):
 # ---- rules --------------------------------------------------------------------------------------
 
 
-def detectron2_matches(iou: list[list[float]], fg: float, bg: float, low_quality: bool) -> list:
-    """Matcher([bg, fg], labels=[0, -1, 1]) and what RetinaNet reads from it, one anchor after the other."""
-    best_of_box, result = [max(row) for row in iou], []
-    for column in zip(*iou, strict=True):
-        best = max(column)
-        label = 1 if best >= fg else 0 if best < bg else -1
-        if low_quality and any(x == y for x, y in zip(column, best_of_box, strict=True)):
-            label = 1
-        result.append({1: column.index(best), 0: -1, -1: -2}[label])
-    return result
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "matching.json").read_text())["scenes"]
 
 
-def mmdet_matches(
-    iou: list[list[float]], fg: float, bg: float, low_quality: bool, min_pos_iou: float, take_all: bool
-) -> list:  # fmt: skip
-    """MaxIoUAssigner.assign_wrt_overlaps; an overlap of -1 marks an anchor inside a crowd."""
-    result = []
-    for column in zip(*iou, strict=True):
-        best = max(column)
-        result.append(column.index(best) if best >= fg else -1 if 0 <= best < bg else -2)
-    for j, row in enumerate(iou if low_quality else ()):
-        best = max(row)
-        if best >= min_pos_iou:
-            equal = [anchor for anchor, x in enumerate(row) if x == best]
-            for anchor in equal if take_all else equal[:1]:
-                result[anchor] = j
-    return result
-
-
-def scene(kind: str, seed: int) -> tuple[Tensor, Tensor]:
-    """Anchors, and boxes that each overlap one."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "tied":  # on whole pixels, and small
-        corners = torch.randint(0, 6, (60, 2, 2), generator=generator).sort(dim=1).values
-        boxes = corners.reshape(60, 4).float()
-        boxes[:, 2:] += 1
-        anchors, boxes = boxes[:40], boxes[40:]
-    else:
-        torch.manual_seed(seed)
-        anchors = anchor_grid(6, 7)[torch.randperm(168, generator=generator)]
-        boxes = random_boxes({"random": 8, "crowded": 40}[kind], 96, 112)
-    return anchors, boxes[torchvision.ops.box_iou(boxes, anchors).amax(1) > 0]
-
-
-def float32(x: float) -> float:
-    return torch.tensor(x).item()
-
-
-@pytest.mark.parametrize("kind", ["random", "crowded", "tied"])
-def test_rules_are_the_originals(kind, device):
-    for seed in range(3):
-        anchors, boxes = scene(kind, seed)
-        iou = torchvision.ops.box_iou(boxes, anchors).tolist()
-        for fg, bg in ((0.5, 0.4), (0.7, 0.3)):
-            for low_quality in (True, False):
-                thresholds = (float32(fg), float32(bg), low_quality)
-                arguments = (anchors.to(device), [boxes.to(device)], fg, bg, low_quality)
-                expected = detectron2_matches(iou, *thresholds)
-                for rule in ("torchvision", "detectron2"):
-                    assert match_anchors(*arguments, rule=rule)[0].tolist() == expected
-                for min_pos_iou, take_all in ((0.0, True), (0.2, False)):
-                    options = {
-                        "rule": "mmdet",
-                        "min_pos_iou": min_pos_iou,
-                        "gt_max_assign_all": take_all,
-                    }
-                    expected = mmdet_matches(iou, *thresholds, float32(min_pos_iou), take_all)  # fmt: skip
-                    matches = check_is_the_references(*arguments, **options)
-                    assert matches[0].tolist() == expected
+@pytest.mark.parametrize("scene", GOLDEN, ids=lambda scene: scene["kind"])
+def test_rules_are_the_originals(scene, device):
+    anchors = torch.tensor(scene["anchors"], device=device)
+    boxes = torch.tensor(scene["boxes"], device=device)
+    crowd = torch.arange(len(boxes), device=device) < scene["num_crowds"]
+    for call in scene["calls"]:
+        options = call["options"] | ({"crowd": [crowd]} if call["crowds"] else {})
+        matches = check_is_the_references(anchors, [boxes], **options)
+        assert matches.tolist() == [call["matches"]]
+        if options["rule"] == "detectron2":
+            options["rule"] = "torchvision"
+            assert match_anchors(anchors, [boxes], **options).tolist() == [call["matches"]]
 
 
 def test_rules_differ(device):
@@ -260,17 +208,9 @@ def test_crowds(rule, threshold, device):
         assert not torch.isin(match, torch.where(is_crowd)[0]).any()
         if len(boxes) == 0:
             continue
-        # What mmdet does: overlaps of anchors inside become -1.
         inter = torchvision.ops.boxes._box_inter_union(anchors, boxes[is_crowd])[0]
         inside = (inter / torchvision.ops.box_area(anchors)[:, None] > threshold).any(1)
-        iou = torchvision.ops.box_iou(boxes[~is_crowd], anchors)
-        iou[:, inside] = -1
         assert inside.any() and (match[inside] == -2).all()
-        if rule == "mmdet":
-            least = 1e-6  # the guard for boxes that overlap nothing
-            expected = mmdet_matches(iou.tolist(), 0.5, float32(0.4), True, least, True)
-            index = torch.where(~is_crowd)[0].tolist()
-            assert match.tolist() == [index[j] if j >= 0 else j for j in expected]
 
 
 def test_a_crowd_is_only_a_crowd(device):
