@@ -18,7 +18,12 @@ from focalops.boxes import (
     encode_boxes,
     generalized_box_iou,
 )
-from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss, sigmoid_focal_loss_star
+from focalops.focal_loss import (
+    dense_focal_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
+    softmax_focal_loss,
+)
 from focalops.iou_aware_losses import (
     ia_bce_loss,
     matchability_aware_loss,
@@ -58,5 +63,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
     "soft_nms",
+    "softmax_focal_loss",
     "varifocal_loss",
 ]

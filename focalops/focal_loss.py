@@ -128,6 +128,61 @@ def sigmoid_focal_loss_star(
     )
 
 
+def softmax_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""The focal loss of one out of K classes, :math:`-\alpha (1 - p)^\gamma \log(p)`, p = softmax(inputs) of the true class.
+
+    Args:
+        inputs: logits ``(..., K)``, float16, bfloat16, float32 or float64.
+        targets: class indices, int32 or int64, of shape ``inputs.shape[:-1]``: ``0..K-1`` or ``ignore_index``. Background, where
+            there is one, is a class of its own. Another index is an error on the CPU and makes the loss NaN on CUDA.
+        alpha: a factor, the same for all classes; a negative number is none.
+        gamma: exponent of the modulating factor, >= 0; at 0 the loss is alpha times the cross entropy.
+        reduction: ``"none"``, one loss a row; ``"sum"``; or ``"mean"``, over the rows that are not ignored.
+        ignore_index: as in :func:`sigmoid_focal_loss`.
+        normalizer: as in :func:`sigmoid_focal_loss`.
+        min_normalizer: as in :func:`sigmoid_focal_loss`.
+        weight: one a row, multiplies its loss.
+        class_weight: ``(K,)``, multiplies the losses of the rows of a class, as ``weight`` of
+            ``torch.nn.functional.cross_entropy`` does; ``"mean"`` does not divide by it.
+        inplace_backward: as in :func:`sigmoid_focal_loss`.
+
+    Returns:
+        ``"none"``: the losses, ``inputs.shape[:-1]``, in the dtype of ``inputs``, composed of PyTorch's own ops. Otherwise a 0-d
+        tensor, float64 for float64 inputs, else float32; the gradient is written by the same kernel.
+
+    Time O(inputs). Source: ``mmcv.ops.softmax_focal_loss(input, target, gamma, alpha, weight, reduction)``, on CUDA alone,
+    whose ``weight`` is ``class_weight`` here.
+
+    >>> softmax_focal_loss(logits, labels, reduction="sum", normalizer=num_positives)  # (N, K), (N,)
+    """
+    return _row_loss(
+        SOFTMAX,
+        inputs,
+        (targets, None),
+        (alpha, gamma),
+        reduction,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        min_normalizer=min_normalizer,
+        weight=weight,
+        class_weight=class_weight,
+        inplace_backward=inplace_backward,
+    )
+
+
 def dense_focal_loss(
     cls_logits: Sequence[Tensor],
     labels: Tensor,
@@ -284,9 +339,12 @@ def _focal_loss(
     arguments = (inputs, targets, alpha, gamma, beta, ignore_index)
     if reduction == "none":
         return call(ops.sigmoid_focal_loss, *arguments)
-    if reduction == "mean" and is_dense:
-        reduction, normalizer, min_normalizer = "sum", inputs.numel(), 1
-    divisor = _sum_divisor(reduction, inputs, targets, ignore_index, normalizer, min_normalizer)
+    if reduction == "mean":
+        min_normalizer = 1
+        normalizer = inputs.numel()
+        if not is_dense:
+            normalizer = (targets != ignore_index).sum() * inputs.shape[-1]
+    divisor = _divisor_of_sum(inputs, normalizer, min_normalizer)
     return _sum(
         ops.sigmoid_focal_loss_sum,
         ops._sigmoid_focal_loss_sum_,
@@ -308,17 +366,10 @@ def _check_reduction(
         )
 
 
-def _sum_divisor(
-    reduction: str,
-    inputs: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    normalizer: Tensor | float | None,
-    min_normalizer: float,
+def _divisor_of_sum(
+    inputs: Tensor, normalizer: Tensor | float | None, min_normalizer: float
 ) -> tuple[Tensor | None, float]:
-    """The normalizer on the device and its least value, of a sum or of the mean of class-index targets."""
-    if reduction == "mean":
-        normalizer, min_normalizer = (targets != ignore_index).sum() * inputs.shape[-1], 1
+    """The normalizer on the device, and its least value."""
     if isinstance(normalizer, Tensor):
         return normalizer.to(compute_dtype(inputs.dtype)), min_normalizer
     return None, min_normalizer if normalizer is None else max(normalizer, min_normalizer)
@@ -335,7 +386,7 @@ def _sum(op: Any, inplace_op: Any, arguments: tuple[Any, ...], inplace_backward:
 
 
 # As RowLoss in csrc/math/focal.h, and their references.
-FOCAL, QUALITY, VARIFOCAL, MATCHABILITY, IA_BCE = range(5)
+FOCAL, QUALITY, VARIFOCAL, MATCHABILITY, IA_BCE, SOFTMAX = range(6)
 
 
 def _focal_row_reference(
@@ -358,12 +409,24 @@ def _focal_row_reference(
     )
 
 
+def _softmax_row_reference(
+    inputs: Tensor,
+    targets: tuple[Tensor, None],
+    alpha: float,
+    gamma: float,
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    return reference.softmax_focal_loss(inputs, targets[0], alpha, gamma, reduction, **options)
+
+
 ROW_REFERENCES: tuple[Callable[..., Tensor], ...] = (
     _focal_row_reference,
     reference.quality_focal_loss,
     reference.varifocal_loss,
     reference.matchability_aware_loss,
     reference.ia_bce_loss,
+    _softmax_row_reference,
 )
 
 
@@ -405,7 +468,10 @@ def _row_loss(
     dtype = compute_dtype(inputs.dtype)
     extras = _to(dtype, weight), _to(dtype, class_weight)
     parameters = [float(parameter) for parameter in parameters]
-    divisor = _sum_divisor(reduction, inputs, labels, ignore_index, normalizer, min_normalizer)
+    if reduction == "mean":
+        losses_of_row = 1 if loss_id == SOFTMAX else inputs.shape[-1]
+        normalizer, min_normalizer = (labels != ignore_index).sum() * losses_of_row, 1
+    divisor = _divisor_of_sum(inputs, normalizer, min_normalizer)
     return _sum(
         ops.row_loss_sum,
         ops._row_loss_sum_,
@@ -541,6 +607,7 @@ ROW_NAMES = (
     "varifocal_loss",
     "matchability_aware_loss",
     "ia_bce_loss",
+    "softmax_focal_loss",
 )
 
 

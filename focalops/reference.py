@@ -147,6 +147,42 @@ def varifocal_loss(
     return _reduce_rows(loss, inputs, targets[0], reduction, **options)
 
 
+def softmax_focal_loss(
+    inputs: Tensor,  # [..., K]
+    targets: Tensor,  # [...] = inputs.shape[:-1]
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,  # [...]
+    class_weight: Tensor | None = None,  # [K]
+    inplace_backward: bool = False,  # a matter of memory: not here
+) -> Tensor:
+    ignored = targets == ignore_index
+    is_class = (targets >= 0) & (targets < inputs.shape[-1]) & ~ignored
+    label = torch.where(is_class, targets, 0).long()
+    x = inputs.to(compute_dtype(inputs.dtype)).masked_fill(ignored.unsqueeze(-1), 0)
+    log_p = F.log_softmax(x, dim=-1).gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    # Where p rounds to 1, q = 1 - p must not be 0, of which a power has no gradient.
+    log_p = log_p.clamp(max=-torch.finfo(x.dtype).tiny)
+    loss = -torch.exp(gamma * torch.log(-torch.expm1(log_p))) * log_p
+    loss = loss if alpha < 0 else alpha * loss
+    loss = loss if weight is None else loss * weight.to(loss.dtype)
+    loss = loss if class_weight is None else loss * class_weight.to(loss.dtype)[label]
+    loss = loss.masked_fill(~is_class, math.nan).masked_fill(ignored, 0)
+    if reduction == "none":
+        return loss.to(inputs.dtype)
+    if reduction == "mean":
+        return loss.sum() / (~ignored).sum().clamp(min=1)
+    if normalizer is None:
+        return loss.sum()
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return loss.sum() / divisor.clamp(min=min_normalizer)
+
+
 def matchability_aware_loss(
     inputs: Tensor,  # [..., K]
     targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]

@@ -29,13 +29,14 @@ TABLE = Path(__file__).with_name("cuda_resources.json")
 MEMORY_BOUND = {
     r"focal_loss_kernel<": ("load", "store"),
     r"dense_focal_loss_kernel<": ("load", "store"),
+    r"softmax_focal_loss_kernel<\w+, true": ("load", "store"),
     r"scale_kernel<": ("load", "store"),
     r"box_iou_kernel<.*, true>": (
         "store",
     ),  # true: rows of the matrix begin at multiples of 16 bytes
 }
 # Those of them that only add up.
-NO_STORE = r"SumLoss<[^>]*, false>|dense_focal_loss_kernel<false,"
+NO_STORE = r"SumLoss<[^>]*, false>|(dense|softmax)_focal_loss_kernel<false,"
 # Those whose time is that of the arithmetic.
 NOT_MEMORY_BOUND = r"<double[,>]"
 

@@ -76,6 +76,7 @@ def right_arguments() -> dict[str, Arguments]:
             }
             for op in ROW_LOSSES
         },
+        "softmax_focal_loss": {**focal, "reduction": "sum"},
         "sigmoid_focal_loss_star": focal,
     }
 
@@ -310,6 +311,15 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         *weights_of("weight", "targets, (6,)"),
     ],
     **{op: row_loss_of(exponent) for op, exponent in ROW_LOSSES.items()},
+    "softmax_focal_loss": [
+        ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),
+        ("targets", lambda t: t[:3], "class-index targets must have the shape of inputs, (6, 5), without its last dimension, got (3,)"),
+        ("targets", Tensor.float, "class-index targets must be int32 or int64, got torch.float32"),
+        ("gamma", always(-1), "gamma must be >= 0, got -1"),
+        ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
+        ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
+        *weights_of("weight", "targets, (6,)"),
+    ],
     "sigmoid_focal_loss_star": [
         *focal_of("inputs"),
         ("gamma", always(0), "gamma must be > 0, got 0"),

@@ -297,7 +297,7 @@ def test_opcheck(device):
     weight, class_weight = torch.rand(9, device=device), torch.rand(5, device=device)
     op = torch.ops.focalops.row_loss_sum.default
     for loss, parameters in enumerate(
-        ([0.25, 2.0, 0.1], [2.0], [0.75, 2.0, 1.0], [1.5, 1.0], [0.25, 2.0])
+        ([0.25, 2.0, 0.1], [2.0], [0.75, 2.0, 1.0], [1.5, 1.0], [0.25, 2.0], [0.25, 2.0])
     ):
         arguments = (x, labels, scores, loss, parameters, weight, class_weight, -100, None, 1.0)
         torch.library.opcheck(op, (*arguments, loss > 0))
@@ -339,7 +339,7 @@ def test_errors(device):
     for call, sentence in cases:
         with pytest.raises((RuntimeError, ValueError), match=sentence):
             call()
-    for loss, parameters in ((5, [1.0]), (0, [1.0])):
+    for loss, parameters in ((6, [1.0]), (0, [1.0])):
         with pytest.raises(RuntimeError, match="loss and parameters must be one of those"):
             torch.ops.focalops.row_loss_sum(
                 x, labels, None, loss, parameters, None, None, -100, None, 1.0, False

@@ -26,6 +26,7 @@ from focalops import (
     sigmoid_focal_loss,
     sigmoid_focal_loss_star,
     soft_nms,
+    softmax_focal_loss,
 )
 
 Inputs = tuple[Tensor, ...]
@@ -126,6 +127,10 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         )
     },
     "sigmoid_focal_loss": (lambda x, t: sigmoid_focal_loss(x, t, reduction="sum"), focal),
+    "softmax_focal_loss": (
+        lambda x, t: softmax_focal_loss(x, t, reduction="sum"),
+        lambda n: (torch.randn(n, 5), torch.randint(0, 5, (n,))),
+    ),
     "sigmoid_focal_loss_star": (lambda x, t: sigmoid_focal_loss_star(x, t, beta=1.0), focal),
 }
 

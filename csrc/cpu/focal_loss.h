@@ -246,16 +246,21 @@ T clamped_divisor(T given, T least) {
   return given < least ? least : given;  // a NaN stays
 }
 
+template <typename T>
+T divisor_of(const std::optional<Tensor>& normalizer, double min_normalizer) {
+  const T least = static_cast<T>(min_normalizer);
+  return normalizer.has_value()
+             ? clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), least)
+             : least;
+}
+
 // The sum of the losses over the divisor, written to `loss`; the gradient goes to `grad`, where
 // there is one; it may be the logits themselves.
 template <typename scalar_t, typename Targets, typename Loss, typename T = compute_t<scalar_t>>
 void sum_losses(Targets& targets, int64_t numel, const Loss& formula,
                 const std::optional<Tensor>& normalizer, double min_normalizer,
                 const std::optional<Tensor>& grad, Tensor& loss) {
-  T divisor = static_cast<T>(min_normalizer);
-  if (normalizer.has_value()) {
-    divisor = clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), divisor);
-  }
+  const T divisor = divisor_of<T>(normalizer, min_normalizer);
   const T grad_scale = gradient_scale<scalar_t>(divisor);
   std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
   if (grad.has_value()) {

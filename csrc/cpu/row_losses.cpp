@@ -1,6 +1,7 @@
 // The losses of rows with a weight, a score or smoothed targets, on the CPU: one pass over the
 // logits, as in focal_loss.cpp.
 #include "focal_loss.h"
+#include "softmax_focal_loss.h"
 
 namespace focalops {
 namespace {
@@ -14,6 +15,9 @@ Tensor row_loss(const Tensor& inputs, const Tensor& targets_, const std::optiona
   const auto scores = contiguous(scores_), weight = contiguous(weight_),
              class_weight = contiguous(class_weight_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
+  if (inputs.numel() == 0) {
+    return torch::stable::zero_(loss);
+  }
   const auto run = [&](auto scalar_tag, auto index_tag) {
     using scalar_t = tag_t<decltype(scalar_tag)>;
     using index_t = tag_t<decltype(index_tag)>;
@@ -25,6 +29,11 @@ Tensor row_loss(const Tensor& inputs, const Tensor& targets_, const std::optiona
         inputs.size(inputs.dim() - 1),
         ignore_index,
         {data_of<T>(weight), data_of<T>(class_weight), data_of<T>(scores)}};
+    if (static_cast<RowLoss>(loss_id) == RowLoss::softmax) {
+      const SoftmaxFocalLoss<T> formula = softmax_focal_loss<T>(parameters);
+      return sum_softmax_losses(rows, targets.numel(), formula, normalizer, min_normalizer, grad,
+                                loss);
+    }
     dispatch_row_loss<T>(static_cast<RowLoss>(loss_id), parameters, [&](const auto& formula) {
       sum_losses<scalar_t>(rows, inputs.numel(), formula, normalizer, min_normalizer, grad, loss);
     });

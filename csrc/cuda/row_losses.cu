@@ -5,6 +5,7 @@
 // Bytes moved, s = size of the logits: loss 1s, with gradient 2s; a class index, and what else
 // there is of a row.
 #include "focal_loss.cuh"
+#include "softmax_focal_loss.cuh"
 
 namespace focalops {
 namespace {
@@ -26,8 +27,20 @@ Tensor row_loss(const Tensor& inputs, const Tensor& targets_, const std::optiona
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const int64_t num_classes = inputs.size(inputs.dim() - 1);
+    const Indices indices{targets.const_data_ptr(), targets.scalar_type() == ScalarType::Long};
+    if (static_cast<RowLoss>(loss_id) == RowLoss::softmax) {
+      const SoftmaxRows<scalar_t> rows{static_cast<const scalar_t*>(inputs.const_data_ptr()),
+                                       indices,
+                                       targets.numel(),
+                                       static_cast<int>(num_classes),
+                                       ignore_index,
+                                       {data_of<T>(weight), data_of<T>(class_weight)},
+                                       kWarpSize};
+      return launch_softmax_sum(inputs, rows, softmax_focal_loss<T>(parameters), normalizer,
+                                min_normalizer, grad, scope, loss);
+    }
     const ClassIndexTargets<scalar_t, RowExtras<T>> rows{
-        {targets.const_data_ptr(), targets.scalar_type() == ScalarType::Long},
+        indices,
         targets.numel(),
         static_cast<int>(num_classes),
         ignore_index,

@@ -352,12 +352,40 @@ void dispatch_focal_loss(const FocalParams& params, F&& f) {
   dispatch_focal_loss<T>(params.alpha, params.gamma, f);
 }
 
+// The softmax focal loss of a row, -alpha q^gamma log(p), where p is the probability of the true
+// class and q = 1 - p that of all others.
+template <typename T>
+struct SoftmaxFocalLoss {
+  T alpha;  // 1 where there is none
+  T gamma;
+
+  struct Value {
+    T loss;
+    T grad_true;    // by the logit of the true class
+    T grad_factor;  // by another one: times its exponential
+  };
+
+  // From exponentials over the row's largest logit: x is the logit of the true class minus that,
+  // others their sum over the other classes. q comes from it, not from 1 - p, which would leave an
+  // easy example no digits.
+  FOCALOPS_HOST_DEVICE Value evaluate(T x, T others) const {
+    const T e = detail::exp_nonpositive(x);
+    const T inverse = 1 / (e + others);
+    const T p = e * inverse, q = others * inverse;
+    const T log_p = q < T(0.5) ? std::log1p(-q) : x + std::log(inverse);
+    const T factor =
+        alpha * (gamma == 2 ? q * q : detail::modulate<kAnyGamma>(q, std::log(q), gamma));
+    const T by_log_p = factor * (gamma * p * (q == 0 ? T(-1) : log_p / q) - 1);
+    return {-factor * log_p, by_log_p * q, -by_log_p * inverse};
+  }
+};
+
 // The losses of rows with a weight, a score or smoothed targets, and how many parameters each has.
-enum class RowLoss : int64_t { focal, quality, varifocal, matchability, iou_aware };
+enum class RowLoss : int64_t { focal, quality, varifocal, matchability, iou_aware, softmax };
 
 inline bool knows_row_loss(int64_t loss, size_t num_parameters) {
-  constexpr size_t num_parameters_of[] = {3, 1, 3, 2, 2};
-  return loss >= 0 && loss < 5 && num_parameters == num_parameters_of[loss];
+  constexpr size_t num_parameters_of[] = {3, 1, 3, 2, 2, 2};
+  return loss >= 0 && loss < 6 && num_parameters == num_parameters_of[loss];
 }
 
 namespace detail {
@@ -384,9 +412,15 @@ void dispatch_focal_row_loss(const std::vector<double>& p, F&& f) {
   });
 }
 
+template <typename T>
+SoftmaxFocalLoss<T> softmax_focal_loss(const std::vector<double>& p) {
+  return {T(p[0] < 0 ? 1 : p[0]), T(p[1])};
+}
+
 // Calls f with the loss. Its parameters are those of the Python functions, in their order:
 //     focal: alpha, gamma, label_smoothing; quality: beta; varifocal: alpha, gamma, iou_weighted;
 //     matchability: gamma, alpha; iou_aware: alpha, gamma
+// The softmax focal loss (alpha, gamma) is one of rows, not of logits: it has kernels of its own.
 template <typename T, typename F>
 void dispatch_row_loss(RowLoss loss, const std::vector<double>& p, F&& f) {
   const AlphaBalance<T> none(-1);
@@ -407,6 +441,8 @@ void dispatch_row_loss(RowLoss loss, const std::vector<double>& p, F&& f) {
       return detail::with_gamma(p[1], [&](auto gamma) {
         f(IouAwareCrossEntropy<T, decltype(gamma)::value>{{none, T(p[1])}, T(p[0])});
       });
+    case RowLoss::softmax:
+      return;
   }
 }
 

@@ -52,6 +52,11 @@ VECTOR_TYPES(double, double)
 #undef VECTOR_TYPES
 #undef AT_MOST_16
 
+template <typename T>
+void __stwb(T* to, T value) {  // the default cache operator: an ordinary store
+  *to = value;
+}
+
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
