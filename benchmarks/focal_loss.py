@@ -13,7 +13,7 @@ import torchvision
 from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Contestant
-from focalops import dense_focal_loss, reference, sigmoid_focal_loss
+from focalops import dense_focal_loss, reference, sigmoid_focal_loss, softmax_focal_loss
 
 ANCHORS = 201_600  # of an image of 800 x 1344
 LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # 9 anchors a position
@@ -36,6 +36,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for layout in (ROWS, PLANES):
         for dtype in DTYPES[:2]:
             yield head_case(1 if is_cpu else 16, 80, dtype, layout, device)
+    for classes in CLASSES[::3]:
+        yield softmax_case(CPU_LOGITS // classes if is_cpu else 16 * ANCHORS, classes, device)
 
 
 def make_targets(shape: tuple[int, ...], classes: int, device: torch.device) -> Tensor:
@@ -91,6 +93,27 @@ def rows_case(
     size = f"{rows:,} x {classes} {str(dtype).removeprefix('torch.')}"
     least = 2 * logits.numel() * logits.element_size()
     return Case("focal loss + gradient", size, least, contestants, agree_in(dtype))
+
+
+def softmax_case(rows: int, classes: int, device: torch.device) -> Case:
+    logits = new_logits(rows, classes, dtype=torch.float32, device=device).requires_grad_()
+    targets = torch.randint(0, classes, (rows,), device=device)
+
+    def step(loss: Callable[..., Tensor]) -> Contestant:
+        def run() -> tuple[Tensor, Tensor]:
+            total = loss(logits, targets, reduction="sum")
+            return total.detach(), torch.autograd.grad(total, logits)[0]
+
+        return run
+
+    contestants = {
+        OURS: step(softmax_focal_loss),
+        "reference": step(reference.softmax_focal_loss),
+        "reference, compiled": step(torch.compile(reference.softmax_focal_loss)),
+    }
+    least = 2 * logits.numel() * logits.element_size()
+    size = f"{rows:,} x {classes} float32"
+    return Case("softmax focal loss + gradient", size, least, contestants, agree_in(torch.float32))
 
 
 def on_dense_targets(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -182,7 +205,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in record["rows"]:
-        if found := re.fullmatch(r"[\d,]+ x (\d+) (\w+)", row["size"]):
+        found = re.fullmatch(r"[\d,]+ x (\d+) (\w+)", row["size"])
+        if found and row["op"] == "focal loss + gradient":
             point = int(found[1]), row["timings"][OURS]["of_copy"]
             lines.setdefault(found[2], []).append(point)
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")

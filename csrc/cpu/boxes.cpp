@@ -299,18 +299,23 @@ void for_each_row(const RowLayout<N>& layout, const F& f) {
   });
 }
 
+// Along one axis of n boxes and anchors: the deltas of the centers and of the sizes.
 template <typename T>
-FOCALOPS_SIMD void encode_lanes(const BoxCoder<T>& coder, const BoxLanes<T>& boxes,
-                                const BoxLanes<T>& anchors, int64_t n, BoxLanes<T>& lanes,
-                                Deltas<T>* out) {
+FOCALOPS_SIMD void encode_axis(const T* low, const T* high, const T* anchor_low,
+                               const T* anchor_high, T offset_weight, T ratio_weight, int64_t n,
+                               T* offsets, T* ratios) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Deltas<T> deltas = coder.encode(boxes.box(i), anchors.box(i));
-    lanes.x1[i] = deltas.x;
-    lanes.y1[i] = deltas.y;
-    lanes.x2[i] = deltas.w;
-    lanes.y2[i] = deltas.h;
+    const T size = high[i] - low[i], anchor_size = anchor_high[i] - anchor_low[i];
+    const T center = low[i] + T(0.5) * size;
+    const T anchor_center = anchor_low[i] + T(0.5) * anchor_size;
+    offsets[i] = BoxCoder<T>::encode_offset(offset_weight, center, anchor_center, anchor_size);
+    ratios[i] = BoxCoder<T>::encode_ratio(ratio_weight, size, anchor_size);
   }
+}
+
+template <typename T>
+FOCALOPS_SIMD void interleave(const BoxLanes<T>& lanes, int64_t n, Deltas<T>* out) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = {lanes.x1[i], lanes.y1[i], lanes.x2[i], lanes.y2[i]};
   }
@@ -349,7 +354,12 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
             ++outer;
           }
         }
-        encode_lanes(coder, boxes_of, anchors_of, n, deltas_of, out + begin);
+        const BoxLanes<T>&b = boxes_of, &a = anchors_of;
+        encode_axis(b.x1, b.x2, a.x1, a.x2, coder.weights.x, coder.weights.w, n, deltas_of.x1,
+                    deltas_of.x2);
+        encode_axis(b.y1, b.y2, a.y1, a.y2, coder.weights.y, coder.weights.h, n, deltas_of.y1,
+                    deltas_of.y2);
+        interleave(deltas_of, n, out + begin);
       }
     });
   });

@@ -350,8 +350,15 @@ struct BoxCoder {
 
   FOCALOPS_HOST_DEVICE Deltas<T> encode(const Box<T>& box, const Box<T>& anchor) const {
     const CenterSize<T> b = center_size(box), a = center_size(anchor);
-    return {div(mul(weights.x, sub(b.x, a.x)), a.w), div(mul(weights.y, sub(b.y, a.y)), a.h),
-            mul(weights.w, logarithm(div(b.w, a.w))), mul(weights.h, logarithm(div(b.h, a.h)))};
+    return {encode_offset(weights.x, b.x, a.x, a.w), encode_offset(weights.y, b.y, a.y, a.h),
+            encode_ratio(weights.w, b.w, a.w), encode_ratio(weights.h, b.h, a.h)};
+  }
+
+  static FOCALOPS_HOST_DEVICE T encode_offset(T weight, T center, T anchor_center, T anchor_size) {
+    return div(mul(weight, sub(center, anchor_center)), anchor_size);
+  }
+  static FOCALOPS_HOST_DEVICE T encode_ratio(T weight, T size, T anchor_size) {
+    return mul(weight, logarithm(div(size, anchor_size)));
   }
 
   FOCALOPS_HOST_DEVICE Box<T> encode_gradient_of_box(const Deltas<T>& grad, const Box<T>& box,
