@@ -4,6 +4,7 @@
 // columns (of its rows, for the gradient, which sums over columns) are laid out coordinate by
 // coordinate, and the loop over them is vectorised.
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "../math/box.h"
@@ -315,18 +316,64 @@ FOCALOPS_SIMD void encode_axis(const T* low, const T* high, const T* anchor_low,
 }
 
 template <typename T>
-FOCALOPS_SIMD void interleave(const BoxLanes<T>& lanes, int64_t n, Deltas<T>* out) {
+FOCALOPS_SIMD void decode_axis(const BoxCoder<T>& coder, const T* offsets, const T* ratios,
+                               const T* anchor_low, const T* anchor_high, T offset_weight,
+                               T ratio_weight, T image_size, int64_t n, T* low, T* high) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const T size = anchor_high[i] - anchor_low[i], anchor_center = anchor_low[i] + T(0.5) * size;
+    const T center = BoxCoder<T>::decode_center(offsets[i], offset_weight, anchor_center, size);
+    const T half = coder.decode_half_size(ratios[i], ratio_weight, size);
+    low[i] = center - half;
+    high[i] = center + half;
+  }
+  for (int64_t i = 0; coder.clip_to_image && i < n; ++i) {
+    low[i] = BoxCoder<T>::clamp(low[i], image_size);
+    high[i] = BoxCoder<T>::clamp(high[i], image_size);
+  }
+}
+
+template <typename T, typename Row>
+FOCALOPS_SIMD void interleave(const BoxLanes<T>& lanes, int64_t n, Row* out) {
   for (int64_t i = 0; i < n; ++i) {
     out[i] = {lanes.x1[i], lanes.y1[i], lanes.x2[i], lanes.y2[i]};
   }
 }
 
+// Calls f(begin, n, first, second) with the lanes of up to kLanes rows of two tensors, in parallel;
+// load_first(outer, inner) and load_second return a row as four numbers.
+template <typename T, typename LoadFirst, typename LoadSecond, typename F>
+void for_each_lanes(const RowLayout<2>& layout, const LoadFirst& load_first,
+                    const LoadSecond& load_second, const F& f) {
+  torch::stable::parallel_for(0, layout.num_rows, kCoderGrain, [&](int64_t begin, int64_t end) {
+    BoxLanes<T> first, second;
+    const auto put = [](const auto& row, int64_t i, BoxLanes<T>& lanes) {
+      std::tie(lanes.x1[i], lanes.y1[i], lanes.x2[i], lanes.y2[i]) = row;
+    };
+    int64_t outer = begin / layout.num_inner, inner = begin % layout.num_inner;
+    for (; begin < end; begin += kLanes) {
+      const int64_t n = std::min(kLanes, end - begin);
+      for (int64_t i = 0; i < n; ++i) {
+        put(load_first(outer, inner), i, first);
+        put(load_second(outer, inner), i, second);
+        if (++inner == layout.num_inner) {
+          inner = 0;
+          ++outer;
+        }
+      }
+      f(begin, n, first, second);
+    }
+  });
+}
+
 template <typename T>
-void put(const Box<T>& box, int64_t i, BoxLanes<T>& lanes) {
-  lanes.x1[i] = box.x1;
-  lanes.y1[i] = box.y1;
-  lanes.x2[i] = box.x2;
-  lanes.y2[i] = box.y2;
+std::tuple<T, T, T, T> numbers_of(const Box<T>& box) {
+  return {box.x1, box.y1, box.x2, box.y2};
+}
+
+template <typename T>
+std::tuple<T, T, T, T> numbers_of(const Deltas<T>& deltas) {
+  return {deltas.x, deltas.y, deltas.w, deltas.h};
 }
 
 Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
@@ -341,27 +388,18 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
     const Rows<Box<T>, T> box_rows(inputs[0], layout.strides[0]),
         anchor_rows(inputs[1], layout.strides[1]);
     auto* out = static_cast<Deltas<T>*>(output.mutable_data_ptr());
-    torch::stable::parallel_for(0, layout.num_rows, kCoderGrain, [&](int64_t begin, int64_t end) {
-      BoxLanes<T> boxes_of, anchors_of, deltas_of;
-      int64_t outer = begin / layout.num_inner, inner = begin % layout.num_inner;
-      for (; begin < end; begin += kLanes) {
-        const int64_t n = std::min(kLanes, end - begin);
-        for (int64_t i = 0; i < n; ++i) {
-          put(box_rows.load(outer, inner), i, boxes_of);
-          put(anchor_rows.load(outer, inner), i, anchors_of);
-          if (++inner == layout.num_inner) {
-            inner = 0;
-            ++outer;
-          }
-        }
-        const BoxLanes<T>&b = boxes_of, &a = anchors_of;
-        encode_axis(b.x1, b.x2, a.x1, a.x2, coder.weights.x, coder.weights.w, n, deltas_of.x1,
-                    deltas_of.x2);
-        encode_axis(b.y1, b.y2, a.y1, a.y2, coder.weights.y, coder.weights.h, n, deltas_of.y1,
-                    deltas_of.y2);
-        interleave(deltas_of, n, out + begin);
-      }
-    });
+    for_each_lanes<T>(
+        layout,
+        [&](int64_t outer, int64_t inner) { return numbers_of(box_rows.load(outer, inner)); },
+        [&](int64_t outer, int64_t inner) { return numbers_of(anchor_rows.load(outer, inner)); },
+        [&](int64_t begin, int64_t n, const BoxLanes<T>& b, const BoxLanes<T>& a) {
+          BoxLanes<T> deltas;
+          encode_axis(b.x1, b.x2, a.x1, a.x2, coder.weights.x, coder.weights.w, n, deltas.x1,
+                      deltas.x2);
+          encode_axis(b.y1, b.y2, a.y1, a.y2, coder.weights.y, coder.weights.h, n, deltas.y1,
+                      deltas.y2);
+          interleave(deltas, n, out + begin);
+        });
   });
   return output;
 }
@@ -407,10 +445,20 @@ Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
     const Rows<Deltas<scalar_t>, scalar_t> delta_rows(inputs[0], layout.strides[0]);
     const Rows<Box<T>, T> anchor_rows(inputs[1], layout.strides[1]);
     auto* out = static_cast<Box<T>*>(output.mutable_data_ptr());
-    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
-      out[i] = coder.decode(deltas_cast<T>(delta_rows.load(outer, inner)),
-                            anchor_rows.load(outer, inner));
-    });
+    for_each_lanes<T>(
+        layout,
+        [&](int64_t outer, int64_t inner) {
+          return numbers_of(deltas_cast<T>(delta_rows.load(outer, inner)));
+        },
+        [&](int64_t outer, int64_t inner) { return numbers_of(anchor_rows.load(outer, inner)); },
+        [&](int64_t begin, int64_t n, const BoxLanes<T>& d, const BoxLanes<T>& a) {
+          BoxLanes<T> boxes;
+          decode_axis(coder, d.x1, d.x2, a.x1, a.x2, coder.weights.x, coder.weights.w,
+                      coder.image_width, n, boxes.x1, boxes.x2);
+          decode_axis(coder, d.y1, d.y2, a.y1, a.y2, coder.weights.y, coder.weights.h,
+                      coder.image_height, n, boxes.y1, boxes.y2);
+          interleave(boxes, n, out + begin);
+        });
   });
   return output;
 }

@@ -341,6 +341,39 @@ FOCALOPS_HOST_DEVICE float logarithm(float x) {
 #endif
 }
 
+FOCALOPS_HOST_DEVICE double exponential(double x) { return exp(x); }
+
+FOCALOPS_HOST_DEVICE float exponential(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  // Nor is a loop vectorised over expf. 2^n e^r with |r| <= ln(2) / 2: within an ulp. 2^n is two
+  // factors, because the largest and the smallest have no exponent of their own.
+  const float clamped = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;  // a NaN stays
+  const float round_to_int = 12582912.0f;                               // 1.5 * 2^23
+  const float shifted = clamped * 1.44269504f + round_to_int;
+  const float rounded = shifted - round_to_int;
+  const float r = (clamped - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
+  float p = 0.0013836845755577087f;
+  p = p * r + 0.008374815806746483f;
+  p = p * r + 0.04166822507977486f;
+  p = p * r + 0.16666419804096222f;
+  p = p * r + 0.49999991059303284f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  uint32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  const auto n = static_cast<int32_t>(bits - 0x4b400000u);  // of round_to_int
+  const int32_t half = n >> 1;
+  const uint32_t first_bits = (static_cast<uint32_t>(half) + 127u) << 23;
+  const uint32_t second_bits = (static_cast<uint32_t>(n - half) + 127u) << 23;
+  float first, second;
+  std::memcpy(&first, &first_bits, sizeof first);
+  std::memcpy(&second, &second_bits, sizeof second);
+  return p * first * second;
+#endif
+}
+
 template <typename T>
 struct BoxCoder {
   Deltas<T> weights;
@@ -405,23 +438,32 @@ struct BoxCoder {
          by.y * div(deltas.y, weights.y) + by.h * stretch(div(deltas.h, weights.h))});
   }
 
+  static FOCALOPS_HOST_DEVICE T clamp(T x, T most) { return x < 0 ? T(0) : x > most ? most : x; }
+
+  // Half the size along an axis, and the center.
+  FOCALOPS_HOST_DEVICE T decode_half_size(T delta, T weight, T anchor_size) const {
+    return mul(T(0.5), mul(stretch(div(delta, weight)), anchor_size));
+  }
+  static FOCALOPS_HOST_DEVICE T decode_center(T delta, T weight, T anchor_center, T anchor_size) {
+    return add(mul(div(delta, weight), anchor_size), anchor_center);
+  }
+
  private:
   // The factor by which a width or height grows. A NaN stays.
   FOCALOPS_HOST_DEVICE T stretch(T log_ratio) const {
-    return std::exp(log_ratio > clip ? clip : log_ratio);
+    return exponential(log_ratio > clip ? clip : log_ratio);
   }
 
-  static FOCALOPS_HOST_DEVICE T clamp(T x, T most) { return x < 0 ? T(0) : x > most ? most : x; }
   static FOCALOPS_HOST_DEVICE T inside(T x, T most, T grad) {
     return x > 0 && x < most ? grad : T(0);
   }
 
   FOCALOPS_HOST_DEVICE Box<T> decode_unbounded(const Deltas<T>& deltas,
                                                const CenterSize<T>& a) const {
-    const T x = add(mul(div(deltas.x, weights.x), a.w), a.x);
-    const T y = add(mul(div(deltas.y, weights.y), a.h), a.y);
-    const T half_w = mul(T(0.5), mul(stretch(div(deltas.w, weights.w)), a.w));
-    const T half_h = mul(T(0.5), mul(stretch(div(deltas.h, weights.h)), a.h));
+    const T x = decode_center(deltas.x, weights.x, a.x, a.w);
+    const T y = decode_center(deltas.y, weights.y, a.y, a.h);
+    const T half_w = decode_half_size(deltas.w, weights.w, a.w);
+    const T half_h = decode_half_size(deltas.h, weights.h, a.h);
     return {sub(x, half_w), sub(y, half_h), add(x, half_w), add(y, half_h)};
   }
 
