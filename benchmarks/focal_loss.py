@@ -123,7 +123,9 @@ def on_dense_targets(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         kept, positive = targets >= 0, (targets >= 0) & (targets < logits.shape[1])
         one_hot = torch.zeros_like(logits)
         one_hot[positive, targets[positive]] = 1
-        return loss(logits[kept], one_hot[kept], reduction=reduction) / normalizer.clamp(min=1)
+        # As reduction="sum" does it, but for the dtype: a sum in float16 ends at 65,504.
+        losses = loss(logits[kept], one_hot[kept], reduction="none")
+        return losses.sum(dtype=torch.float32) / normalizer.clamp(min=1)
 
     return run
 

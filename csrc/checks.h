@@ -404,8 +404,9 @@ inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
 }
 
 inline const char* row_loss_name(int64_t loss) {
-  constexpr const char* names[] = {"sigmoid_focal_loss", "quality_focal_loss", "varifocal_loss",
-                                   "matchability_aware_loss", "ia_bce_loss", "softmax_focal_loss"};
+  constexpr const char* names[] = {"sigmoid_focal_loss", "quality_focal_loss",
+                                   "varifocal_loss",     "matchability_aware_loss",
+                                   "ia_bce_loss",        "softmax_focal_loss"};
   return names[loss];
 }
 
