@@ -8,6 +8,7 @@
 
 #include <cmath>
 
+#include "exponential.h"
 #include "host_device.h"
 
 namespace focalops {
@@ -347,30 +348,11 @@ FOCALOPS_HOST_DEVICE float exponential(float x) {
 #ifdef __CUDA_ARCH__
   return expf(x);
 #else
-  // Nor is a loop vectorised over expf. 2^n e^r with |r| <= ln(2) / 2: within an ulp. 2^n is two
-  // factors, because the largest and the smallest have no exponent of their own.
   const float clamped = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;  // a NaN stays
-  const float round_to_int = 12582912.0f;                               // 1.5 * 2^23
-  const float shifted = clamped * 1.44269504f + round_to_int;
-  const float rounded = shifted - round_to_int;
-  const float r = (clamped - rounded * 0.693359375f) + rounded * 2.12194440e-4f;
-  float p = 0.0013836845755577087f;
-  p = p * r + 0.008374815806746483f;
-  p = p * r + 0.04166822507977486f;
-  p = p * r + 0.16666419804096222f;
-  p = p * r + 0.49999991059303284f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  const auto n = static_cast<int32_t>(bits - 0x4b400000u);  // of round_to_int
-  const int32_t half = n >> 1;
-  const uint32_t first_bits = (static_cast<uint32_t>(half) + 127u) << 23;
-  const uint32_t second_bits = (static_cast<uint32_t>(n - half) + 127u) << 23;
-  float first, second;
-  std::memcpy(&first, &first_bits, sizeof first);
-  std::memcpy(&second, &second_bits, sizeof second);
-  return p * first * second;
+  const detail::Exponential e = detail::exponential_parts(clamped);
+  // Two factors, because the largest and the smallest powers have no exponent of their own.
+  const auto half = static_cast<uint32_t>(static_cast<int32_t>(e.power) >> 1);
+  return e.factor * detail::power_of_two(half) * detail::power_of_two(e.power - half);
 #endif
 }
 

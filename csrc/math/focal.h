@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "exponential.h"
 #include "host_device.h"
 
 namespace focalops {
@@ -39,27 +40,8 @@ FOCALOPS_HOST_DEVICE float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   return __expf(x);
 #else
-  // expf is a call that no loop is vectorised over. 2^n e^r with |r| <= ln(2) / 2; 0 below the
-  // normal numbers.
-  const float clamped = x < -87.0f ? -87.0f : x;  // a NaN stays
-  const float round_to_int = 12582912.0f;         // 1.5 * 2^23
-  const float shifted = clamped * 1.44269504f + round_to_int;
-  const float n = shifted - round_to_int;
-  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 0.0013836845755577087f;
-  p = p * r + 0.008374815806746483f;
-  p = p * r + 0.04166822507977486f;
-  p = p * r + 0.16666419804096222f;
-  p = p * r + 0.49999991059303284f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  // The low bits of `shifted` are n; unsigned, because a NaN leaves any bits here.
-  const uint32_t power_bits = (static_cast<uint32_t>(bits) + 127u) << 23;
-  float power;
-  std::memcpy(&power, &power_bits, sizeof power);
-  return x < -87.0f ? 0.0f : p * power;
+  const Exponential e = exponential_parts(x < -87.0f ? -87.0f : x);  // a NaN stays
+  return x < -87.0f ? 0.0f : e.factor * power_of_two(e.power);       // 0 below the normal numbers
 #endif
 }
 
