@@ -699,10 +699,9 @@ inline void check_multiclass_nms(const Tensor& boxes, const Tensor& scores,
 }
 
 // boxes: (B, N, 4), scores and labels: (B, N).
-inline void check_soft_nms(const Tensor& boxes, const Tensor& scores,
-                           const std::optional<Tensor>& labels, double sigma,
-                           int64_t max_detections) {
-  const char* op = "soft_nms";
+inline void check_decaying_nms(const char* op, const Tensor& boxes, const Tensor& scores,
+                               const std::optional<Tensor>& labels, double sigma,
+                               int64_t max_detections) {
   check_coordinates(op, "boxes", boxes);
   if (boxes.dim() != 3 || boxes.size(2) != 4) {
     fail(op, ": boxes must have shape (B, N, 4), got ", shape_of(boxes));

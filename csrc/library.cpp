@@ -91,16 +91,24 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float bg_iou_threshold, int low_quality, float min_pos_iou=0, Tensor? roles=None,"
       " float crowd_threshold=0) -> Tensor");
 
-  // nms
-  m.def("nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor");
+  // nms. by_distance: by DIoU
+  m.def(
+      "nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, bool by_distance=False)"
+      " -> Tensor");
   // indices: [B, max_detections], padded with -1; num_kept: [B].
   m.def(
       "multiclass_nms(Tensor boxes, Tensor scores, Tensor? labels, Tensor? counts,"
-      " float iou_threshold, int max_detections) -> (Tensor indices, Tensor num_kept)");
+      " float iou_threshold, int max_detections, bool by_distance=False)"
+      " -> (Tensor indices, Tensor num_kept)");
   // indices: [B, max_detections], padded with -1; kept_scores: as they have become, padded with 0.
   m.def(
       "soft_nms(Tensor boxes, Tensor scores, Tensor? labels, float iou_threshold, float sigma,"
       " bool is_gaussian, float score_threshold, int max_detections)"
+      " -> (Tensor indices, Tensor kept_scores, Tensor num_kept)");
+
+  m.def(
+      "matrix_nms(Tensor boxes, Tensor scores, Tensor? labels, float sigma, bool is_gaussian,"
+      " float score_threshold, int max_detections)"
       " -> (Tensor indices, Tensor kept_scores, Tensor num_kept)");
 
   // detections, padded with 0, 0 and -1. cls_logits: up to 8 levels (B, A * K, H, W); box_deltas:
@@ -108,6 +116,6 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, Tensor? image_sizes,"
       " float[] weights, float clip, float score_threshold, int topk_per_level,"
-      " float iou_threshold, int max_detections, bool class_agnostic)"
+      " float iou_threshold, int max_detections, bool class_agnostic, bool by_distance=False)"
       " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 }

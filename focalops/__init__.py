@@ -31,7 +31,7 @@ from focalops.iou_aware_losses import (
     varifocal_loss,
 )
 from focalops.matching import class_index_targets, count_degenerate_boxes, match_anchors
-from focalops.nms import batched_nms, multiclass_nms, nms, soft_nms
+from focalops.nms import batched_nms, matrix_nms, multiclass_nms, nms, soft_nms
 from focalops.postprocess import detect
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "ia_bce_loss",
     "match_anchors",
     "matchability_aware_loss",
+    "matrix_nms",
     "multiclass_nms",
     "nms",
     "quality_focal_loss",

@@ -18,7 +18,7 @@ from focalops._ops import (
 )
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "iou") -> Tensor:
     """The boxes that no kept box of a higher score overlaps by more than a threshold.
 
     A drop-in for ``torchvision.ops.nms``.
@@ -28,6 +28,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
             float32, those of float64 boxes in float64.
         scores: ``(N,)``, any of these dtypes.
         iou_threshold: a box is suppressed where ``iou > iou_threshold``.
+        overlap: ``"iou"``, or ``"diou"``: IoU less the squared distance of the centers over that of the corners of the box
+            around both (Zheng et al., "Distance-IoU Loss", 2020), so that of boxes with different centers more are kept.
 
     Returns:
         Indices of the kept boxes, int64, by descending score; of equal scores the lower index
@@ -40,11 +42,13 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     >>> keep = nms(boxes, scores, 0.5)  # (N, 4), (N,)
     """
     if runs_reference(boxes):
-        return reference.nms(boxes, scores, iou_threshold)
-    return call(ops.nms, boxes, scores, None, iou_threshold)
+        return reference.nms(boxes, scores, iou_threshold, overlap=overlap)
+    return call(ops.nms, boxes, scores, None, iou_threshold, by_distance(overlap))
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, overlap: str = "iou"
+) -> Tensor:
     """NMS inside each class: boxes of different ``idxs`` never suppress each other.
 
     A drop-in for ``torchvision.ops.batched_nms``, which moves each class to coordinates of its
@@ -55,6 +59,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
         scores: ``(N,)``, as in :func:`nms`.
         idxs: ``(N,)``, the class (or image) of each box: any integers.
         iou_threshold: a box is suppressed where ``iou > iou_threshold``.
+        overlap: as in :func:`nms`.
 
     Returns:
         As :func:`nms`: the kept boxes of all classes together, by descending score.
@@ -62,10 +67,10 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     >>> keep = batched_nms(boxes, scores, labels, 0.5)  # (N, 4), (N,), (N,)
     """
     if runs_reference(boxes):
-        return reference.batched_nms(boxes, scores, idxs, iou_threshold)
+        return reference.batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)
     if idxs.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
         idxs = idxs.to(torch.int64)
-    return call(ops.nms, boxes, scores, idxs, iou_threshold)
+    return call(ops.nms, boxes, scores, idxs, iou_threshold, by_distance(overlap))
 
 
 def multiclass_nms(
@@ -76,6 +81,7 @@ def multiclass_nms(
     max_detections: int = 100,
     *,
     counts: Tensor | None = None,
+    overlap: str = "iou",
 ) -> tuple[Tensor, Tensor]:
     """The best boxes of each image of a batch after NMS inside each class, padded to one size.
 
@@ -90,6 +96,7 @@ def multiclass_nms(
         max_detections: how many boxes of an image are kept at most. NMS stops there.
         counts: ``(B,)``, int32 or int64, how many of its N boxes each image has; what comes after
             them is padding, and may hold anything. None: all N.
+        overlap: as in :func:`nms`.
 
     Returns:
         ``indices (B, max_detections)``, int64: the kept boxes of each image by descending score, in
@@ -102,9 +109,25 @@ def multiclass_nms(
     """
     if runs_reference(boxes):
         return reference.multiclass_nms(
-            boxes, scores, labels, iou_threshold, max_detections, counts=counts
+            boxes, scores, labels, iou_threshold, max_detections, counts=counts, overlap=overlap
         )
-    return call(ops.multiclass_nms, boxes, scores, labels, counts, iou_threshold, max_detections)
+    return call(
+        ops.multiclass_nms,
+        boxes,
+        scores,
+        labels,
+        counts,
+        iou_threshold,
+        max_detections,
+        by_distance(overlap),
+    )
+
+
+def by_distance(overlap: str) -> bool:
+    """Whether the overlap is DIoU, as the native ops ask."""
+    if overlap not in ("iou", "diou"):
+        raise ValueError(f"overlap must be 'iou' or 'diou', got {overlap!r}")
+    return overlap == "diou"
 
 
 def soft_nms(
@@ -157,13 +180,11 @@ def soft_nms(
             sigma=sigma,
             score_threshold=score_threshold,
         )
-    if boxes.dtype in FLOATING and scores.dtype in FLOATING:
-        dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
-        boxes, scores = boxes.to(dtype), scores.to(dtype)
+    boxes, scores = _in_one_dtype(boxes.detach(), scores.detach())
     return call(
         ops.soft_nms,
-        boxes.detach(),
-        scores.detach(),
+        boxes,
+        scores,
         labels,
         float(iou_threshold),
         float(sigma),
@@ -171,6 +192,73 @@ def soft_nms(
         float(score_threshold),
         max_detections,
     )
+
+
+def matrix_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None = None,
+    max_detections: int = 100,
+    *,
+    method: str = "gaussian",
+    sigma: float = 2.0,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""NMS that lowers the score of a box beside all better boxes of its class at once.
+
+    Wang et al., "SOLOv2: Dynamic and Fast Instance Segmentation", 2020, for boxes (as in PP-YOLO). Nothing is done one after
+    another, as in :func:`soft_nms`: what a better box i does to box j is lessened by what boxes better still may have done to i,
+    by its greatest IoU :math:`c_i` with one of them. The least factor over all i counts, and none is above 1.
+
+    Args:
+        boxes: ``(B, N, 4)`` as xyxy, float16, bfloat16, float32 or float64.
+        scores: ``(B, N)``, any of these dtypes. A box to be left out, such as padding, has a NaN.
+        labels: ``(B, N)``, the class of each box, int32 or int64; None: all are of one class.
+        max_detections: how many boxes of an image are kept at most.
+        method: ``"gaussian"``: a factor :math:`\exp(-\sigma (\mathrm{iou}_{ij}^2 - c_i^2))`; ``"linear"``:
+            :math:`(1 - \mathrm{iou}_{ij}) / (1 - c_i)`, and 1 where :math:`c_i` is 1.
+        sigma: of the gaussian, > 0.
+        score_threshold: a box is kept where its score, as it has become, is above it.
+
+    Returns:
+        ``indices (B, max_detections)``, int64, of the kept boxes by descending score, then -1; their scores, as they have
+        become, then 0, float64 if an argument is float64, else float32; and ``num_kept (B,)``, int64. Of equal scores the lower
+        index comes first. A box with a NaN score or coordinate is never kept, and lowers nothing.
+
+    All images are done at once, and nothing waits for the device. Memory O(B N), time O(B N^2). Nothing is differentiated.
+
+    >>> indices, kept_scores, num_kept = matrix_nms(boxes, scores, labels)
+    """
+    if method not in ("linear", "gaussian"):
+        raise ValueError(f"method must be 'linear' or 'gaussian', got {method!r}")
+    if runs_reference(boxes):
+        return reference.matrix_nms(
+            boxes,
+            scores,
+            labels,
+            max_detections,
+            method=method,
+            sigma=sigma,
+            score_threshold=score_threshold,
+        )
+    boxes, scores = _in_one_dtype(boxes.detach(), scores.detach())
+    return call(
+        ops.matrix_nms,
+        boxes,
+        scores,
+        labels,
+        float(sigma),
+        method == "gaussian",
+        float(score_threshold),
+        max_detections,
+    )
+
+
+def _in_one_dtype(boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    if boxes.dtype in FLOATING and scores.dtype in FLOATING:
+        dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+        return boxes.to(dtype), scores.to(dtype)
+    return boxes, scores
 
 
 # ---- fake kernels -------------------------------------------------------------------------------
@@ -208,7 +296,13 @@ def _check_one_for_each(
 
 
 @torch.library.register_fake("focalops::nms")
-def _(boxes: Tensor, scores: Tensor, idxs: Tensor | None, iou_threshold: float) -> Tensor:
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    idxs: Tensor | None,
+    iou_threshold: float,
+    by_distance: bool = False,
+) -> Tensor:
     _check(boxes, scores, idxs)
     kept = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty(kept, dtype=torch.int64)
@@ -222,6 +316,7 @@ def _(
     counts: Tensor | None,
     iou_threshold: float,
     max_detections: int,
+    by_distance: bool = False,
 ) -> tuple[Tensor, Tensor]:
     op = "multiclass_nms"
     check_floating(op, "boxes", boxes)
@@ -253,7 +348,30 @@ def _(
     score_threshold: float,
     max_detections: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op = "soft_nms"
+    return _decayed("soft_nms", boxes, scores, labels, sigma, max_detections)
+
+
+@torch.library.register_fake("focalops::matrix_nms")
+def _(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    sigma: float,
+    is_gaussian: bool,
+    score_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _decayed("matrix_nms", boxes, scores, labels, sigma, max_detections)
+
+
+def _decayed(
+    op: str,
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    sigma: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     check(
         boxes.dtype in (torch.float32, torch.float64),
         lambda: f"{op}: boxes must be float32 or float64, got {boxes.dtype}",

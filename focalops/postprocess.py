@@ -18,6 +18,7 @@ from focalops._ops import (
     register_vmap_as_loop,
     runs_reference,
 )
+from focalops.nms import by_distance
 
 
 def detect(
@@ -31,6 +32,7 @@ def detect(
     max_detections: int = 100,
     image_sizes: Tensor | Sequence[Sequence[float]] | None = None,
     class_agnostic: bool = False,
+    overlap: str = "iou",
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     clip: float = math.log(1000 / 16),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,6 +55,7 @@ def detect(
         image_sizes: ``(B, 2)``, a tensor or numbers, the height and width of each image, to which its boxes are clipped; None: no
             clipping. Numbers have to be copied to the device.
         class_agnostic: boxes of different classes suppress each other too.
+        overlap: ``"iou"``, or ``"diou"``, as in :func:`focalops.nms`.
         weights: the four factors of :func:`focalops.encode_boxes`.
         clip: as in :func:`focalops.decode_boxes`.
 
@@ -81,6 +84,7 @@ def detect(
             max_detections=max_detections,
             image_sizes=image_sizes,
             class_agnostic=class_agnostic,
+            overlap=overlap,
             weights=weights,
             clip=clip,
         )
@@ -102,6 +106,7 @@ def detect(
         float(iou_threshold),
         max_detections,
         class_agnostic,
+        by_distance(overlap),
     )
 
 
@@ -121,6 +126,7 @@ def _(
     iou_threshold: float,
     max_detections: int,
     class_agnostic: bool,
+    by_distance: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check(cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, max_detections)
     like, padded = cls_logits[0], (cls_logits[0].shape[0], max_detections)

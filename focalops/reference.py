@@ -523,6 +523,7 @@ def count_degenerate_boxes(
     image_sizes: Sequence[Sequence[float]] | Tensor | None = None,  # B of height and width
     *,
     counts: Tensor | None = None,  # [B]
+    overlap: str = "iou",
 ) -> Tensor:
     numbers = []
     for i, boxes in enumerate(gt_boxes):
@@ -599,11 +600,15 @@ def class_index_targets(
     return torch.stack(rows) if rows else torch.empty_like(matches, dtype=torch.int64)
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return batched_nms(boxes, scores, torch.zeros_like(scores, dtype=torch.int64), iou_threshold)
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "iou") -> Tensor:
+    idxs = torch.zeros_like(scores, dtype=torch.int64)
+    return batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)
 
 
-def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+def batched_nms(
+    boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, overlap: str = "iou"
+) -> Tensor:
+    overlap_of = {"iou": box_iou, "diou": distance_box_iou}[overlap]
     boxes = boxes.to(compute_dtype(boxes.dtype))
     scores = scores.to(compute_dtype(scores.dtype))
     order = torch.sort(scores, descending=True, stable=True).indices
@@ -613,8 +618,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     while len(order):
         first, order = order[0], order[1:]
         keep.append(first)
-        overlap = box_iou(boxes[first].unsqueeze(0), boxes[order])[0].double() > iou_threshold
-        order = order[~(overlap & (idxs[order] == idxs[first]))]
+        overlaps = overlap_of(boxes[first].unsqueeze(0), boxes[order])[0]
+        is_suppressed = (overlaps.double() > iou_threshold) & (idxs[order] == idxs[first])
+        order = order[~is_suppressed]
     return torch.stack(keep) if keep else torch.empty(0, dtype=torch.int64, device=boxes.device)
 
 
@@ -626,6 +632,7 @@ def multiclass_nms(
     max_detections: int = 100,
     *,
     counts: Tensor | None = None,  # [B]
+    overlap: str = "iou",
 ) -> tuple[Tensor, Tensor]:
     indices = boxes.new_full((len(boxes), max_detections), -1, dtype=torch.int64)
     num_kept = boxes.new_zeros(len(boxes), dtype=torch.int64)
@@ -633,7 +640,9 @@ def multiclass_nms(
         labels = torch.zeros_like(scores, dtype=torch.int64)
     for i in range(len(boxes)):
         n = boxes.shape[1] if counts is None else max(int(counts[i]), 0)
-        keep = batched_nms(boxes[i, :n], scores[i, :n], labels[i, :n], iou_threshold)
+        keep = batched_nms(
+            boxes[i, :n], scores[i, :n], labels[i, :n], iou_threshold, overlap=overlap
+        )
         keep = keep[:max_detections]
         indices[i, : len(keep)] = keep
         num_kept[i] = len(keep)
@@ -680,6 +689,45 @@ def soft_nms(
     return indices, kept_scores, num_kept
 
 
+def matrix_nms(
+    boxes: Tensor,  # [B, N, 4]
+    scores: Tensor,  # [B, N]
+    labels: Tensor | None = None,  # [B, N]
+    max_detections: int = 100,
+    *,
+    method: str = "gaussian",
+    sigma: float = 2.0,
+    score_threshold: float = 0.001,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(torch.promote_types(boxes.dtype, scores.dtype))
+    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    indices = boxes.new_full((len(boxes), max_detections), -1, dtype=torch.int64)
+    kept_scores = boxes.new_zeros((len(boxes), max_detections))
+    num_kept = boxes.new_zeros(len(boxes), dtype=torch.int64)
+    for i in range(len(boxes)):
+        valid = ~(boxes[i].isnan().any(dim=1) | scores[i].isnan())
+        order = scores[i].sort(descending=True, stable=True).indices
+        order = order[valid[order]]
+        if not len(order):
+            continue
+        iou = box_iou(boxes[i, order], boxes[i, order]).nan_to_num(0).clamp(min=0).triu(1)
+        if labels is not None:
+            of_class = labels[i, order]
+            iou = torch.where(of_class[:, None] == of_class, iou, 0)
+        beneath = iou.amax(dim=0)[:, None]  # a row for each better box
+        if method == "gaussian":
+            left = torch.exp(sigma * (beneath * beneath - iou * iou))
+        else:
+            left = torch.where(beneath < 1, (1 - iou) / (1 - beneath), 1).clamp(min=0)
+        decayed = torch.full_like(scores[i], math.nan)
+        decayed[order] = scores[i, order] * left.amin(dim=0).clamp(max=1)
+        best = decayed.nan_to_num(-math.inf, math.inf).sort(descending=True, stable=True).indices
+        best = best[decayed[best] > score_threshold][:max_detections]
+        indices[i, : len(best)], kept_scores[i, : len(best)] = best, decayed[best]
+        num_kept[i] = len(best)
+    return indices, kept_scores, num_kept
+
+
 def detect(
     cls_logits: Sequence[Tensor],  # L of [B, A * K, H, W]
     box_deltas: Sequence[Tensor],  # L of [B, A * 4, H, W]
@@ -691,6 +739,7 @@ def detect(
     max_detections: int = 100,
     image_sizes: Tensor | Sequence[Sequence[float]] | None = None,  # [B, 2], height and width
     class_agnostic: bool = False,
+    overlap: str = "iou",
     weights: Sequence[float] = (1, 1, 1, 1),
     clip: float = math.log(1000 / 16),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -721,7 +770,7 @@ def detect(
             image_labels.append(candidates % num_classes)
         b, s, k = torch.cat(image_boxes), torch.cat(image_scores), torch.cat(image_labels)
         idxs = torch.zeros_like(k) if class_agnostic else k
-        keep = batched_nms(b, s, idxs, iou_threshold)[:max_detections]
+        keep = batched_nms(b, s, idxs, iou_threshold, overlap=overlap)[:max_detections]
         count = len(keep)
         boxes[i, :count], scores[i, :count], labels[i, :count] = b[keep], s[keep], k[keep]
         counts[i] = count

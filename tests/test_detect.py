@@ -103,7 +103,7 @@ def test_options(topk, iou_threshold, class_agnostic, device):
         "max_detections": 50,
     }
     check_against_reference(setup(device), image_sizes=[IMAGE, IMAGE], **options)
-    check_against_reference(setup(device), image_sizes=None, **options)
+    check_against_reference(setup(device), image_sizes=None, overlap="diou", **options)
 
 
 @pytest.mark.parametrize("score_threshold", [-1.0, 0.0, 0.05, 0.5, 0.98, 0.99, 1.0, 2.0])

@@ -65,6 +65,7 @@ def right_arguments() -> dict[str, Arguments]:
             "iou_threshold": 0.5,
         },
         "nms": {"boxes": boxes, "scores": scores, "iou_threshold": 0.5},
+        "matrix_nms": {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3)},
         "soft_nms": {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3)},
         "sigmoid_focal_loss": focal,
         "sigmoid_focal_loss, sum": {**focal, "reduction": "sum"},
@@ -107,7 +108,22 @@ def nms_of(boxes: str, shape: str) -> list[tuple[str, Callable, str]]:
         ("scores", lambda s: s[..., 1:], f"scores must have shape {shape}, one for each box, got "),
         ("scores", lambda s: s[..., None], f"scores must have shape {shape}, one for each box, got "),
         ("scores", elsewhere, "scores " + ELSEWHERE.format("boxes")),
+        ("overlap", always("giou"), "overlap must be 'iou' or 'diou', got 'giou'"),
     ]  # fmt: skip
+
+
+DECAYING_NMS = [
+    ("boxes", Tensor.long, "boxes must be float32 or float64, got torch.int64"),
+    ("boxes", lambda b: b[0], "boxes must have shape (B, N, 4), got (3, 4)"),
+    ("scores", Tensor.long, "scores must be torch.float32 like boxes, got torch.int64"),
+    ("scores", lambda s: s[:, 1:], "scores must have shape (2, 3), one for each box, got (2, 2)"),
+    ("scores", elsewhere, "scores " + ELSEWHERE.format("boxes")),
+    ("labels", always(torch.zeros(2, 3)), "labels must be int32 or int64, got torch.float32"),
+    ("labels", always(torch.zeros(3).long()), "labels must have shape (2, 3), one for each box, got (3,)"),
+    ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
+    ("method", always("hard"), "method must be 'linear' or 'gaussian', got 'hard'"),
+    ("sigma", always(0), "sigma must be > 0, got 0"),
+]  # fmt: skip
 
 
 def focal_of(inputs: str) -> list[tuple[str, Callable, str]]:
@@ -249,6 +265,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), height and width of each image, got (3, 2)"),
         ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
         ("topk_per_level", always(0), "topk_per_level must be >= 1, got 0"),
+        ("overlap", always("giou"), "overlap must be 'iou' or 'diou', got 'giou'"),
         ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
     ],
     "encode_boxes": [
@@ -278,6 +295,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), one for each image, got (3, 2)"),
         ("bg_iou_threshold", always(math.nan), "bg_iou_threshold must be <= fg_iou_threshold, 0.5, got nan"),
     ],
+    "matrix_nms": DECAYING_NMS,
     "multiclass_nms": [
         *nms_of("(B, N, 4)", "(2, 3)"),
         ("labels", Tensor.float, "labels must be int32 or int64, got torch.float32"),
@@ -288,18 +306,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
     ],
     "nms": nms_of("(N, 4)", "(6,)"),
-    "soft_nms": [
-        ("boxes", Tensor.long, "boxes must be float32 or float64, got torch.int64"),
-        ("boxes", lambda b: b[0], "boxes must have shape (B, N, 4), got (3, 4)"),
-        ("scores", Tensor.long, "scores must be torch.float32 like boxes, got torch.int64"),
-        ("scores", lambda s: s[:, 1:], "scores must have shape (2, 3), one for each box, got (2, 2)"),
-        ("scores", elsewhere, "scores " + ELSEWHERE.format("boxes")),
-        ("labels", always(torch.zeros(2, 3)), "labels must be int32 or int64, got torch.float32"),
-        ("labels", always(torch.zeros(3).long()), "labels must have shape (2, 3), one for each box, got (3,)"),
-        ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
-        ("method", always("hard"), "method must be 'linear' or 'gaussian', got 'hard'"),
-        ("sigma", always(0), "sigma must be > 0, got 0"),
-    ],
+    "soft_nms": DECAYING_NMS,
     "sigmoid_focal_loss": [
         *focal_of("inputs"),
         ("gamma", always(-1), "gamma must be >= 0, got -1"),

@@ -167,6 +167,29 @@ def test_classes_of_any_value_and_size(many, device):
     assert torch.equal(keep, reference.batched_nms(boxes, scores, idxs, 0.3))
 
 
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("iou_threshold", [-0.2, 0.0, 0.5])
+def test_diou_equals_the_reference(n, iou_threshold, device):
+    boxes, scores = random_boxes(n, device) / 4, distinct_scores(n, device)
+    idxs = torch.randint(0, 3, (n,), device=device)
+    for arguments in ((boxes, scores, idxs, iou_threshold), (boxes.double(), scores, idxs, 0.3)):
+        keep = batched_nms(*arguments, overlap="diou")
+        assert torch.equal(keep, reference.batched_nms(*arguments, overlap="diou"))
+    keep = nms(boxes, scores, iou_threshold, overlap="diou")
+    assert torch.equal(keep, reference.nms(boxes, scores, iou_threshold, overlap="diou"))
+
+
+def test_diou_keeps_more_of_two_objects_in_one_place(device):
+    # IoU 0.6; the centers are 5 apart, the corners of the box around both (25, 20): 25 / 1025.
+    boxes = torch.tensor([[0.0, 0, 20, 20], [5, 0, 25, 20]], device=device)
+    scores = torch.tensor([0.9, 0.8], device=device)
+    overlap = torchvision.ops.distance_box_iou(boxes, boxes)[0, 1].item()
+    assert abs(overlap - (0.6 - 25 / 1025)) < 1e-6
+    assert nms(boxes, scores, 0.59).tolist() == [0]
+    assert nms(boxes, scores, 0.59, overlap="diou").tolist() == [0, 1]
+    assert nms(boxes, scores, 0.57, overlap="diou").tolist() == [0]
+
+
 coordinates = st.one_of(
     st.integers(-8, 8).map(float),
     st.floats(width=32, min_value=-100, max_value=100),
@@ -291,9 +314,11 @@ def test_multiclass_nms_equals_the_reference(dtype, max_detections, device):
         (None, counts.int()),
     ):
         arguments = (boxes, scores, these_labels, 0.3, max_detections)
-        expected = reference.multiclass_nms(*arguments, counts=these_counts)
-        indices, num_kept = multiclass_nms(*arguments, counts=these_counts)
-        assert torch.equal(indices, expected[0]) and torch.equal(num_kept, expected[1])
+        for overlap in ("iou", "diou"):
+            options = {"counts": these_counts, "overlap": overlap}
+            expected = reference.multiclass_nms(*arguments, **options)
+            indices, num_kept = multiclass_nms(*arguments, **options)
+            assert torch.equal(indices, expected[0]) and torch.equal(num_kept, expected[1])
 
 
 def test_multiclass_nms_equals_batched_nms_of_each_image(device):

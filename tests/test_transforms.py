@@ -21,6 +21,7 @@ from focalops import (
     detect,
     encode_boxes,
     match_anchors,
+    matrix_nms,
     multiclass_nms,
     nms,
     sigmoid_focal_loss,
@@ -109,6 +110,10 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda n: (boxes(n), boxes(2, 4), torch.tensor([4, 1])),
     ),
     "multiclass_nms": (lambda b, s, i, c: multiclass_nms(b, s, i, 0.5, 7, counts=c), padded),
+    "matrix_nms": (
+        lambda b, s: matrix_nms(b, s, max_detections=7),
+        lambda n: (boxes(2, n), torch.rand(2, n)),
+    ),
     "soft_nms": (
         lambda b, s: soft_nms(b, s, max_detections=7),
         lambda n: (boxes(2, n), torch.rand(2, n)),
@@ -142,6 +147,7 @@ CHOICES = {
     "count_degenerate_boxes",
     "detect",
     "match_anchors",
+    "matrix_nms",
     "multiclass_nms",
     "soft_nms",
 }

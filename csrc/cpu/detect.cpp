@@ -128,7 +128,7 @@ struct Detections {
 };
 
 struct NmsOptions {
-  float iou_threshold;
+  Suppression<float> suppresses;
   int64_t max_detections;
   bool class_agnostic;
 };
@@ -146,7 +146,7 @@ void suppress(const std::vector<uint64_t>& keys, int64_t classes, const NmsOptio
     const int64_t index = index_of_key(key), label = index % classes;
     const Box<float> box = box_of(index);
     KeptBoxes<float>& of_class = kept[options.class_agnostic ? 0 : label];
-    if (has_nan(box) || of_class.suppress(box, options.iou_threshold)) {
+    if (has_nan(box) || of_class.suppress(box, options.suppresses)) {
       continue;
     }
     of_class.append(box);
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
     const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    double iou_threshold, int64_t max_detections, bool class_agnostic) {
+    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance) {
   const HeadShape shape = check_detect(cls_logits, box_deltas, anchors_, image_sizes_, weights,
                                        topk_per_level, max_detections);
   const auto logits_levels = head_levels(cls_logits, shape);
@@ -206,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
   const float least_logit = least_logit_above(score_threshold);
   std::vector<BestCandidates> best(num_pieces, BestCandidates(topk_per_level, least_logit));
 
-  const NmsOptions options{round_down<float>(iou_threshold), max_detections, class_agnostic};
+  const NmsOptions options{
+      {round_down<float>(iou_threshold), by_distance}, max_detections, class_agnostic};
   dispatch_floating(like.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t first, int64_t last) {

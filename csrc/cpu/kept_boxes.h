@@ -22,8 +22,8 @@ struct alignas(64) BoxBlock {
 // Counts are T, so that their lanes are as wide as those of the boxes.
 template <typename T>
 FOCALOPS_SIMD bool is_suppressed(const Box<T>& box, const BoxBlock<T>* blocks, int64_t num_blocks,
-                                 T threshold) {
-  const T box_area = area(box);
+                                 const Suppression<T>& suppresses) {
+  const T box_area = area(box), threshold = suppresses.threshold;
   for (int64_t i = 0; i < num_blocks; ++i) {
     const BoxBlock<T>& block = blocks[i];
     T candidates = 0;
@@ -39,7 +39,8 @@ FOCALOPS_SIMD bool is_suppressed(const Box<T>& box, const BoxBlock<T>* blocks, i
 #pragma omp simd reduction(+ : suppressors)
     for (int lane = 0; lane < kLanes; ++lane) {
       const Box<T> kept = {block.x1[lane], block.y1[lane], block.x2[lane], block.y2[lane]};
-      suppressors += iou(kept, box, block.area[lane], box_area) > threshold ? T(1) : T(0);
+      suppressors +=
+          suppresses.overlap(kept, box, block.area[lane], box_area) > threshold ? T(1) : T(0);
     }
     if (suppressors > 0) {
       return true;
@@ -71,10 +72,10 @@ class KeptBoxes {
   }
 
   // By the kept boxes from place `first` on; some before it are looked at again.
-  bool suppress(const Box<T>& box, T threshold, int64_t first = 0) const {
+  bool suppress(const Box<T>& box, const Suppression<T>& suppresses, int64_t first = 0) const {
     const int64_t block = first / kLanes;
     return is_suppressed(box, blocks_.data() + block, static_cast<int64_t>(blocks_.size()) - block,
-                         threshold);
+                         suppresses);
   }
 
  private:

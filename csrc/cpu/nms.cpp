@@ -4,16 +4,13 @@
 // compacted. Classes are independent; a class of many boxes takes its candidates in tiles: all
 // threads compare a tile with what was kept before it, then one thread settles the tile itself.
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <cstring>
-#include <limits>
 #include <unordered_map>
-#include <utility>
 #include <vector>
 
 #include "../checks.h"
 #include "kept_boxes.h"
+#include "order.h"
 
 namespace focalops {
 namespace {
@@ -22,89 +19,6 @@ constexpr int64_t kSmallestTile = 256;
 constexpr int64_t kPairsWorthAThread = 1 << 21;  // half a millisecond: waking threads can take that
 constexpr int64_t kBoxesWorthAThread = 1 << 16;  // to be copied
 constexpr int64_t kLargeClass = 2048;
-
-// ---- order --------------------------------------------------------------------------------------
-
-struct Item {
-  uint64_t key;
-  int64_t index;
-};
-
-// Stable and ascending. A byte in which all keys agree costs no pass: float32 scores take 4, the
-// ids of 80 classes one.
-void radix_sort(std::vector<Item>& items) {
-  constexpr int kBytes = 8, kValues = 256;
-  std::vector<std::array<int64_t, kValues>> counts(kBytes);
-  for (const Item& item : items) {
-    for (int byte = 0; byte < kBytes; ++byte) {
-      ++counts[byte][item.key >> (8 * byte) & 0xff];
-    }
-  }
-  std::vector<Item> sorted(items.size());
-  for (int byte = 0; byte < kBytes; ++byte) {
-    auto& count = counts[byte];
-    if (items.empty() ||
-        count[items[0].key >> (8 * byte) & 0xff] == static_cast<int64_t>(items.size())) {
-      continue;
-    }
-    int64_t begin = 0;
-    for (int64_t& place : count) {
-      begin += std::exchange(place, begin);
-    }
-    for (const Item& item : items) {
-      sorted[count[item.key >> (8 * byte) & 0xff]++] = item;
-    }
-    items.swap(sorted);
-  }
-}
-
-// Ascending keys for descending scores; 0 and -0 are equal.
-uint64_t descending_key(float score) {
-  uint32_t bits;
-  score += 0.0f;
-  std::memcpy(&bits, &score, sizeof(bits));
-  return bits >> 31 ? bits : bits ^ 0x7fffffffu;
-}
-
-uint64_t descending_key(double score) {
-  uint64_t bits;
-  score += 0.0;
-  std::memcpy(&bits, &score, sizeof(bits));
-  return bits >> 63 ? bits : bits ^ 0x7fffffffffffffffu;
-}
-
-// The indices of [begin, end) in order of score, without those whose score is a NaN.
-std::vector<Item> order_by_score(const Tensor& scores, int64_t begin, int64_t end) {
-  std::vector<Item> order;
-  order.reserve(end - begin);
-  dispatch_floating(scores.scalar_type(), [&](auto tag) {
-    using scalar_t = tag_t<decltype(tag)>;
-    const auto* data = static_cast<const scalar_t*>(scores.const_data_ptr());
-    for (int64_t i = begin; i < end; ++i) {
-      const auto score = static_cast<compute_t<scalar_t>>(data[i]);
-      if (score == score) {
-        order.push_back({descending_key(score), i});
-      }
-    }
-  });
-  radix_sort(order);
-  return order;
-}
-
-// The order sorted by class, inside a class by score; an item's index becomes its place in `order`.
-std::vector<Item> group_by_class(const std::vector<Item>& order, const Tensor& idxs) {
-  std::vector<Item> grouped(order.size());
-  dispatch_index(idxs.scalar_type(), [&](auto tag) {
-    const auto* classes = static_cast<const tag_t<decltype(tag)>*>(idxs.const_data_ptr());
-    for (size_t i = 0; i < order.size(); ++i) {
-      grouped[i] = {static_cast<uint64_t>(classes[order[i].index]), static_cast<int64_t>(i)};
-    }
-  });
-  radix_sort(grouped);
-  return grouped;
-}
-
-// ---- suppression --------------------------------------------------------------------------------
 
 template <typename scalar_t>
 Box<compute_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {  // boxes: [..., 4]
@@ -116,20 +30,21 @@ Box<compute_t<scalar_t>> load_box(const scalar_t* boxes, int64_t i) {  // boxes:
 
 // boxes: [size], those of one class in order of score; keep: [size].
 template <typename T>
-void suppress_class(const Box<T>* boxes, int64_t size, T threshold, uint8_t* keep) {
+void suppress_class(const Box<T>* boxes, int64_t size, const Suppression<T>& suppresses,
+                    uint8_t* keep) {
   KeptBoxes<T> kept;
   for (int64_t begin = 0, end = 0; begin < size; begin = end) {
     const int64_t before = kept.size();
     end = std::min(begin + std::max(kSmallestTile, before / 4), size);
     const auto compare_with_kept = [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        keep[i] = !has_nan(boxes[i]) && !kept.suppress(boxes[i], threshold);
+        keep[i] = !has_nan(boxes[i]) && !kept.suppress(boxes[i], suppresses);
       }
     };
     const int64_t grain = kPairsWorthAThread / std::max<int64_t>(before, 1) + 1;
     torch::stable::parallel_for(begin, end, grain, compare_with_kept);
     for (int64_t i = begin; i < end; ++i) {
-      if (keep[i] && kept.suppress(boxes[i], threshold, before)) {
+      if (keep[i] && kept.suppress(boxes[i], suppresses, before)) {
         keep[i] = false;
       }
       if (keep[i]) {
@@ -139,26 +54,14 @@ void suppress_class(const Box<T>* boxes, int64_t size, T threshold, uint8_t* kee
   }
 }
 
-// Places in `grouped` at which a class begins, and its size.
-std::vector<int64_t> class_begins(const std::vector<Item>& grouped) {
-  std::vector<int64_t> begins;
-  for (size_t i = 0; i < grouped.size(); ++i) {
-    if (i == 0 || grouped[i].key != grouped[i - 1].key) {
-      begins.push_back(i);
-    }
-  }
-  begins.push_back(grouped.size());
-  return begins;
-}
-
 // begins: [classes + 1]. Large classes one after another, each with all threads; then a thread
 // takes one small class at a time.
 template <typename T>
-void suppress_classes(const Box<T>* boxes, const std::vector<int64_t>& begins, T threshold,
-                      uint8_t* keep) {
+void suppress_classes(const Box<T>* boxes, const std::vector<int64_t>& begins,
+                      const Suppression<T>& suppresses, uint8_t* keep) {
   const auto num_classes = static_cast<int64_t>(begins.size()) - 1;
   const auto suppress = [&](int64_t c) {
-    suppress_class(boxes + begins[c], begins[c + 1] - begins[c], threshold, keep + begins[c]);
+    suppress_class(boxes + begins[c], begins[c + 1] - begins[c], suppresses, keep + begins[c]);
   };
   const auto is_large = [&](int64_t c) { return begins[c + 1] - begins[c] >= kLargeClass; };
   int64_t pairs = 0;  // at most, in small classes
@@ -195,7 +98,7 @@ std::vector<int64_t> integers_of(const std::optional<Tensor>& tensor) {
 }
 
 Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs,
-               double iou_threshold) {
+               double iou_threshold, bool by_distance) {
   check_nms(boxes_, scores_, idxs);
   const Tensor boxes = torch::stable::contiguous(boxes_),
                scores = torch::stable::contiguous(scores_);
@@ -216,11 +119,11 @@ Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<
         sorted[i] = load_box(data, order[place(i)].index);
       }
     });
-    const T threshold = round_down<T>(iou_threshold);
+    const Suppression<T> suppresses{round_down<T>(iou_threshold), by_distance};
     if (idxs.has_value()) {
-      suppress_classes(sorted.data(), class_begins(grouped), threshold, keep.data());
+      suppress_classes(sorted.data(), class_begins(grouped), suppresses, keep.data());
     } else {
-      suppress_class(sorted.data(), size, threshold, keep.data());
+      suppress_class(sorted.data(), size, suppresses, keep.data());
     }
   });
 
@@ -245,7 +148,8 @@ Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<
 std::tuple<Tensor, Tensor> multiclass_nms_cpu(const Tensor& boxes_, const Tensor& scores_,
                                               const std::optional<Tensor>& labels_,
                                               const std::optional<Tensor>& counts_,
-                                              double iou_threshold, int64_t max_detections) {
+                                              double iou_threshold, int64_t max_detections,
+                                              bool by_distance) {
   check_multiclass_nms(boxes_, scores_, labels_, counts_, max_detections);
   const Tensor boxes = torch::stable::contiguous(boxes_);
   const Tensor scores = torch::stable::contiguous(scores_);
@@ -259,7 +163,7 @@ std::tuple<Tensor, Tensor> multiclass_nms_cpu(const Tensor& boxes_, const Tensor
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const auto* data = static_cast<const scalar_t*>(boxes.const_data_ptr());
-    const T threshold = round_down<T>(iou_threshold);
+    const Suppression<T> suppresses{round_down<T>(iou_threshold), by_distance};
     const auto suppress_image = [&](int64_t image) {
       const int64_t begin = image * size;
       const int64_t count = counts.empty() ? size : std::clamp<int64_t>(counts[image], 0, size);
@@ -272,7 +176,7 @@ std::tuple<Tensor, Tensor> multiclass_nms_cpu(const Tensor& boxes_, const Tensor
         }
         const Box<T> box = load_box(data, item.index);
         KeptBoxes<T>& of_class = classes[labels.empty() ? 0 : labels[item.index]];
-        if (!has_nan(box) && !of_class.suppress(box, threshold)) {
+        if (!has_nan(box) && !of_class.suppress(box, suppresses)) {
           of_class.append(box);
           kept_indices[kept++] = item.index - begin;
         }

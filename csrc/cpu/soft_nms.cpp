@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes_, const Tens
                                                 double iou_threshold, double sigma,
                                                 bool is_gaussian, double score_threshold,
                                                 int64_t max_detections) {
-  check_soft_nms(boxes_, scores_, labels_, sigma, max_detections);
+  check_decaying_nms("soft_nms", boxes_, scores_, labels_, sigma, max_detections);
   const Tensor boxes = torch::stable::contiguous(boxes_);
   const Tensor scores = torch::stable::contiguous(scores_);
   const Tensor labels = labels_.has_value() ? torch::stable::contiguous(*labels_) : Tensor();

@@ -19,9 +19,6 @@ namespace focalops {
 namespace {
 
 constexpr int kThreads = 256;
-// Blocks a multiprocessor, at least; 0: as the compiler likes it, which for double is to spill.
-template <typename T>
-constexpr int kMinBlocks = std::is_same_v<T, double> ? 1 : 0;
 
 // ---- pairwise IoU -------------------------------------------------------------------------------
 

@@ -410,7 +410,7 @@ struct Detections {
 // A block for each image.
 __global__ void __launch_bounds__(kChunk, 1)
     keep_kernel(Candidates candidates, Segments segments, int64_t images, uint32_t classes,
-                float iou_threshold, bool class_agnostic, Detections detections) {
+                Suppression<float> suppresses, bool class_agnostic, Detections detections) {
   const int64_t image = blockIdx.x;
   int64_t size = 0;
   for (int64_t segment = image; segment < segments.size; segment += images) {
@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kChunk, 1)
   int64_t* labels = detections.labels + image * detections.size;
   const int64_t count =
       keep_best(ImageCandidates{keys, candidates.boxes + image * candidates.size, classes}, size,
-                iou_threshold, class_agnostic, detections.size, boxes, labels,
+                suppresses, class_agnostic, detections.size, boxes, labels,
                 [&](int64_t at, int64_t place) { scores[at] = score_of_key(keys[place]); });
   for (int64_t i = count + threadIdx.x; i < detections.size; i += kChunk) {
     boxes[i] = {0, 0, 0, 0};
@@ -465,7 +465,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
     const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    double iou_threshold, int64_t max_detections, bool class_agnostic) {
+    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance) {
   const HeadShape shape = check_detect(cls_logits, box_deltas, anchors_, image_sizes_, weights,
                                        topk_per_level, max_detections);
   const Tensor& like = cls_logits[0];
@@ -541,7 +541,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
     }
   });
   launch(&keep_kernel, images, kChunk, 0, scope.stream(), candidates, segments, images,
-         static_cast<uint32_t>(shape.classes), round_down<float>(iou_threshold), class_agnostic,
+         static_cast<uint32_t>(shape.classes),
+         Suppression<float>{round_down<float>(iou_threshold), by_distance}, class_agnostic,
          Detections{data_of<Box<float>>(boxes), data_of<float>(scores), data_of<int64_t>(labels),
                     data_of<int64_t>(counts), max_detections});
   return {boxes, scores, labels, counts};

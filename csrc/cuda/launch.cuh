@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../checks.h"
 #include "../math/host_device.h"
@@ -12,6 +13,10 @@ namespace focalops {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Blocks a multiprocessor, at least; 0: as the compiler likes it, which for double is to spill.
+template <typename T>
+constexpr int kMinBlocks = std::is_same_v<T, double> ? 1 : 0;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

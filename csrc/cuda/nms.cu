@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kChunk)
 // reads the same box at a time.
 template <typename T>
 __global__ void __launch_bounds__(kChunk)
-    overlaps_kernel(SortedBoxes<T> sorted, T threshold,
+    overlaps_kernel(SortedBoxes<T> sorted, Suppression<T> suppresses,
                     uint32_t* overlaps) {  // [chunks, kWords, kChunk]
   __shared__ Box<T> boxes[kWarpSize];
   __shared__ T areas[kWarpSize];
@@ -90,8 +90,7 @@ __global__ void __launch_bounds__(kChunk)
     const int earlier =
         thread - word * kWarpSize < kWarpSize ? thread - word * kWarpSize : kWarpSize;
     for (int bit = 0; bit < earlier; ++bit) {
-      if (sorted.same_class(first + bit, i) &&
-          suppresses(boxes[bit], box, areas[bit], box_area, threshold)) {
+      if (sorted.same_class(first + bit, i) && suppresses(boxes[bit], box, areas[bit], box_area)) {
         mask |= 1u << bit;
       }
     }
@@ -105,8 +104,8 @@ __global__ void __launch_bounds__(kChunk)
 // thousand boxes.
 template <typename T>
 __global__ void __launch_bounds__(kChunk)
-    chunk_kernel(SortedBoxes<T> sorted, int64_t begin, T threshold, const uint32_t* overlaps,
-                 const int64_t* ranks, uint8_t* removed,
+    chunk_kernel(SortedBoxes<T> sorted, int64_t begin, Suppression<T> suppresses,
+                 const uint32_t* overlaps, const int64_t* ranks, uint8_t* removed,
                  uint8_t* kept) {  // overlaps: [kWords, kChunk], kept: [size] by rank
   __shared__ Box<T> boxes[kChunk];
   __shared__ T areas[kChunk];
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kChunk)
       const Box<T> box = sorted.boxes[i];
       const T box_area = area(box);
       for (int k = share; k < count.total && !hit; k += kThreadsPerBox) {
-        hit = suppresses(boxes[k], box, areas[k], box_area, threshold);
+        hit = suppresses(boxes[k], box, areas[k], box_area);
       }
     }
     const uint32_t hits = __ballot_sync(kFullWarp, hit);
@@ -209,15 +208,15 @@ struct SortedImage {
 template <typename T>
 __global__ void __launch_bounds__(kChunk, 1)  // fewer registers for more blocks would spill
     multiclass_nms_kernel(const Box<T>* all_sorted, const uint8_t* all_removed,
-                          const int64_t* all_order, Integers labels, int64_t size, T threshold,
-                          int64_t max_detections, Box<T>* all_kept_boxes, int64_t* all_kept_labels,
-                          int64_t* all_indices, int64_t* num_kept) {
+                          const int64_t* all_order, Integers labels, int64_t size,
+                          Suppression<T> suppresses, int64_t max_detections, Box<T>* all_kept_boxes,
+                          int64_t* all_kept_labels, int64_t* all_indices, int64_t* num_kept) {
   const int64_t image = blockIdx.x, begin = image * size;
   const int64_t* order = all_order + begin;
   int64_t* indices = all_indices + image * max_detections;
   const SortedImage<T> sorted{all_sorted + begin, all_removed + begin, order, labels, begin};
   const int64_t total =
-      keep_best(sorted, size, threshold, false, max_detections,
+      keep_best(sorted, size, suppresses, false, max_detections,
                 all_kept_boxes + image * max_detections, all_kept_labels + image * max_detections,
                 [&](int64_t at, int64_t place) { indices[at] = order[place]; });
   for (int64_t i = total + threadIdx.x; i < max_detections; i += kChunk) {
@@ -236,7 +235,7 @@ T* data_of(Tensor& tensor) {
 }
 
 Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs_,
-                double iou_threshold) {
+                double iou_threshold, bool by_distance) {
   check_nms(boxes_, scores_, idxs_);
   const LaunchScope scope(boxes_);
   const Tensor boxes = torch::stable::contiguous(boxes_),
@@ -285,16 +284,16 @@ Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional
              int64_t{1}, size, sorted, data_of<uint8_t>(removed));
     });
     const SortedBoxes<T> sorted_boxes{sorted, classes, size};
-    const T threshold = round_down<T>(iou_threshold);
-    launch(&overlaps_kernel<T>, chunks * kWords, kChunk, 0, scope.stream(), sorted_boxes, threshold,
-           overlaps);
+    const Suppression<T> suppresses{round_down<T>(iou_threshold), by_distance};
+    launch(&overlaps_kernel<T>, chunks * kWords, kChunk, 0, scope.stream(), sorted_boxes,
+           suppresses, overlaps);
     const int64_t resident =
         resident_grid(&chunk_kernel<T>, kChunk, 0, ceil_div(size, kBoxesPerPass), scope);
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int64_t begin = chunk * kChunk;
       const int64_t passes = ceil_div(std::max<int64_t>(size - begin - kChunk, 1), kBoxesPerPass);
       launch(&chunk_kernel<T>, std::min(passes, resident), kChunk, 0, scope.stream(), sorted_boxes,
-             begin, threshold, overlaps + begin * kWords, ranks, data_of<uint8_t>(removed),
+             begin, suppresses, overlaps + begin * kWords, ranks, data_of<uint8_t>(removed),
              data_of<uint8_t>(kept));
     }
   });
@@ -320,7 +319,8 @@ Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional
 std::tuple<Tensor, Tensor> multiclass_nms_cuda(const Tensor& boxes_, const Tensor& scores_,
                                                const std::optional<Tensor>& labels_,
                                                const std::optional<Tensor>& counts_,
-                                               double iou_threshold, int64_t max_detections) {
+                                               double iou_threshold, int64_t max_detections,
+                                               bool by_distance) {
   check_multiclass_nms(boxes_, scores_, labels_, counts_, max_detections);
   const LaunchScope scope(boxes_);
   const Tensor boxes = torch::stable::contiguous(boxes_);
@@ -365,9 +365,10 @@ std::tuple<Tensor, Tensor> multiclass_nms_cuda(const Tensor& boxes_, const Tenso
       });
     }
     launch(&multiclass_nms_kernel<T>, images, kChunk, 0, scope.stream(), sorted,
-           data_of<uint8_t>(removed), order, labels, size, round_down<T>(iou_threshold),
-           max_detections, static_cast<Box<T>*>(kept_tensor.mutable_data_ptr()),
-           data_of<int64_t>(kept_labels), data_of<int64_t>(indices), data_of<int64_t>(num_kept));
+           data_of<uint8_t>(removed), order, labels, size,
+           Suppression<T>{round_down<T>(iou_threshold), by_distance}, max_detections,
+           static_cast<Box<T>*>(kept_tensor.mutable_data_ptr()), data_of<int64_t>(kept_labels),
+           data_of<int64_t>(indices), data_of<int64_t>(num_kept));
   });
   return {indices, num_kept};
 }

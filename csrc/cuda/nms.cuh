@@ -78,10 +78,10 @@ __device__ __forceinline__ bool settle_chunk(bool alive, const uint32_t (&suppre
 // boxes.load(place, box, label): whether there is a box to consider. kept(at, place): is called for
 // each kept box, by one thread. kept_boxes, kept_labels: [max_detections]. Returns their number.
 template <typename T, typename Boxes, typename Kept>
-__device__ __forceinline__ int64_t keep_best(const Boxes& boxes, int64_t size, T threshold,
-                                             bool class_agnostic, int64_t max_detections,
-                                             Box<T>* kept_boxes, int64_t* kept_labels,
-                                             const Kept& kept) {
+__device__ __forceinline__ int64_t keep_best(const Boxes& boxes, int64_t size,
+                                             const Suppression<T>& suppresses, bool class_agnostic,
+                                             int64_t max_detections, Box<T>* kept_boxes,
+                                             int64_t* kept_labels, const Kept& kept) {
   __shared__ Box<T> chunk_boxes[kChunk];
   __shared__ T areas[kChunk];
   __shared__ int64_t classes[kChunk];
@@ -98,7 +98,7 @@ __device__ __forceinline__ int64_t keep_best(const Boxes& boxes, int64_t size, T
     for (int64_t k = 0; alive && k < total; ++k) {
       const Box<T> other = kept_boxes[k];
       alive = (!class_agnostic && kept_labels[k] != label) ||
-              !suppresses(other, box, area(other), box_area, threshold);
+              !suppresses(other, box, area(other), box_area);
     }
     chunk_boxes[thread] = box;
     areas[thread] = box_area;
@@ -119,7 +119,7 @@ __device__ __forceinline__ int64_t keep_best(const Boxes& boxes, int64_t size, T
       for (; others != 0; others &= others - 1) {
         const int bit = __ffs(static_cast<int>(others)) - 1, other = w * kWarpSize + bit;
         if ((class_agnostic || classes[other] == label) &&
-            suppresses(chunk_boxes[other], box, areas[other], box_area, threshold)) {
+            suppresses(chunk_boxes[other], box, areas[other], box_area)) {
           suppressors[w] |= 1u << bit;
         }
       }

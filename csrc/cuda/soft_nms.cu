@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes_, const Ten
                                                  double iou_threshold, double sigma,
                                                  bool is_gaussian, double score_threshold,
                                                  int64_t max_detections) {
-  check_soft_nms(boxes_, scores_, labels_, sigma, max_detections);
+  check_decaying_nms("soft_nms", boxes_, scores_, labels_, sigma, max_detections);
   const LaunchScope scope(boxes_);
   const Tensor boxes = torch::stable::contiguous(boxes_);
   const Tensor scores = torch::stable::contiguous(scores_);

@@ -26,12 +26,23 @@ FOCALOPS_HOST_DEVICE bool may_suppress(const Box<T>& a, const Box<T>& b, T area_
   return both >= mul(threshold, sub(add(area_a, area_b), both));
 }
 
+// When a kept box suppresses another one of its class.
 template <typename T>
-FOCALOPS_HOST_DEVICE bool suppresses(const Box<T>& a, const Box<T>& b, T area_a, T area_b,
-                                     T threshold) {
-  return (threshold < 0 || may_suppress(a, b, area_a, area_b, threshold)) &&
-         iou(a, b, area_a, area_b) > threshold;
-}
+struct Suppression {
+  T threshold;
+  bool by_distance;  // DIoU (Zheng et al., 2020) in place of IoU, which it is never above
+
+  FOCALOPS_HOST_DEVICE T overlap(const Box<T>& a, const Box<T>& b, T area_a, T area_b) const {
+    return by_distance ? IouFormula<IouKind::kDistance, T>{T(0), T(1e-7)}.value(
+                             a, b, {area_a, T(0)}, {area_b, T(0)})
+                       : iou(a, b, area_a, area_b);
+  }
+
+  FOCALOPS_HOST_DEVICE bool operator()(const Box<T>& a, const Box<T>& b, T area_a, T area_b) const {
+    return (threshold < 0 || may_suppress(a, b, area_a, area_b, threshold)) &&
+           overlap(a, b, area_a, area_b) > threshold;
+  }
+};
 
 template <typename T>
 FOCALOPS_HOST_DEVICE bool has_nan(const Box<T>& box) {
@@ -53,5 +64,42 @@ struct ScoreDecay {
     return iou > iou_threshold ? mul(score, sub(T(1), iou)) : score;
   }
 };
+
+// Matrix NMS (Wang et al., "SOLOv2", 2020): what all better boxes of its class at once leave of a
+// score. A box leaves less the greater its IoU with this one, and more the greater its own IoU with
+// a box that is better still, `beneath`: it would not be there itself. left_by is to be minimised.
+template <typename T>
+struct LinearDecay {
+  static constexpr T kLeftByNone = 1;
+
+  FOCALOPS_HOST_DEVICE T left_by(T iou, T beneath) const {
+    const T left = div(sub(T(1), iou), divisor(sub(T(1), beneath)));
+    return beneath < 1 ? left : T(1);
+  }
+
+  FOCALOPS_HOST_DEVICE T factor(T least) const { return max_of(least, T(0)); }
+};
+
+template <typename T>
+struct GaussianDecay {
+  static constexpr T kLeftByNone = 0;
+  T sigma;
+
+  FOCALOPS_HOST_DEVICE T left_by(T iou, T beneath) const {
+    return sub(mul(beneath, beneath), mul(iou, iou));
+  }
+
+  FOCALOPS_HOST_DEVICE T factor(T least) const { return T(std::exp(mul(sigma, least))); }
+};
+
+// function(decay)
+template <typename T, typename F>
+void dispatch_matrix_decay(bool is_gaussian, double sigma, const F& function) {
+  if (is_gaussian) {
+    function(GaussianDecay<T>{static_cast<T>(sigma)});
+  } else {
+    function(LinearDecay<T>{});
+  }
+}
 
 }  // namespace focalops
