@@ -1,4 +1,4 @@
-"""The commands: python -m models train | evaluate | predict | configs | bench | demo."""
+"""The commands: python -m models train | evaluate | predict | export | configs | bench | demo."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from urllib.error import URLError
 
 import torch
 
+from focalops._library import CUDA_LIBRARY, LIBRARY
 from models.bench import bench, table
 from models.data import (
     DataError,
@@ -24,6 +25,7 @@ from models.data import (
     prepare_backbone_weights,
     read_image,
 )
+from models.deploy import Detector, disagreement, forms, milliseconds, to_batch
 from models.distributed import process_group, rank
 from models.draw import draw_comparison, draw_contact_sheet, draw_curves, draw_detections
 from models.evaluate import (
@@ -172,6 +174,25 @@ def parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--min-score", type=float, default=0.3)
 
+    sub = command(run_export, "export", "package a checkpoint for C++, and time the ways to run it")
+    sub.add_argument("checkpoint", type=Path)
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("detector.pt2"),
+        metavar="FILE",
+        help="runs on batches of any size (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(800, 1344),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images that are timed (default: 800 1344)",
+    )
+    sub.add_argument("--batch-size", type=int, default=2, help="of those (default: %(default)s)")
+
     sub = command(run_configs, "configs", "the recipes as JSON, which train --recipe takes")
     sub.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
 
@@ -319,6 +340,26 @@ def run_predict(options: argparse.Namespace) -> None:
         sheet = options.out / "contact-sheet.png"
         draw_contact_sheet(sheet, pictures)
         print(sheet)
+
+
+@torch.no_grad()
+def run_export(options: argparse.Namespace) -> None:
+    model, _, _ = load_model(options.checkpoint, options.device)
+    detector = Detector(model)
+    noise = torch.rand(options.batch_size, 3, *options.size, device=options.device)
+    images, sizes = to_batch(list(noise))
+    ways = forms(detector, images, sizes, options.out)
+    expected = detector(images, sizes)
+    print(f"{options.batch_size} images of {images.shape[2]} x {images.shape[3]}, milliseconds:")
+    for name, run in ways.items():
+        difference = disagreement(run(images, sizes), expected)
+        print(
+            f"{milliseconds(run, images, sizes):9.1f}  {name}{f' ({difference})' if difference else ''}"
+        )
+    libraries = [LIBRARY, *([CUDA_LIBRARY] if images.is_cuda else [])]
+    print(
+        f"without Python: models/cpp/detect {options.out} IMAGE.ppm {' '.join(map(str, libraries))}"
+    )
 
 
 def find_images(paths: list[Path]) -> list[Path]:

@@ -1,0 +1,176 @@
+"""RetinaNet as it is deployed: a batch of images in, padded detections out, nothing else.
+
+The transform at the front of torchvision's detectors resizes image by image on the host, and what they return
+is as long as the detections are many. A Detector takes and returns tensors of static shapes, so that the whole
+model compiles to one graph, exports with a dynamic batch and image size, runs from C++ without Python
+(models/cpp), and is captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from focalops import detect
+from models.retinanet import RetinaNet
+
+DIVISOR = 32  # of the height and width of a batch, as in torchvision's transform
+
+# boxes (B, D, 4) in pixels of the batch, scores (B, D), labels (B, D), counts (B,)
+PaddedDetections = tuple[Tensor, Tensor, Tensor, Tensor]
+Run = Callable[[Tensor, Tensor], PaddedDetections]
+
+
+class Detector(nn.Module):
+    """The detections of a RetinaNet for images that lie in one tensor, padded as by focalops.detect.
+
+    In half precision, `detector.bfloat16()`, so are the convolutions; anchors, boxes and scores stay float32.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: RetinaNet) -> None:
+        super().__init__()
+        self.config = model.config
+        self.backbone, self.head = model.backbone, model.head
+        self.anchor_generator = model.anchor_generator
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(model.config, f"image_{name}")).view(3, 1, 1)
+            self.register_buffer(name, values.to(next(model.parameters()).device))
+        self.eval()
+
+    def forward(
+        self,
+        images: Tensor,  # (B, 3, H, W) in 0..1, each image in the upper left; H and W divisible by 32
+        sizes: Tensor,  # (B, 2) float32, their heights and widths
+    ) -> PaddedDetections:
+        config, (height, width) = self.config, images.shape[-2:]
+        rows = torch.arange(height, device=images.device)[:, None] < sizes[:, :1, None]
+        columns = torch.arange(width, device=images.device) < sizes[:, 1:, None]
+        normalised = (images - self.mean) / self.std
+        features = self.backbone(torch.where((rows & columns)[:, None], normalised, 0))
+        cls_logits, box_deltas = self.head(features)
+        feature_sizes = [feature.shape[-2:] for feature in features]
+        return detect(
+            cls_logits,
+            box_deltas,
+            self.anchor_generator.grid((height, width), feature_sizes, images.device),
+            score_threshold=config.score_threshold,
+            topk_per_level=config.topk_candidates,
+            iou_threshold=config.nms_threshold,
+            max_detections=config.detections_per_image,
+            image_sizes=sizes,
+        )
+
+
+def to_batch(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What a Detector takes, from images (3, H_i, W_i)."""
+    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)
+    height, width = (-(-int(extent) // DIVISOR) * DIVISOR for extent in sizes.amax(dim=0))
+    batch = images[0].new_zeros((len(images), 3, height, width))
+    for at, image in zip(batch, images, strict=True):
+        at[:, : image.shape[1], : image.shape[2]] = image
+    return batch, sizes.to(batch.device)
+
+
+@torch.no_grad()
+def export(detector: Detector, images: Tensor, sizes: Tensor) -> torch.export.ExportedProgram:
+    """The detector as a graph of torch's and focalops' ops, for any batch and image size.
+
+    The example should have two images or more: torch.export takes a dimension of 1 for a constant.
+    """
+    batch = torch.export.Dim("batch")
+    height, width = (DIVISOR * torch.export.Dim(name) for name in ("height", "width"))
+    return torch.export.export(
+        detector,
+        (images, sizes),
+        dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}),
+    )
+
+
+def package(program: torch.export.ExportedProgram, path: Path) -> Run:
+    """Compiles the program by AOTInductor into a file ending in .pt2, and loads it.
+
+    models/cpp runs such a file without Python; in Python `torch._inductor.aoti_load_package` loads it once
+    focalops is imported.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return torch._inductor.aoti_load_package(str(path))
+
+
+@torch.no_grad()
+def capture(run: Run, images: Tensor, sizes: Tensor) -> Run:
+    """A CUDA graph of it: one launch for batches of this shape. The detections are overwritten by the next."""
+    images, sizes = images.clone(), sizes.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # cuDNN chooses its algorithms, lazily loaded kernels are loaded
+            run(images, sizes)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        detections = run(images, sizes)
+
+    def replay(new_images: Tensor, new_sizes: Tensor) -> PaddedDetections:
+        images.copy_(new_images)
+        sizes.copy_(new_sizes)
+        graph.replay()
+        return detections
+
+    return replay
+
+
+def forms(detector: Detector, images: Tensor, sizes: Tensor, path: Path) -> dict[str, Run]:
+    """Every way to run the detector; the package is written to the path."""
+    program = export(detector, images, sizes)
+    ways: dict[str, Run] = {
+        "eager": detector,
+        "torch.compile": torch.compile(detector, fullgraph=True),
+        "torch.export": program.module(),
+        "AOTInductor": package(program, path),
+    }
+    if images.is_cuda:
+        ways["CUDA graph"] = capture(detector, images, sizes)
+        ways["CUDA graph of torch.compile"] = capture(ways["torch.compile"], images, sizes)
+    return ways
+
+
+@torch.no_grad()
+def milliseconds(run: Run, images: Tensor, sizes: Tensor, rounds: int = 5) -> float:
+    """The least of several, after one that is not timed."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        run(images, sizes)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) * 1000)
+    return min(times[1:])
+
+
+def disagreement(found: PaddedDetections, expected: PaddedDetections) -> str | None:
+    """How the detections differ by more than the rounding of the convolutions; None: they do not.
+
+    Convolutions that round otherwise may exchange detections of nearly equal score, so that each expected
+    detection may be found at another place.
+    """
+    boxes, scores, labels, counts = found
+    for i, count in enumerate(expected[3].tolist()):
+        if int(counts[i]) != count:
+            return f"image {i} has {int(counts[i])} detections, not {count}"
+        same = (
+            ((boxes[i, :count, None] - expected[0][i, None, :count]).abs() < 0.5).all(dim=-1)
+            & ((scores[i, :count, None] - expected[1][i, None, :count]).abs() < 1e-3)
+            & (labels[i, :count, None] == expected[2][i, None, :count])
+        )
+        missing = int((~same.any(dim=0)).sum())
+        if missing:
+            return f"image {i} lacks {missing} of {count} detections"
+    return None
