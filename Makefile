@@ -23,7 +23,7 @@ endif
 PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest \
   $(if $(GPUS),,$(shell $(PY) -c 'import xdist; print("-n auto --dist worksteal")' 2>/dev/null))
 
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+CXX_FILES := $(shell find csrc models tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 
