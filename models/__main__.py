@@ -38,6 +38,7 @@ from models.evaluate import (
     to_results,
 )
 from models.log import Log
+from models.losses import LOSSES
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM
 from models.train import (
     PRECISIONS,
@@ -142,6 +143,9 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--normalizer", choices=("image", "batch"), help="what losses are divided by"
     )
+    recipe.add_argument("--classification-loss", choices=tuple(LOSSES))
+    recipe.add_argument("--alpha", type=float, help="of the focal losses; -1: no balance")
+    recipe.add_argument("--gamma", type=float, help="of the focal losses; 0: cross entropy")
     recipe.add_argument("--box-loss", choices=BOX_LOSSES)
     recipe.add_argument("--seed", type=int)
     recipe.add_argument(

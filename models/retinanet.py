@@ -30,10 +30,10 @@ from focalops import (
     AnchorGenerator,
     class_index_targets,
     dense_box_loss,
-    dense_focal_loss,
     detect,
     match_anchors,
 )
+from models.losses import LOSSES
 
 # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64 and, where some are crowds, "iscrowd" (M,) bool
 Target = dict[str, Tensor]
@@ -71,10 +71,12 @@ class RetinaNetConfig:
     # Loss
     fg_iou_threshold: float = 0.5
     bg_iou_threshold: float = 0.4
+    classification_loss: Literal["focal", "focal_star", "ohem", "hinge"] = "focal"
     alpha: float = 0.25
     gamma: float = 2.0
+    beta: float = 1.0  # of focal_star
     normalizer: Literal["image", "batch"] = "image"
-    box_loss: Literal["l1", "smooth_l1", "giou", "diou", "ciou"] = "l1"
+    box_loss: Literal["l1", "smooth_l1", "iou", "giou", "diou", "ciou"] = "l1"
     # Detections
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
@@ -100,10 +102,10 @@ class RetinaNetConfig:
                 f"anchor_sizes must have one entry for each of the {levels} levels, "
                 f"got {len(self.anchor_sizes)}"
             )
-        if self.box_loss not in BOX_LOSSES:
-            raise ValueError(
-                f"box_loss must be one of {', '.join(BOX_LOSSES)}, got {self.box_loss!r}"
-            )
+        for name, known in (("classification_loss", LOSSES), ("box_loss", BOX_LOSSES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RetinaNetConfig:
@@ -199,8 +201,8 @@ class RetinaNet(nn.Module):
         )  # (B, N)
         counts = normalizers((matches >= 0).sum(dim=1), config.normalizer)  # (B,)
 
-        classification = dense_focal_loss(
-            cls_logits, classes, config.alpha, config.gamma, normalizer=counts
+        classification = LOSSES[config.classification_loss](
+            cls_logits, classes, counts, anchors, config
         ) / len(targets)
         bbox = dense_box_loss(
             bbox_regression,
@@ -258,7 +260,7 @@ def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
     return (total[0] / total[1]).expand(len(counts))
 
 
-BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
+BOX_LOSSES = ("l1", "smooth_l1", "iou", "giou", "diou", "ciou")
 
 
 def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:

@@ -84,13 +84,13 @@ struct Head {
     Positive<T> positives[kBlock];
     int64_t next = 0;
     for (int64_t k = 0; k < shape.classes; ++k, begin += plane_size) {
-      convert(logits + begin, block.logits, n);
+      const T* plane = as_computed(logits + begin, block.logits, n);
       int64_t num_positives = 0;
       for (; next < num_labelled && labelled[next].label == k; ++next) {
         positives[num_positives++] = {labelled[next].at, T(1)};
       }
-      evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
-      evaluate_positives<WithGrad>(positives, num_positives, formula, block);
+      evaluate_negatives<WithGrad>(plane, block.loss, block.grad, n, formula);
+      evaluate_positives<WithGrad>(plane, positives, num_positives, formula, block);
       if (extras.weighs()) {
         weigh<WithGrad>(block, extras.class_weight == nullptr ? T(1) : extras.class_weight[k], n);
       }

@@ -34,9 +34,9 @@ struct DenseTargets {
 
   template <bool WithGrad, typename Loss>
   void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
-    convert(inputs + begin, block.logits, n);
-    convert(targets + begin, block.targets, n);
-    evaluate_soft<WithGrad>(block.logits, block.targets, block.loss, block.grad, n, formula);
+    const T* x = as_computed(inputs + begin, block.logits, n);
+    const T* y = as_computed(targets + begin, block.targets, n);
+    evaluate_soft<WithGrad>(x, y, block.loss, block.grad, n, formula);
   }
 
   void finish() const {}

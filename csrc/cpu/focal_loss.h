@@ -52,6 +52,17 @@ FOCALOPS_SIMD void convert(const From* from, To* to, int64_t n) {
   }
 }
 
+// Values as they are computed: those of half precision are converted into the buffer.
+template <typename From, typename T>
+const T* as_computed(const From* from, T* buffer, int64_t n) {
+  if constexpr (std::is_same_v<From, T>) {
+    return from;
+  } else {
+    convert(from, buffer, n);
+    return buffer;
+  }
+}
+
 template <typename T, typename To>
 FOCALOPS_SIMD void scale_and_convert(const T* from, T scale, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -68,8 +79,8 @@ FOCALOPS_SIMD void multiply(T* values, const T* factors, T factor, int64_t n) {
 
 template <typename T>
 struct Block {
-  alignas(64) T logits[kBlock];
-  alignas(64) T targets[kBlock];
+  alignas(64) T logits[kBlock];   // where they are of half precision
+  alignas(64) T targets[kBlock];  // likewise
   alignas(64) T weights[kBlock];
   alignas(64) T loss[kBlock];
   alignas(64) T grad[kBlock];
@@ -103,11 +114,11 @@ struct RowExtras {
 };
 
 template <bool WithGrad, typename T, typename Loss>
-void evaluate_positives(const Positive<T>* positives, int64_t count, const Loss& formula,
-                        Block<T>& block) {
+void evaluate_positives(const T* logits, const Positive<T>* positives, int64_t count,
+                        const Loss& formula, Block<T>& block) {
   for (int64_t i = 0; i < count; ++i) {
     const auto [at, score] = positives[i];
-    const LossAndGrad<T> value = formula.positive(block.logits[at], score);
+    const LossAndGrad<T> value = formula.positive(logits[at], score);
     block.loss[at] = value.loss;
     if (WithGrad) {
       block.grad[at] = value.grad;
@@ -161,7 +172,7 @@ void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtr
   Range ignored[kBlock];
   int64_t num_positives = 0, num_ignored = 0;
 
-  convert(inputs + begin, block.logits, n);
+  const T* logits = as_computed(inputs + begin, block.logits, n);
   const int64_t end = begin + n;
   for (int64_t row = begin / num_classes; row * num_classes < end; ++row) {
     const int64_t row_begin =
@@ -186,8 +197,8 @@ void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtr
       }
     }
   }
-  evaluate_negatives<WithGrad>(block.logits, block.loss, block.grad, n, formula);
-  evaluate_positives<WithGrad>(positives, num_positives, formula, block);
+  evaluate_negatives<WithGrad>(logits, block.loss, block.grad, n, formula);
+  evaluate_positives<WithGrad>(logits, positives, num_positives, formula, block);
   if (extras.weighs()) {
     weigh<WithGrad>(block, T(1), n);
   }
