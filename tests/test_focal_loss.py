@@ -508,3 +508,19 @@ def test_any_logits(values, gamma, alpha, classes, random):
     x.requires_grad_()
     targets = torch.tensor([random.choice([*range(classes + 1), -100]) for _ in range(rows)])
     check_against_float64(x, targets, alpha, gamma)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_float32_rounded_once(dtype, device):
+    # All of float16, denormal numbers among them, and ends that fill no vector.
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    x = every[every.isfinite()].to(dtype)[:63_485].reshape(-1, 5).to(device)
+    targets = torch.randint(0, 6, (len(x),), device=device)
+    results = []
+    for inputs in (x, x.float()):
+        inputs = inputs.clone().requires_grad_()
+        each = sigmoid_focal_loss(inputs, targets)
+        sigmoid_focal_loss(inputs, targets, reduction="sum").backward()
+        results.append((each.detach().to(dtype), inputs.grad.to(dtype)))
+    for half, rounded in zip(*results, strict=True):
+        assert torch.equal(half, rounded)

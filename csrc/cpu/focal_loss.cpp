@@ -156,23 +156,28 @@ Tensor sigmoid_focal_loss_sum_inplace_cpu(const Tensor& inputs, const Tensor& ta
   return focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer, inputs);
 }
 
-void scale_cpu(const Tensor& tensor, const Tensor& scale) {
-  check_scale(tensor, scale);
+template <typename scalar_t, typename T>
+FOCALOPS_SIMD void scale(scalar_t* data, T factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    data[i] = static_cast<scalar_t>(factor * static_cast<T>(data[i]));
+  }
+}
+
+void scale_cpu(const Tensor& tensor, const Tensor& factors_) {
+  check_scale(tensor, factors_);
   dispatch_floating(tensor.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    const auto* factors = static_cast<const T*>(scale.const_data_ptr());
-    const int64_t size = tensor.numel() / std::max<int64_t>(scale.numel(), 1);
-    for (int64_t slice = 0; slice < scale.numel(); ++slice) {
+    const auto* factors = static_cast<const T*>(factors_.const_data_ptr());
+    const int64_t size = tensor.numel() / std::max<int64_t>(factors_.numel(), 1);
+    for (int64_t slice = 0; slice < factors_.numel(); ++slice) {
       const T factor = factors[slice];
       if (factor == 1) {
         continue;
       }
       auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr()) + slice * size;
       torch::stable::parallel_for(0, size, kChunk, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          data[i] = static_cast<scalar_t>(factor * static_cast<T>(data[i]));
-        }
+        scale(data + begin, factor, end - begin);
       });
     }
   });
