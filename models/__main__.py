@@ -1,4 +1,4 @@
-"""The commands: python -m models train | evaluate | predict | export | configs | bench | demo."""
+"""The commands: python -m models train | evaluate | predict | export | study | configs | ..."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ from models.evaluate import (
 from models.log import Log
 from models.losses import LOSSES
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM
+from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
 from models.train import (
     PRECISIONS,
     RECIPES,
@@ -50,6 +51,7 @@ from models.train import (
     load_model,
     to_device,
     train,
+    training_stream,
 )
 
 CHECKPOINT = "checkpoint.pt"
@@ -196,6 +198,33 @@ def parser() -> argparse.ArgumentParser:
         help="of the images that are timed (default: 800 1344)",
     )
     sub.add_argument("--batch-size", type=int, default=2, help="of those (default: %(default)s)")
+
+    sub = command(
+        run_study_command,
+        "study",
+        "a comparison of the paper's, with several seeds: table and picture",
+    )
+    sub.add_argument("name", choices=(*STUDIES, DISTRIBUTION))
+    sub.add_argument("--data", default="trees", metavar="DIR", help=f"{data_help} (default: trees)")
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--val-split", default="val")
+    sub.add_argument("--recipe", help="as in train; the study changes what it compares")
+    sub.add_argument("--steps", type=int, help="of each run (default: the recipe's)")
+    sub.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("study"),
+        metavar="DIR",
+        help="runs that its record holds are not repeated (default: %(default)s)",
+    )
+    sub.add_argument("--no-pretrained", action="store_true", help="as in train")
+    sub.add_argument(
+        "--checkpoint", type=Path, help=f"of {DISTRIBUTION}: a trained model (default: trains one)"
+    )
+    sub.add_argument(
+        "--images", type=int, default=64, help=f"of {DISTRIBUTION}: samples (default: %(default)s)"
+    )
 
     sub = command(run_configs, "configs", "the recipes as JSON, which train --recipe takes")
     sub.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
@@ -364,6 +393,48 @@ def run_export(options: argparse.Namespace) -> None:
     print(
         f"without Python: models/cpp/detect {options.out} IMAGE.ppm {' '.join(map(str, libraries))}"
     )
+
+
+def run_study_command(options: argparse.Namespace) -> None:
+    keep_freed_memory()
+    recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
+    data, val = (open_data(options.data, s) for s in (options.split, options.val_split))
+    recipe = with_model(recipe, num_classes=len(data.categories))
+    if options.steps is not None:
+        recipe = dataclasses.replace(
+            recipe, steps=options.steps, warmup_steps=min(recipe.warmup_steps, options.steps // 10)
+        )
+    pretrained = not options.no_pretrained
+    if pretrained and options.checkpoint is None:
+        prepare_backbone_weights(recipe.model.backbone)
+    if options.name != DISTRIBUTION:
+        table = run_study(
+            options.name,
+            recipe,
+            data,
+            val,
+            options.out,
+            seeds=options.seeds,
+            device=options.device,
+            pretrained=pretrained,
+        )
+    else:
+        if options.checkpoint is not None:
+            model, recipe, _ = load_model(options.checkpoint, options.device)
+            source = str(options.checkpoint)
+        else:
+            checkpoint = options.out / CHECKPOINT
+            model = train(recipe, data, checkpoint, device=options.device, pretrained=pretrained)
+            source = f"{recipe.steps} steps on {data.annotation_file.name}"
+        table = run_distribution(
+            model,
+            training_stream(recipe, data),
+            options.out,
+            source,
+            options.images,
+            options.device,
+        )
+    print(f"\n{table.read_text()}\n{table.with_suffix('.png')}")
 
 
 def find_images(paths: list[Path]) -> list[Path]:

@@ -185,6 +185,10 @@ class RetinaNet(nn.Module):
             crowd=crowd,
         )
 
+    def classes(self, matches: Tensor, targets: list[Target]) -> Tensor:  # (B, N) -> (B, N)
+        """Of each anchor the class, num_classes for background, -100 where it is ignored."""
+        return class_index_targets(matches, [t["labels"] for t in targets], self.config.num_classes)
+
     def compute_loss(
         self,
         cls_logits: list[Tensor],  # L of (B, A * K, H, W)
@@ -196,9 +200,7 @@ class RetinaNet(nn.Module):
         over the images of all ranks, then averaged."""
         config = self.config
         matches = self.match(anchors, targets)  # (B, N)
-        classes = class_index_targets(
-            matches, [t["labels"] for t in targets], config.num_classes
-        )  # (B, N)
+        classes = self.classes(matches, targets)  # (B, N)
         counts = normalizers((matches >= 0).sum(dim=1), config.normalizer)  # (B,)
 
         classification = LOSSES[config.classification_loss](

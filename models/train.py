@@ -143,8 +143,8 @@ def train(
     with the weights of an uninterrupted one. A first SIGINT or SIGTERM ends the step and saves.
 
     Raises:
-        TrainingStopped: interrupted, after saving; or the loss was not finite, with the last
-            checkpoint as it was.
+        TrainingStopped: interrupted, after saving.
+        TrainingDiverged: the loss was not finite; the last checkpoint is as it was.
     """
     torch.manual_seed(recipe.seed)
     model = RetinaNet(recipe.model, pretrained_backbone=pretrained and not resume)
@@ -167,15 +167,7 @@ def train(
                 part.load_state_dict(checkpoint[name])
         start = checkpoint["step"]
 
-    stream = TrainingStream(
-        data,
-        recipe.steps * recipe.batch_size,
-        recipe.seed,
-        recipe.crop,
-        recipe.crop_zoom,
-        recipe.dihedral,
-        recipe.photometric,
-    )
+    stream = training_stream(recipe, data)
     shares = batches(recipe, start, rank(), world_size())
     loader = DataLoader(
         stream,
@@ -265,8 +257,24 @@ def train(
     return (model if average is None else cast(RetinaNet, average.module)).eval()
 
 
+def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
+    return TrainingStream(
+        data,
+        recipe.steps * recipe.batch_size,
+        recipe.seed,
+        recipe.crop,
+        recipe.crop_zoom,
+        recipe.dihedral,
+        recipe.photometric,
+    )
+
+
 class TrainingStopped(Exception):
     """Training ended before its last step; the message says why and what to do."""
+
+
+class TrainingDiverged(TrainingStopped):
+    """A loss or a weight was not finite."""
 
 
 def batches(recipe: Recipe, start: int, rank: int, world_size: int) -> list[list[int]]:
@@ -364,7 +372,7 @@ def not_finite(
     shares: list[list[int]],
     step: int,
     checkpoint_file: Path,
-) -> TrainingStopped:
+) -> TrainingDiverged:
     """The error; writes which images this rank's share of the batch was made of."""
     pieces = shares[-(recipe.steps - step) * recipe.accumulate :][: recipe.accumulate]
     files = [str(stream.image_path(n)) for piece in pieces for n in piece]
@@ -372,7 +380,7 @@ def not_finite(
     report = checkpoint_file.with_name(f"not-finite{suffix}.json")
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps({"step": step + 1, "images": files}, indent=1) + "\n")
-    return TrainingStopped(
+    return TrainingDiverged(
         f"the loss or the weights of step {step + 1} are not finite: the images of its batch are named in {report}, "
         "and the last checkpoint is as it was; a lower --learning-rate, a longer --warmup-steps or "
         "--clip-norm helps where the images are in order"

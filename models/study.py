@@ -1,0 +1,376 @@
+"""The paper's studies as commands: python -m models study NAME.
+
+Lin et al., "Focal Loss for Dense Object Detection", 2017, compare losses, anchors and image scales on
+COCO. Each study here trains the variants of one comparison with several seeds on any data set and puts
+them in a table and a picture beside the paper's own figures. A run that is done is kept in the record,
+so that an interrupted study goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.harness import describe
+from models.data import CocoDataset, TrainingStream, collate
+from models.evaluate import detect_all, evaluate
+from models.losses import IGNORED, rows_of
+from models.retinanet import BOX_LOSSES, RetinaNet
+from models.train import Recipe, TrainingDiverged, train
+
+FIGURES = ("AP", "AP50", "AP75")
+ASPECT_RATIOS = {1: (1.0,), 2: (0.5, 2.0), 3: (0.5, 1.0, 2.0)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    recipe: Recipe
+    papers_ap: float | str | None = None  # where the paper has no figure for it: None
+
+
+@dataclass(frozen=True)
+class Study:
+    question: str
+    papers_setting: str
+    variants: Callable[[Recipe], list[Variant]]
+
+
+def with_model(recipe: Recipe, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changes))
+
+
+def loss_variants(recipe: Recipe) -> list[Variant]:
+    def focal(gamma: float, alpha: float, prior: float = 0.01) -> Recipe:
+        return with_model(
+            recipe,
+            classification_loss="focal",
+            gamma=gamma,
+            alpha=alpha,
+            prior_probability=prior,
+        )
+
+    star = {"classification_loss": "focal_star", "alpha": 0.25}
+    return [
+        Variant("CE", focal(0, -1), 30.2),
+        Variant("CE, no prior", focal(0, -1, prior=0.5), "diverges"),
+        Variant("balanced CE, alpha .75", focal(0, 0.75), 31.1),
+        Variant("FL, gamma .5, alpha .5", focal(0.5, 0.5), 32.9),
+        Variant("FL, gamma 1, alpha .25", focal(1, 0.25), 33.7),
+        Variant("FL, gamma 2, alpha .25", focal(2, 0.25), 34.0),
+        Variant("FL, gamma 2, no prior", focal(2, 0.25, prior=0.5)),
+        Variant("FL, gamma 5, alpha .25", focal(5, 0.25), 32.2),
+        Variant("FL*, gamma 2, beta 1", with_model(recipe, **star, gamma=2.0, beta=1.0), 33.8),
+        Variant("FL*, gamma 4, beta 0", with_model(recipe, **star, gamma=4.0, beta=0.0), 33.9),
+        Variant("OHEM", with_model(recipe, classification_loss="ohem"), "32.8 (R101; FL 36.0)"),
+        Variant("hinge", with_model(recipe, classification_loss="hinge"), "unstable"),
+    ]
+
+
+def anchor_variants(recipe: Recipe) -> list[Variant]:
+    """Scales spread evenly over what the recipe's cover on each level."""
+    papers = {(1, 1): 30.3, (3, 3): 34.0}
+    variants = []
+    for scales, ratios in ((1, 1), (2, 1), (3, 1), (1, 3), (2, 3), (3, 3)):
+        sizes = tuple(spread(min(level), max(level), scales) for level in recipe.model.anchor_sizes)
+        variants.append(
+            Variant(
+                f"{scales} x {ratios}",
+                with_model(recipe, anchor_sizes=sizes, aspect_ratios=ASPECT_RATIOS[ratios]),
+                papers.get((scales, ratios)),
+            )
+        )
+    return variants
+
+
+def spread(low: float, high: float, count: int) -> tuple[int, ...]:
+    """Numbers evenly apart in the logarithm, the ends among them; one: the middle."""
+    if count == 1:
+        return (round(math.sqrt(low * high)),)
+    return tuple(round(low * (high / low) ** (i / (count - 1))) for i in range(count))
+
+
+def box_loss_variants(recipe: Recipe) -> list[Variant]:
+    return [Variant(loss, with_model(recipe, box_loss=loss)) for loss in BOX_LOSSES]
+
+
+def scale_variants(recipe: Recipe) -> list[Variant]:
+    """Images resized so much that 1 is what the recipe has; training and detection alike."""
+    papers = {0.5: 30.5, 0.625: 32.5, 0.75: 34.3, 0.875: 35.1, 1.0: 35.7}  # 400 .. 800 pixels
+    variants = []
+    for scale, papers_ap in papers.items():
+        if recipe.crop is None:
+            model = {
+                "min_size": round((recipe.model.min_size or 800) * scale)
+                if not isinstance(recipe.model.min_size, tuple)
+                else tuple(round(size * scale) for size in recipe.model.min_size),
+                "max_size": round(recipe.model.max_size * scale),
+            }
+            resized = with_model(recipe, **model)
+        else:  # windows as large as the crops, so that one size serves both
+            resized = dataclasses.replace(
+                with_model(recipe, min_size=round(recipe.crop * scale)),
+                window=recipe.crop,
+                window_overlap=recipe.crop // 4,
+            )
+        variants.append(Variant(f"{scale:g}", resized, papers_ap))
+    return variants
+
+
+STUDIES = {
+    "loss": Study("Which classification loss?", "R50, 600 pixels, COCO minival", loss_variants),
+    "anchors": Study(
+        "How many anchors at a position (scales x aspect ratios)?",
+        "R50, 600 pixels, COCO minival",
+        anchor_variants,
+    ),
+    "box_loss": Study("Which box loss?", "none: the paper has smooth L1 alone", box_loss_variants),
+    "scale": Study(
+        "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants
+    ),
+}
+DISTRIBUTION = "distribution"
+
+
+# ---- Running ------------------------------------------------------------------------------------
+
+
+def run_study(
+    name: str,
+    recipe: Recipe,
+    data: CocoDataset,
+    val: CocoDataset,
+    out: Path,
+    *,
+    seeds: int = 3,
+    device: str = "cpu",
+    pretrained: bool = True,
+) -> Path:
+    """Trains what the record does not hold yet; writes NAME.json, NAME.md and NAME.png. Returns the table."""
+    study = STUDIES[name]
+    record_file = out / f"{name}.json"
+    settings = {
+        "study": name,
+        "recipe": dataclasses.asdict(recipe),
+        "train": data.annotation_file.name,
+        "val": val.annotation_file.name,
+    }
+    record = _open_record(record_file, settings, device)
+    for seed in range(seeds):
+        for variant in study.variants(recipe):
+            runs = record["runs"].setdefault(variant.name, {})
+            if str(seed) not in runs:
+                seeded = dataclasses.replace(variant.recipe, seed=seed)
+                print(f"{name}: {variant.name}, seed {seed}")
+                runs[str(seed)] = _run(seeded, data, val, out / "runs", device, pretrained)
+                _write(record_file, json.dumps(record, indent=1) + "\n")
+    papers = {variant.name: variant.papers_ap for variant in study.variants(recipe)}
+    table = out / f"{name}.md"
+    _write(table, to_table(study, record, papers))
+    draw(out / f"{name}.png", study, record, papers)
+    return table
+
+
+def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    settings = json.loads(json.dumps(settings))  # tuples as lists
+    if not path.exists():
+        return {**settings, **describe(torch.device(device)), "runs": {}}
+    record: dict[str, Any] = json.loads(path.read_text())
+    changed = [key for key, value in settings.items() if record.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"{path} holds runs of another {' and '.join(changed)}: choose another --out"
+        )
+    return record
+
+
+def _run(
+    recipe: Recipe,
+    data: CocoDataset,
+    val: CocoDataset,
+    scratch: Path,
+    device: str,
+    pretrained: bool,
+) -> dict[str, float]:
+    start = time.perf_counter()
+    checkpoint = scratch / "checkpoint.pt"
+    try:
+        model = train(recipe, data, checkpoint, device=device, pretrained=pretrained)
+    except TrainingDiverged:
+        minutes = round((time.perf_counter() - start) / 60, 2)
+        return dict.fromkeys(FIGURES, 0.0) | {"train_minutes": minutes, "diverged": True}
+    trained = time.perf_counter()
+    results = detect_all(model, recipe, val.categories, val) or []
+    end = time.perf_counter()
+    checkpoint.unlink()
+    return {
+        **evaluate(val.coco, results, recipe.max_detections),
+        "train_minutes": round((trained - start) / 60, 2),
+        "seconds_an_image": round((end - trained) / len(val), 4),
+        "diverged": False,
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+# ---- Table and picture --------------------------------------------------------------------------
+
+
+def mean_and_spread(runs: dict[str, dict[str, float]], figure: str) -> tuple[float, float]:
+    """Over the seeds; the spread is the sample's standard deviation."""
+    values = [run[figure] for run in runs.values()]
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def to_table(study: Study, record: dict[str, Any], papers: dict[str, float | str | None]) -> str:
+    seeds = max(len(runs) for runs in record["runs"].values())
+    minutes = sum(run["train_minutes"] for runs in record["runs"].values() for run in runs.values())
+    recipe = record["recipe"]
+    lines = [
+        f"**{study.question}** {record['device']}, torch {record['torch']}, {record['date']}: {recipe['steps']} steps of "
+        f"{recipe['batch_size']} images of {record['train']}, {seeds} seeds, evaluated on "
+        f"{record['val']}; {minutes:.0f} minutes of training. Mean ± standard deviation, in %. "
+        f"The paper's: {study.papers_setting}.",
+        "",
+        "| | AP | AP50 | seconds an image | paper, AP |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, runs in record["runs"].items():
+        papers_ap = papers.get(name)
+        times = [r["seconds_an_image"] for r in runs.values() if not r["diverged"]]
+        seconds = f"{statistics.mean(times):.2f}" if times else ""
+        (ap, ap_spread), (ap50, ap50_spread) = (mean_and_spread(runs, f) for f in ("AP", "AP50"))
+        diverged = sum(run["diverged"] for run in runs.values())
+        if diverged:
+            name += f" (diverged with {diverged} of {len(runs)} seeds)"
+        lines.append(
+            f"| {name} | {100 * ap:.1f} ± {100 * ap_spread:.1f} | {100 * ap50:.1f} ± "
+            f"{100 * ap50_spread:.1f} | {seconds} | {'' if papers_ap is None else papers_ap} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(
+    path: Path, study: Study, record: dict[str, Any], papers: dict[str, float | str | None]
+) -> None:
+    """AP50 and AP of each variant beside the paper's AP."""
+    names = list(record["runs"])
+    places = list(range(len(names)))[::-1]
+    figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    ours, theirs = figure.subplots(1, 2, sharey=True)
+    for color, measure in (("C0", "AP50"), ("C1", "AP")):
+        means, spreads = zip(
+            *(mean_and_spread(record["runs"][name], measure) for name in names), strict=True
+        )
+        ours.errorbar(means, places, xerr=spreads, fmt="o", color=color, capsize=3, label=measure)
+    ours.set(yticks=places, yticklabels=names, xlim=(0, None), title=f"here ({record['val']})")
+    ours.legend()
+    numbers = {name: value for name, value in papers.items() if isinstance(value, float)}
+    theirs.plot(numbers.values(), [places[names.index(name)] for name in numbers], "s", color="C2")
+    for name, value in papers.items():
+        if isinstance(value, str):
+            theirs.text(30, places[names.index(name)], value, va="center", fontsize=9)
+    theirs.set(title=f"paper, AP ({study.papers_setting.split(':')[0]})")
+    for axes in (ours, theirs):
+        axes.grid(alpha=0.3)
+    figure.suptitle(study.question)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+# ---- Where the loss goes (the paper's figure 4) --------------------------------------------------
+
+GAMMAS = (0.0, 0.5, 1.0, 2.0)
+
+
+@torch.no_grad()
+def probabilities_of_the_truth(
+    model: RetinaNet, stream: TrainingStream, images: int, device: str
+) -> tuple[Tensor, Tensor]:
+    """p_t of the positive and of the negative logits of `images` samples, float32 on the CPU."""
+    model.train()  # the anchors' targets are found only there; batch norms must be frozen
+    positives, negatives = [], []
+    for index in range(images):
+        batch, targets = collate([stream[index]])
+        transformed, resized = model.transform(
+            [image.to(device) for image in batch],
+            [{name: value.to(device) for name, value in t.items()} for t in targets],
+        )
+        features = model.backbone(transformed.tensors)
+        cls_logits, _ = model.head(features)
+        anchors = model.anchor_generator(transformed, features)[0]
+        classes = model.classes(model.match(anchors, resized), resized)[0]
+        rows = rows_of(cls_logits, model.config.num_classes)[0]
+        kept = classes != IGNORED
+        truth = classes[kept, None] == torch.arange(rows.shape[1], device=rows.device)
+        p = rows[kept].float().sigmoid()
+        positives.append(p[truth].cpu())
+        negatives.append(1 - p[~truth].cpu())
+    model.eval()
+    return torch.cat(positives), torch.cat(negatives)
+
+
+def cumulative_share(p_t: Tensor, gamma: float) -> Tensor:
+    """The share of the focal loss that the easiest 0, 1, ..., 1000 thousandths of the samples have."""
+    losses = -((1 - p_t.double()) ** gamma) * p_t.double().clamp(min=1e-12).log()
+    sums = torch.cat((losses.new_zeros(1), losses.sort().values.cumsum(0)))
+    places = torch.linspace(0, len(losses), 1001).round().long()
+    return sums[places] / sums[-1].clamp(min=1e-300)
+
+
+def run_distribution(
+    model: RetinaNet, stream: TrainingStream, out: Path, source: str, images: int, device: str
+) -> Path:
+    """DISTRIBUTION.md and .png; the paper reads from its figure that the hardest fifth of the positives
+    has about half of their loss whatever gamma is, and that with gamma 2 nearly all of the negatives'
+    loss comes from a small fraction of them."""
+    positives, negatives = probabilities_of_the_truth(model, stream, images, device)
+    rows, curves = [], {}
+    for gamma in GAMMAS:
+        of_positives = cumulative_share(positives, gamma)
+        of_negatives = cumulative_share(negatives, gamma)
+        curves[gamma] = (of_positives, of_negatives)
+        rows.append(
+            f"| {gamma:g} | {100 * (1 - of_positives[800]):.0f} % | "
+            f"{100 * (1 - of_negatives[990]):.0f} % | {100 * (1 - of_negatives[999]):.0f} % |"
+        )
+    table, where = out / f"{DISTRIBUTION}.md", describe(torch.device(device))
+    _write(
+        table,
+        f"**Where does the loss go?** {source}: {len(positives):,} positive and {len(negatives):,} "
+        f"negative logits of {images} samples; {where['device']}, {where['date']}.\n\n"
+        "| gamma | of the positives' loss, the hardest fifth has | of the negatives', the hardest "
+        "1 % | the hardest 0.1 % |\n|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n",
+    )
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    share = torch.linspace(0, 1, 1001)
+    for column, (axes, what) in enumerate(
+        zip(figure.subplots(1, 2), ("positive", "negative"), strict=True)
+    ):
+        for gamma in GAMMAS:
+            axes.plot(share, curves[gamma][column], label=f"gamma = {gamma:g}")
+        axes.set(
+            xlabel=f"share of the {what}s, easiest first", ylabel="share of their loss", ylim=(0, 1)
+        )
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"Cumulative normalised loss, {source} (the paper's figure 4)")
+    figure.savefig(out / f"{DISTRIBUTION}.png", dpi=120)
+    return table

@@ -1,0 +1,168 @@
+"""The study command, and the losses that it compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models_fixtures import make_coco_folder
+from test_models_retinanet import TINY
+
+from models import study
+from models.__main__ import main
+from models.data import open_data
+from models.losses import LOSSES, OHEM_BATCH, rows_of
+from models.train import Recipe
+
+RECIPE = Recipe(
+    model=dataclasses.replace(TINY, min_size=None, frozen_batch_norm=True),
+    steps=1,
+    batch_size=2,
+    warmup_steps=0,
+)
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory) -> Path:
+    return make_coco_folder(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.json"
+    path.write_text(json.dumps(dataclasses.asdict(RECIPE)))
+    return path
+
+
+def run_study(name: str, coco: Path, recipe: Path, out: Path, *more: str) -> int:
+    splits = ["--split", "train2017", "--val-split", "val2017"]
+    arguments = ["study", name, "--data", str(coco), *splits, "--recipe", str(recipe)]
+    return main([*arguments, "--no-pretrained", "--device", "cpu", "--out", str(out), *more])
+
+
+def head(classes: int = 2) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+    levels = [torch.randn(2, 3 * classes, 6, 4) * 3, torch.randn(2, 3 * classes, 3, 2) * 3]
+    anchors = torch.rand(90, 2).repeat(1, 2) * 90 + torch.tensor([-9.0, -9, 9, 9])
+    labels = torch.randint(0, classes + 1, (2, 90))
+    labels[:, ::7] = -100
+    return levels, labels, torch.tensor([3, 0]), anchors
+
+
+def check_loss(name: str, expected_of, **config) -> None:
+    """expected_of(p of the truth (kept anchors, K), truth, index of the kept anchors) of each image."""
+    levels, labels, counts, anchors = head()
+    total = torch.zeros((), dtype=torch.float64)
+    for i, rows in enumerate(rows_of(levels, 2).double()):
+        kept = (labels[i] != -100).nonzero().squeeze(1)
+        truth = F.one_hot(labels[i, kept], 3)[:, :2].bool()
+        x_t = torch.where(truth, rows[kept], -rows[kept])
+        total += expected_of(x_t, truth, kept, anchors, max(int(counts[i]), 1))
+    loss = LOSSES[name](levels, labels, counts, anchors, dataclasses.replace(TINY, **config))
+    torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_focal_without_gamma_and_alpha_is_cross_entropy():
+    check_loss("focal", lambda x, t, k, a, n: -F.logsigmoid(x).sum() / n, gamma=0.0, alpha=-1.0)
+
+
+def test_focal_star():
+    def expected(x, truth, kept, anchors, count):
+        return -(torch.where(truth, 0.25, 0.75) * F.logsigmoid(2 * x + 1) / 2).sum() / count
+
+    check_loss("focal_star", expected, gamma=2.0, beta=1.0, alpha=0.25)
+
+
+def test_hinge():
+    check_loss("hinge", lambda x, t, k, a, n: (0.5 - x.sigmoid()).clamp(min=0).sum() / n)
+
+
+def test_ohem_takes_the_hardest_of_each_place():
+    def expected(x, truth, kept, anchors, count):
+        losses = -F.logsigmoid(x).sum(dim=1)
+        corners = anchors[kept]
+        chosen: list[int] = []
+        for i in losses.argsort(descending=True).tolist():
+            inter = (18 - (corners[i, :2] - corners[chosen, :2]).abs()).clamp(min=0).prod(dim=1)
+            if not (inter / (2 * 18**2 - inter) > 0.5).any():
+                chosen.append(i)
+        return losses[chosen[:OHEM_BATCH]].mean()
+
+    check_loss("ohem", expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_differentiable(loss):
+    levels, labels, counts, anchors = head()
+    levels = [level.requires_grad_() for level in levels]
+    LOSSES[loss](levels, labels, counts, anchors, TINY).backward()
+    assert all(level.grad.isfinite().all() and level.grad.any() for level in levels)
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_variants_differ_in_what_is_compared(name):
+    for recipe in (RECIPE, dataclasses.replace(RECIPE, crop=64), Recipe()):
+        variants = study.STUDIES[name].variants(recipe)
+        assert len({variant.name for variant in variants}) == len(variants) > 4
+        configs = {json.dumps(dataclasses.asdict(variant.recipe)) for variant in variants}
+        assert len(configs) == len(variants)
+
+
+def test_study_goes_on_where_it_was(coco, recipe_file, tmp_path, capsys):
+    assert run_study("box_loss", coco, recipe_file, tmp_path, "--seeds", "1") == 0
+    first = json.loads((tmp_path / "box_loss.json").read_text())["runs"]
+    assert run_study("box_loss", coco, recipe_file, tmp_path, "--seeds", "2") == 0
+    record = json.loads((tmp_path / "box_loss.json").read_text())
+    for name, runs in record["runs"].items():
+        assert runs["0"] == first[name]["0"] and runs.keys() == {"0", "1"}
+    table = (tmp_path / "box_loss.md").read_text()
+    assert table.count("\n| ") == 1 + len(first) and "2 seeds" in table
+    assert (tmp_path / "box_loss.png").stat().st_size > 10_000
+    capsys.readouterr()
+    assert run_study("box_loss", coco, recipe_file, tmp_path, "--steps", "2") == 1
+    assert "holds runs of another recipe" in capsys.readouterr().err
+
+
+def test_loss_study(coco, recipe_file, tmp_path):
+    assert run_study("loss", coco, recipe_file, tmp_path, "--seeds", "1") == 0
+    table = (tmp_path / "loss.md").read_text()
+    assert "| FL, gamma 2, alpha .25 |" in table and "| 34.0 |" in table and "| diverges |" in table
+
+
+def test_a_run_that_diverges_is_a_result(coco, tmp_path, monkeypatch):
+    with_nan = dataclasses.replace(RECIPE, learning_rate=math.nan)
+    monkeypatch.setitem(
+        study.STUDIES,
+        "loss",
+        dataclasses.replace(
+            study.STUDIES["loss"],
+            variants=lambda recipe: [study.Variant("a", recipe, 1.0), study.Variant("b", with_nan)],
+        ),
+    )
+    train, val = (open_data(coco, split) for split in ("train2017", "val2017"))
+    table = study.run_study("loss", RECIPE, train, val, tmp_path, seeds=1, pretrained=False)
+    assert "| b (diverged with 1 of 1 seeds) | 0.0 ± 0.0 |" in table.read_text()
+
+
+def test_distribution_study(coco, recipe_file, tmp_path):
+    assert run_study("distribution", coco, recipe_file, tmp_path, "--images", "3") == 0
+    table = (tmp_path / "distribution.md").read_text()
+    assert table.count("\n| ") == 1 + len(study.GAMMAS)
+    assert (tmp_path / "distribution.png").exists()
+
+
+def test_cumulative_share():
+    p = torch.tensor([0.5] * 4 + [1.0] * 4)
+    share = study.cumulative_share(p, 0.0)
+    assert share[0] == 0 and share[-1] == 1 and share[500] == 0
+    torch.testing.assert_close(share[750].item(), 0.5)
+    hard, easy = torch.tensor([0.1]), torch.tensor([0.9])
+    both = torch.cat((hard, easy))
+    for gamma in (0.0, 2.0):
+        losses = [(1 - q) ** gamma * -math.log(q) for q in (0.1, 0.9)]
+        easiest = study.cumulative_share(both, gamma)[500].item()
+        assert easiest == pytest.approx(losses[1] / sum(losses), rel=1e-5)
