@@ -1,4 +1,4 @@
-"""focalops inside a torchvision RetinaNet that already exists."""
+"""focalops inside a torchvision detector that already exists."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from focalops.box_losses import (
     generalized_box_iou_loss,
 )
 from focalops.boxes import decode_boxes, encode_boxes
-from focalops.focal_loss import dense_focal_loss
+from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss
 from focalops.matching import class_index_targets, match_anchors
+from focalops.nms import batched_nms
 from focalops.postprocess import detect
 
 
@@ -36,45 +37,54 @@ class Accelerated:
 
 
 def accelerate(model: nn.Module) -> Accelerated:
-    """Swaps parts of the torchvision RetinaNets in a model for focalops', in place.
+    """Swaps parts of torchvision's RetinaNets, FCOS and SSDs in a model for focalops', in place.
 
-    The loss step (matching, focal loss, box loss), the post-processing (threshold, top-k, boxes, NMS) and, where both could be
-    swapped, the copies between the heads' convolutions and them. Losses, gradients and detections stay what they were, but
-    for the order of float32 sums; a ground-truth box that overlaps no anchor no longer makes all of them foreground.
-    Parameters, their names and the way to call the model stay too, and so do ``copy.deepcopy`` and pickling.
+    Of a RetinaNet the loss step (matching, focal loss, box loss), the post-processing (threshold, top-k, boxes, NMS) and, where
+    both could be swapped, the copies between the heads' convolutions and them; of FCOS the losses, without a one-hot target
+    of the logits' size, and the post-processing, all levels at once; of an SSD the post-processing, all classes at once.
+    Losses, gradients and detections stay what they were, but for the order of float32 sums and of equal scores; in a
+    RetinaNet a ground-truth box that overlaps no anchor no longer makes all of them foreground. Parameters, their names and
+    the way to call the model stay too, and so do ``copy.deepcopy`` and pickling.
 
     Args:
-        model: a ``torchvision.models.detection.RetinaNet``, or a module that holds some. A part that a subclass or an
-            attribute of the instance overrides is kept, and so is one that depends on a part that focalops does not know.
+        model: a ``RetinaNet``, ``FCOS`` or ``SSD`` of ``torchvision.models.detection``, or a module that holds some. A part that
+            a subclass or an attribute of the instance overrides is kept, and so is one that depends on a part that focalops does
+            not know.
             Thresholds and other numbers may be changed afterwards; parts may not, without another call.
 
     Returns:
         What was replaced and what was kept and why, in sentences.
 
     Raises:
-        ValueError: the model holds no torchvision RetinaNet.
+        ValueError: the model holds none of them.
 
     >>> print(accelerate(model))
     """
     try:
-        from torchvision.models.detection import RetinaNet
+        from torchvision.models.detection import FCOS, RetinaNet
+        from torchvision.models.detection.ssd import SSD
     except ImportError:
-        found = []
+        kinds = {}
     else:
-        found = [
-            (name, part) for name, part in model.named_modules() if isinstance(part, RetinaNet)
-        ]
-    if not found:
-        raise ValueError(
-            f"model must be or hold a torchvision RetinaNet, got {type(model).__qualname__}"
-        )
+        kinds = {
+            RetinaNet: _accelerate_retinanet,
+            FCOS: _accelerate_fcos,
+            SSD: _accelerate_ssd,
+        }
     report = Accelerated()
-    for name, part in found:
-        _accelerate(part, name or "model", report)
+    for name, part in model.named_modules():
+        for kind, accelerate_kind in kinds.items():
+            if isinstance(part, kind):
+                accelerate_kind(part, name or "model", report)
+    if not report.replaced and not report.kept:
+        raise ValueError(
+            "model must be or hold a RetinaNet, FCOS or SSD of torchvision, "
+            f"got {type(model).__qualname__}"
+        )
     return report
 
 
-def _accelerate(model: Any, name: str, report: Accelerated) -> None:
+def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
     from torchvision.models.detection import retinanet
     from torchvision.models.detection._utils import BoxCoder, Matcher
     from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -136,6 +146,32 @@ def _accelerate(model: Any, name: str, report: Accelerated) -> None:
 
 
 MAX_LEVELS = 8  # of dense_focal_loss and detect
+
+
+def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:
+    from torchvision.models.detection import fcos
+    from torchvision.models.detection._utils import BoxLinearCoder
+
+    head = model.head
+    reasons = _overridden(f"{name}.head", head, fcos.FCOSHead, "compute_loss")
+    coder = getattr(head, "box_coder", None)
+    for method in ("encode", "decode"):
+        reasons += _overridden(f"{name}.head.box_coder", coder, BoxLinearCoder, method)
+    _swap(head, "compute_loss", _fcos_loss, f"{name}.head: the losses", reasons, report)
+
+    reasons = _overridden(name, model, fcos.FCOS, "postprocess_detections")
+    what = f"{name}: the post-processing"
+    _swap(model, "postprocess_detections", _fcos_detections, what, reasons, report)
+
+
+def _accelerate_ssd(model: Any, name: str, report: Accelerated) -> None:
+    from torchvision.models.detection import ssd
+    from torchvision.models.detection._utils import BoxCoder
+
+    reasons = _overridden(name, model, ssd.SSD, "postprocess_detections")
+    reasons += _overridden(f"{name}.box_coder", model.box_coder, BoxCoder, "decode_single")
+    what = f"{name}: the post-processing"
+    _swap(model, "postprocess_detections", _ssd_detections, what, reasons, report)
 
 
 def _overridden(where: str, part: Any, origin: type, method: str) -> list[str]:
@@ -281,6 +317,105 @@ def _postprocess_detections(
         {name: value[image, :count] for name, value in zip(names, padded, strict=True)}
         for image, count in enumerate(counts.tolist())
     ]
+
+
+def _fcos_loss(
+    head: Any,
+    targets: list[dict[str, Tensor]],
+    head_outputs: dict[str, Tensor],  # (B, N, K), (B, N, 4) and (B, N, 1)
+    anchors: list[Tensor],  # B of (N, 4)
+    matched_idxs: list[Tensor],  # B of (N,), -1: background
+) -> dict[str, Tensor]:
+    """The losses of all images are divided by their number of foreground positions."""
+    cls_logits = head_outputs["cls_logits"]
+    matches = torch.stack(matched_idxs)
+    classes = class_index_targets(matches, [t["labels"] for t in targets], cls_logits.shape[-1])
+    image, anchor = torch.where(matches >= 0)  # (F,) each
+    count = max(1, len(image))
+    classification = sigmoid_focal_loss(cls_logits, classes, reduction="sum", normalizer=count)
+
+    gt_boxes = nn.utils.rnn.pad_sequence([t["boxes"] for t in targets], batch_first=True)
+    gt_boxes = gt_boxes[image, matches[image, anchor]] if len(image) else gt_boxes.new_empty((0, 4))
+    anchor_boxes = torch.stack(anchors)[image, anchor]
+    deltas = head_outputs["bbox_regression"][image, anchor]
+    boxes = head.box_coder.decode(deltas, anchor_boxes)
+    left, top, right, bottom = head.box_coder.encode(anchor_boxes, gt_boxes).unbind(dim=1)
+    centerness = torch.sqrt(
+        (torch.minimum(left, right) / torch.maximum(left, right))
+        * (torch.minimum(top, bottom) / torch.maximum(top, bottom))
+    )
+    bbox_ctrness = nn.functional.binary_cross_entropy_with_logits(
+        head_outputs["bbox_ctrness"][image, anchor, 0], centerness, reduction="sum"
+    )
+    return {
+        "classification": classification,
+        "bbox_regression": generalized_box_iou_loss(boxes, gt_boxes, reduction="sum") / count,
+        "bbox_ctrness": bbox_ctrness / count,
+    }
+
+
+def _fcos_detections(
+    model: Any,
+    head_outputs: dict[str, list[Tensor]],  # L of (B, H * W, K), (B, H * W, 4) and (B, H * W, 1)
+    anchors: list[list[Tensor]],  # B of L of (H * W, 4)
+    image_shapes: list[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """Of each level the best above the threshold, then NMS per class."""
+    names = ("cls_logits", "bbox_ctrness", "bbox_regression")
+    logits, centerness, deltas = (torch.cat(head_outputs[name], dim=1) for name in names)
+    sizes = torch.tensor([level.shape[1] for level in head_outputs["cls_logits"]])
+    level_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(logits.device)  # (N,)
+    scores = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centerness))  # (B, N, K)
+    detections = []
+    for image, (height, width) in enumerate(image_shapes):
+        candidates = scores[image]
+        anchor, label = torch.where(candidates > model.score_thresh)
+        best = _best_of_groups(candidates[anchor, label], level_of[anchor], model.topk_candidates)
+        anchor, label = anchor[best], label[best]
+        boxes = model.box_coder.decode(deltas[image, anchor], torch.cat(anchors[image])[anchor])
+        limit = boxes.new_tensor([width, height, width, height])
+        boxes = torch.minimum(boxes.clamp(min=0), limit)
+        detections.append(_kept(model, boxes, candidates[anchor, label], label))
+    return detections
+
+
+def _ssd_detections(
+    model: Any,
+    head_outputs: dict[str, Tensor],  # (B, N, K) and (B, N, 4); class 0 is background
+    image_anchors: list[Tensor],  # B of (N, 4)
+    image_shapes: list[tuple[int, int]],
+) -> list[dict[str, Tensor]]:
+    """Of each class the best above the threshold, then NMS per class."""
+    scores = torch.softmax(head_outputs["cls_logits"], dim=-1)
+    detections = []
+    for image, image_size in enumerate(image_shapes):
+        candidates = scores[image, :, 1:]
+        anchor, label = torch.where(candidates > model.score_thresh)
+        best = _best_of_groups(candidates[anchor, label], label, model.topk_candidates)
+        anchor, label = anchor[best], label[best]
+        boxes = decode_boxes(
+            head_outputs["bbox_regression"][image, anchor],
+            image_anchors[image][anchor],
+            model.box_coder.weights,
+            model.box_coder.bbox_xform_clip,
+            image_size,
+        )
+        detections.append(_kept(model, boxes, candidates[anchor, label], label + 1))
+    return detections
+
+
+def _best_of_groups(scores: Tensor, groups: Tensor, most: int) -> Tensor:  # (C,), (C,) -> (<= C,)
+    """The indices of the best scores of each group, at most so many."""
+    order = scores.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]  # group by group, best first
+    in_order = groups[order]
+    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(in_order, in_order)
+    return order[rank < most]
+
+
+def _kept(model: Any, boxes: Tensor, scores: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    keep = batched_nms(boxes, scores, labels, model.nms_thresh)[: model.detections_per_img]
+    return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
 
 def _level(outputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""accelerate(): an accelerated torchvision RetinaNet gives what it gave before."""
+"""accelerate(): an accelerated torchvision detector gives what it gave before."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 import torch
 from test_models_convert import MODELS, batch, resnet18_fpn, with_many_detections
 from torch import nn
-from torchvision.models.detection import RetinaNet
+from torchvision.models.detection import FCOS, RetinaNet, ssdlite320_mobilenet_v3_large
 from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import boxes as box_ops
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from focalops import accelerate
 from focalops.accelerate import HeadOutputs
@@ -175,8 +178,93 @@ def test_a_second_call_changes_nothing() -> None:
     assert "model.compute_loss is focalops' already" in report.kept[0]
 
 
-def test_no_retinanet(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="must be or hold a torchvision RetinaNet, got Linear"):
+def small_fcos() -> FCOS:
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet18",
+        weights=None,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    # Fewer detections than candidates, of a level and of an image.
+    options = {"topk_candidates": 60, "detections_per_img": 150, "nms_thresh": 0.5}
+    model = FCOS(backbone, 3, min_size=64, max_size=96, score_thresh=0.05, **options)
+    with torch.no_grad():
+        model.head.classification_head.cls_logits.weight *= 30
+        model.head.classification_head.cls_logits.bias.fill_(-1)
+        model.head.regression_head.bbox_reg.weight *= 10
+        model.head.regression_head.bbox_reg.bias.fill_(1)
+    return model
+
+
+def small_ssd() -> nn.Module:
+    options = {"score_thresh": 0.05, "topk_candidates": 30, "detections_per_img": 400}
+    model = ssdlite320_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=6, **options
+    )
+    model.eval()
+    with torch.no_grad():
+        features = list(model.backbone(torch.rand(2, 3, 320, 320)).values())
+        for head, std in ((model.head.classification_head, 2.0), (model.head.regression_head, 1.0)):
+            for module, feature in zip(head.module_list, features, strict=True):
+                module[1].weight *= std / module(feature).std()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "replaced"),
+    [
+        (small_fcos, ["model.head: the losses", "model: the post-processing"]),
+        (small_ssd, ["model: the post-processing"]),
+    ],
+)
+def test_fcos_and_ssd_equal_the_originals(make, replaced, monkeypatch) -> None:
+    # Its other way moves classes apart by offsets, which round the coordinates.
+    monkeypatch.setattr(box_ops, "_batched_nms_coordinate_trick", box_ops._batched_nms_vanilla)
+    torch.manual_seed(0)
+    original = make()
+    model = Wrapper(copy.deepcopy(original))
+    report = accelerate(model)
+    assert report.replaced == replaced and report.kept == []
+    images, targets = batch()
+    with torch.no_grad():
+        found, expected = model.model.eval()(images), original.eval()(images)
+    assert sum(len(e["boxes"]) for e in expected) > 200
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a["labels"], b["labels"])
+        torch.testing.assert_close(a["scores"], b["scores"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=1e-5, atol=1e-3)
+    if make is small_ssd:  # class 0 is background, and its batch norms need two images
+        for target in targets:
+            target["labels"] = target["labels"] + 1
+    losses = []
+    for net in (original, model.model):
+        net.train().zero_grad()
+        torch.manual_seed(5)
+        losses.append(net(images, targets))
+        sum(losses[-1].values()).backward()
+    for key, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][key], loss, rtol=1e-5, atol=0)
+    gradients = {name: p.grad for name, p in model.model.named_parameters()}
+    for name, parameter in original.named_parameters():
+        if parameter.grad is not None:
+            bound = 1e-4 * parameter.grad.abs().max() + 1e-9
+            assert (gradients[name] - parameter.grad).abs().max() <= bound, name
+    assert "focalops' already" in accelerate(model).kept[0]
+
+
+def test_what_fcos_and_ssd_override_is_kept() -> None:
+    model = nn.ModuleList([small_fcos(), small_ssd()])
+    model[0].head.compute_loss = lambda *arguments: {}
+    model[1].box_coder = None
+    assert accelerate(model).kept == [
+        "0.head: the losses, because 0.head.compute_loss is the instance's own",
+        "1: the post-processing, because 1.box_coder is no BoxCoder but NoneType",
+    ]
+
+
+def test_no_detector(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "must be or hold a RetinaNet, FCOS or SSD of torchvision, got Linear"
+    with pytest.raises(ValueError, match=message):
         accelerate(nn.Linear(1, 1))
     monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)  # not installed
     with pytest.raises(ValueError, match="got RetinaNet"):
