@@ -136,6 +136,12 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument("--batch-size", type=int, help="of all processes together")
     recipe.add_argument("--accumulate", type=int, help="pieces that a batch is computed in")
     recipe.add_argument("--precision", choices=PRECISIONS, help="of the convolutions")
+    recipe.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="backbone, head and loss, by torch.compile",
+    )
     recipe.add_argument("--optimizer", choices=("sgd", "adamw"))
     recipe.add_argument("--learning-rate", type=float)
     recipe.add_argument("--warmup-steps", type=int)
@@ -160,6 +166,12 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument("--max-size", type=int, help="limit of the longer side")
     recipe.add_argument("--crop", type=int, help="train on random squares of this side")
     recipe.add_argument("--window", type=int, help="detect in overlapping windows of this side")
+    recipe.add_argument(
+        "--symmetries",
+        action="store_true",
+        default=None,
+        help="detect in all eight symmetries of an image, and let the boxes vote",
+    )
 
     sub = command(run_evaluate, "evaluate", "pycocotools' table for a checkpoint")
     sub.add_argument("checkpoint", type=Path)

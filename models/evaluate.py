@@ -15,7 +15,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
-from focalops import batched_nms
+from focalops import batched_nms, box_iou
 from models.data import CocoDataset, DataError, as_coco, windows
 from models.distributed import gather, rank, world_size
 from models.retinanet import Detections, RetinaNet
@@ -25,14 +25,23 @@ Result = dict[str, Any]  # one box as COCO results have it
 
 
 @torch.inference_mode()
-def detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8) -> Detections:
+def detect(model: RetinaNet, recipe: Recipe, image: Tensor) -> Detections:
     """Boxes, scores and labels, best first, of a uint8 (3, H, W) image of any size."""
-    device = next(model.parameters()).device
-    image = image.to(device).float() / 255
+    image = image.to(next(model.parameters()).device).float() / 255
+    if recipe.symmetries:
+        found = vote(
+            [_detect_in_symmetry(model, recipe, image, turns, flip) for turns, flip in SYMMETRIES],
+            recipe.model.nms_threshold,
+        )
+    else:
+        found = _detect(model, recipe, image)
+    return {name: value[: recipe.max_detections].cpu() for name, value in found.items()}
+
+
+def _detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8) -> Detections:
     if recipe.window is None:
         found: Detections = model([image])[0]
-        return {name: value[: recipe.max_detections].cpu() for name, value in found.items()}
-
+        return found
     height, width = image.shape[-2:]
     cover = list(windows(height, width, recipe.window, recipe.window_overlap))
     parts: list[Detections] = []
@@ -40,20 +49,66 @@ def detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8)
         batch = cover[first : first + batch_size]
         outputs = model([image[:, rows, columns] for rows, columns, _ in batch])
         for (rows, columns, core), output in zip(batch, outputs, strict=True):
-            origin = torch.tensor([columns.start, rows.start] * 2, device=device)
-            boxes = output["boxes"] + origin
-            core = core.to(device)
+            boxes = output["boxes"] + torch.tensor(
+                [columns.start, rows.start] * 2, device=image.device
+            )
+            core = core.to(image.device)
             center = (boxes[:, :2] + boxes[:, 2:]) / 2
             inside = ((center >= core[:2]) & (center < core[2:])).all(dim=1)
             parts.append(
                 {"boxes": boxes[inside]}
                 | {name: output[name][inside] for name in ("scores", "labels")}
             )
-    boxes, scores, labels = (
-        torch.cat([part[name] for part in parts]) for name in ("boxes", "scores", "labels")
-    )
-    keep = batched_nms(boxes, scores, labels, recipe.model.nms_threshold)[: recipe.max_detections]
-    return {"boxes": boxes[keep].cpu(), "scores": scores[keep].cpu(), "labels": labels[keep].cpu()}
+    found = _joined(parts)
+    keep = batched_nms(found["boxes"], found["scores"], found["labels"], recipe.model.nms_threshold)
+    return {name: value[keep] for name, value in found.items()}
+
+
+def _joined(parts: list[Detections]) -> Detections:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+# ---- Test-time augmentation ---------------------------------------------------------------------
+
+SYMMETRIES = [(turns, flip) for flip in (False, True) for turns in range(4)]
+VOTE_IOU = 0.6
+
+
+def _detect_in_symmetry(
+    model: RetinaNet, recipe: Recipe, image: Tensor, turns: int, flip: bool
+) -> Detections:
+    """The detections in the image turned to the left so many times and then mirrored, as boxes of the image."""
+    turned = torch.rot90(image, turns, (1, 2))
+    found = _detect(model, recipe, turned.flip(2) if flip else turned)
+    boxes, (height, width) = found["boxes"], turned.shape[-2:]
+    if flip:
+        boxes = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
+    for _ in range(turns):  # a turn to the right
+        x1, y1, x2, y2 = boxes.unbind(dim=1)
+        boxes = torch.stack((height - y2, x1, height - y1, x2), dim=1)
+        height, width = width, height
+    return found | {"boxes": boxes}
+
+
+def vote(parts: list[Detections], nms_threshold: float) -> Detections:
+    """One set of detections from several of the same image.
+
+    What NMS keeps becomes the mean, by score, of all boxes of its class that overlap it by VOTE_IOU (box
+    voting: Gidaris and Komodakis, 2015), and its score their sum over the number of parts, at most 1: what
+    few of them see ranks low.
+    """
+    found = _joined(parts)
+    boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
+    keep = batched_nms(boxes, scores, labels, nms_threshold)
+    votes = (box_iou(boxes[keep], boxes) > VOTE_IOU) & (labels[keep, None] == labels)
+    weights = torch.where(votes, scores, 0)
+    total = weights.sum(dim=1)
+    order = total.argsort(descending=True, stable=True)
+    return {
+        "boxes": (weights @ boxes / total[:, None])[order],
+        "scores": (total / len(parts)).clamp(max=1)[order],
+        "labels": labels[keep][order],
+    }
 
 
 def detect_all(

@@ -38,6 +38,7 @@ class Recipe:
     batch_size: int = 16  # of all processes together
     accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
+    compile: bool = False  # the backbone, the head and the loss, by torch.compile
     seed: int = 0
     # Optimisation
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -58,6 +59,7 @@ class Recipe:
     # Evaluation
     window: int | None = None  # the side of overlapping windows to detect in, for large images
     window_overlap: int = 128
+    symmetries: bool = False  # detect in all eight symmetries of the image, and let the boxes vote
     max_detections: int = 100  # an image
 
     @classmethod
@@ -193,6 +195,10 @@ def train(
                 },
             )
 
+    if recipe.compile:  # not before: the average is a copy to be evaluated
+        model.backbone.compile()
+        model.head.compile()
+        model.compute_loss = torch.compile(model.compute_loss)  # type: ignore[method-assign]
     model.train()
     parallel: Any = DistributedDataParallel(model) if world_size() > 1 else model
     samples = iter(loader)

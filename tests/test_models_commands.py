@@ -154,30 +154,53 @@ def test_table_is_pycocotools_own(
     assert ours == capsys.readouterr().out
 
 
-def test_windows_find_what_the_whole_image_shows() -> None:
-    """A model that sees bright pixels as boxes: each object is found once, wherever windows meet."""
+class Bright(torch.nn.Module):
+    """Sees bright pixels as boxes."""
 
-    class Bright(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.ones(1))
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
 
-        def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-            outputs = []
-            for image in images:
-                y, x = torch.where(image[0] > 0.5)
-                boxes = torch.stack((x, y, x + 1, y + 1), dim=1).float()
-                labels = torch.zeros(len(boxes), dtype=torch.int64)
-                outputs.append({"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": labels})
-            return outputs
+    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        outputs = []
+        for image in images:
+            y, x = torch.where(image[0] > 0.5)
+            boxes = torch.stack((x, y, x + 1, y + 1), dim=1).float()
+            labels = torch.zeros(len(boxes), dtype=torch.int64)
+            outputs.append({"boxes": boxes, "scores": torch.ones(len(boxes)), "labels": labels})
+        return outputs
 
+
+@pytest.mark.parametrize("symmetries", [False, True])
+@pytest.mark.parametrize("window", [64, None])
+def test_each_object_is_found_once(window: int | None, symmetries: bool) -> None:
+    """Wherever windows meet, and however the image is turned."""
     image = torch.zeros(3, 150, 170, dtype=torch.uint8)
     points = torch.randperm(150 * 170, generator=torch.Generator().manual_seed(0))[:300]
     image.view(3, -1)[:, points] = 255
-    recipe = dataclasses.replace(RECIPE, max_detections=1000)
-    boxes = evaluation.detect(Bright(), recipe, image)["boxes"]
-    found = boxes[:, 1] * 170 + boxes[:, 0]
-    assert sorted(found.tolist()) == sorted(points.tolist())
+    recipe = dataclasses.replace(
+        RECIPE, max_detections=1000, window=window, window_overlap=16, symmetries=symmetries
+    )
+    found = evaluation.detect(Bright(), recipe, image)
+    places = found["boxes"][:, 1] * 170 + found["boxes"][:, 0]
+    assert sorted(places.round().tolist()) == sorted(points.tolist())
+    assert (found["boxes"][:, 2:] - found["boxes"][:, :2] - 1).abs().max() < 1e-3
+    torch.testing.assert_close(found["scores"], torch.ones(300))
+
+
+def test_boxes_vote() -> None:
+    def part(*rows: tuple[float, float, int]) -> dict[str, torch.Tensor]:
+        left, scores, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+        boxes = torch.stack((left, left * 0, left + 10, left * 0 + 10), dim=1)
+        return {"boxes": boxes, "scores": scores, "labels": labels}
+
+    found = evaluation.vote(
+        [part((0.0, 0.6, 0), (50.0, 0.9, 0)), part((1.0, 0.3, 0), (0.5, 0.8, 1))], 0.5
+    )
+    # Two of one object, weighted 2 to 1; one that only one part sees; one of another class.
+    torch.testing.assert_close(found["boxes"][:, 0], torch.tensor([1 / 3, 50, 0.5]))
+    torch.testing.assert_close(found["scores"], torch.tensor([0.45, 0.45, 0.4]))
+    assert found["labels"].tolist() == [0, 0, 1]
 
 
 def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:

@@ -89,6 +89,25 @@ def test_crowd_regions_are_no_objects() -> None:
     assert with_crowd["classification"] < alone["classification"]
 
 
+@pytest.mark.parametrize("normalizer", ["image", "batch"])
+def test_the_loss_compiles_to_one_graph(normalizer: str) -> None:
+    torch.manual_seed(0)
+    model = RetinaNet(dataclasses.replace(TINY, normalizer=normalizer)).train()
+    head = [torch.randn(2, 6, *size) for size in ((12, 12), (6, 6), (3, 3))]
+    deltas = [torch.randn(2, 12, *size) for size in ((12, 12), (6, 6), (3, 3))]
+    sizes = [level.shape[-2:] for level in head]
+    anchors = model.anchor_generator.grid((96, 96), sizes)
+    targets = [target([[4, 4, 34, 34]], [1]), target([[4, 4, 34, 34], [40, 40, 92, 92]], [1, 0])]
+    outcomes = []
+    for compute in (model.compute_loss, torch.compile(model.compute_loss, fullgraph=True)):
+        leaves = [level.clone().requires_grad_() for level in (*head, *deltas)]
+        losses = compute(leaves[:3], leaves[3:], anchors, targets)
+        sum(losses.values()).backward()
+        outcomes.append([*losses.values(), *(leaf.grad for leaf in leaves)])
+    for eager, compiled in zip(*outcomes, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
 def test_heads_start_at_the_prior() -> None:
     model = RetinaNet(TINY)
     assert torch.allclose(

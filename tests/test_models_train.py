@@ -273,6 +273,27 @@ def test_half_precision_trains(data: CocoDataset, tmp_path: Path) -> None:
     assert len({*losses.values()}) == 3
 
 
+def test_a_compiled_run_is_the_eager_one(data: CocoDataset, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, crop=64, optimizer="sgd", steps=2)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, min_size=None))
+    losses: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        losses[compiled] = []
+        path = tmp_path / f"{compiled}.pt"
+        train(
+            dataclasses.replace(recipe, compile=compiled),
+            data,
+            path,
+            pretrained=False,
+            log=lambda step, figures, to=losses[compiled]: to.append(figures["classification"]),
+        )
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert (
+        load_checkpoint(path)["model"].keys()
+        == load_checkpoint(tmp_path / "False.pt")["model"].keys()
+    )
+
+
 def test_log_writes_means(tmp_path: Path) -> None:
     with Log(tmp_path, every=2, tensorboard=False) as log:
         for step in range(1, 6):
