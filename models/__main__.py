@@ -8,6 +8,7 @@ import glob
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -17,6 +18,7 @@ import torch
 from focalops._library import CUDA_LIBRARY, LIBRARY
 from models.bench import bench, table
 from models.data import (
+    CocoDataset,
     DataError,
     TrainingStream,
     collate,
@@ -39,7 +41,7 @@ from models.evaluate import (
 )
 from models.log import Log
 from models.losses import LOSSES
-from models.retinanet import BACKBONES, BOX_LOSSES, TIMM
+from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet
 from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
 from models.train import (
     PRECISIONS,
@@ -121,7 +123,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--log-every", type=int, default=20, metavar="STEPS", help="losses go to DIR/log.jsonl"
     )
-    sub.add_argument("--tensorboard", action="store_true", help="write them for TensorBoard too")
+    sub.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write them for TensorBoard too, with a picture at each checkpoint",
+    )
     sub.add_argument(
         "--no-pretrained", action="store_true", help="start the backbone without ImageNet weights"
     )
@@ -336,9 +342,25 @@ def run_train(options: argparse.Namespace) -> None:
             workers=options.workers,
             checkpoint_every=options.checkpoint_every,
             log=log,
+            saved=progress_picture(recipe, data, options.out, log) if options.tensorboard else None,
         )
     if rank() == 0:
         print(f"trained: {checkpoint_file}")
+
+
+def progress_picture(
+    recipe: Recipe, data: CocoDataset, out: Path, log: Log
+) -> Callable[[int, RetinaNet], None]:
+    """Draws the detections on the first image beside its ground truth, for DIR/detections.png and the log."""
+
+    def draw(step: int, model: RetinaNet) -> None:
+        image, truth = data[0]
+        picture = out / "detections.png"
+        title = f"{data.image_path(0).name} after {step} steps"
+        draw_comparison(picture, title, image, detect(model, recipe, image), truth)
+        log.picture(step, picture)
+
+    return draw
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

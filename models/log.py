@@ -1,10 +1,13 @@
-"""The figures of a training run, one JSON object a line, and for TensorBoard."""
+"""The figures of a training run, one JSON object a line, and for TensorBoard with pictures."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from models.data import DataError
 
@@ -37,10 +40,19 @@ class Log:
         with open(self.directory / "log.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **means}) + "\n")
         if self.new_writer is not None:
-            if self.writer is None:  # not before: of several processes, one is called
-                self.writer = self.new_writer(str(self.directory / "tensorboard"))
             for name, value in means.items():
-                self.writer.add_scalar(name, value, step)
+                self._opened().add_scalar(name, value, step)
+
+    def picture(self, step: int, file: Path) -> None:
+        if self.new_writer is not None:
+            with Image.open(file) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._opened().add_image(file.stem, pixels, step, dataformats="HWC")
+
+    def _opened(self) -> Any:
+        if self.writer is None:  # not before: of several processes, one is called
+            self.writer = self.new_writer(str(self.directory / "tensorboard"))
+        return self.writer
 
     def __enter__(self) -> Log:
         return self

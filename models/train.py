@@ -137,6 +137,7 @@ def train(
     workers: int = 0,
     checkpoint_every: int = 1000,
     log: Callable[[int, dict[str, float]], None] | None = None,  # gets every step's figures
+    saved: Callable[[int, RetinaNet], None] | None = None,  # gets the evaluation model after a save
 ) -> RetinaNet:
     """Trains, writes checkpoint_file now and then and at the end, returns the evaluation model.
 
@@ -156,6 +157,7 @@ def train(
         if recipe.ema_decay
         else None
     )
+    evaluation_model = model if average is None else cast(RetinaNet, average.module)
     optimizer = build_optimizer(recipe, model)
     kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
@@ -260,7 +262,10 @@ def train(
                 )
             if done % checkpoint_every == 0 or done == recipe.steps:
                 save(done)
-    return (model if average is None else cast(RetinaNet, average.module)).eval()
+                if saved is not None and rank() == 0:
+                    saved(done, evaluation_model.eval())
+                    model.train()
+    return evaluation_model.eval()
 
 
 def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:

@@ -310,6 +310,20 @@ def test_log_for_tensorboard(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 0.25)]
 
 
+def test_tensorboard_gets_pictures(coco_folder: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = (
+        "--recipe trees --backbone resnet18 --no-pretrained --steps 2 --batch-size 2 --crop 64"
+    )
+    arguments = [*options.split(), "--checkpoint-every", "1", "--log-every", "1", "--tensorboard"]
+    out = tmp_path / "run"
+    data = ["--data", str(coco_folder), "--device", "cpu", "--out", str(out)]
+    assert main(["train", *data, *arguments]) == 0
+    events = accumulator.EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [e.step for e in events.Images("detections")] == [1, 2]
+    assert (out / "detections.png").exists()
+
+
 # ---- Several processes --------------------------------------------------------------------------
 
 
