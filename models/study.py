@@ -112,13 +112,14 @@ def scale_variants(recipe: Recipe) -> list[Variant]:
     variants = []
     for scale, papers_ap in papers.items():
         if recipe.crop is None:
-            model = {
-                "min_size": round((recipe.model.min_size or 800) * scale)
-                if not isinstance(recipe.model.min_size, tuple)
-                else tuple(round(size * scale) for size in recipe.model.min_size),
-                "max_size": round(recipe.model.max_size * scale),
-            }
-            resized = with_model(recipe, **model)
+            sizes = recipe.model.min_size or 800
+            resized = with_model(
+                recipe,
+                min_size=tuple(round(size * scale) for size in sizes)
+                if isinstance(sizes, tuple)
+                else round(sizes * scale),
+                max_size=round(recipe.model.max_size * scale),
+            )
         else:  # windows as large as the crops, so that one size serves both
             resized = dataclasses.replace(
                 with_model(recipe, min_size=round(recipe.crop * scale)),
@@ -139,6 +140,11 @@ STUDIES = {
     "box_loss": Study("Which box loss?", "none: the paper has smooth L1 alone", box_loss_variants),
     "scale": Study(
         "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants
+    ),
+    "seeds": Study(
+        "How far apart are the seeds?",
+        "none: the recipe as it is",
+        lambda recipe: [Variant("the recipe", recipe)],
     ),
 }
 DISTRIBUTION = "distribution"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from models.data import CocoDataset, DataError, TrainingStream, collate, mix
 from models.distributed import rank, world_size
-from models.retinanet import RetinaNet, RetinaNetConfig, as_tuples
+from models.retinanet import RetinaNet, RetinaNetConfig, as_tuples, octave_sizes
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ TREES = Recipe(
         score_threshold=0.02,
         detections_per_image=1000,
         nms_threshold=0.4,
+        box_loss="giou",
         min_size=None,
     ),
     steps=500,
@@ -102,7 +103,36 @@ TREES = Recipe(
     dihedral=True,
     photometric=True,
     window=512,
+    symmetries=True,
     max_detections=1000,
+)
+
+# For a few hundred photographs and two CPU cores: ten minutes.
+SMALL = Recipe(
+    model=RetinaNetConfig(
+        backbone="mobilenet_v2",
+        trainable_stages=3,
+        max_level=5,
+        pyramid_channels=96,
+        head_depth=2,
+        head_std=None,
+        anchor_sizes=octave_sizes(24, 48, 96),
+        box_loss="giou",
+        score_threshold=0.02,
+        detections_per_image=100,
+        min_size=240,
+        max_size=400,
+    ),
+    steps=700,
+    batch_size=8,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="cosine",
+    warmup_steps=50,
+    clip_norm=10.0,
+    ema_decay=0.99,
+    photometric=True,
 )
 
 # The published recipes in terms of this one: 12 epochs of COCO's train2017, and torchvision's 26
@@ -123,7 +153,13 @@ V2 = Recipe(
     drops=(16 / 26, 22 / 26),
 )
 
-RECIPES = {"coco": Recipe(), "coco_r101": R101, "coco_v2": V2, "trees": TREES}
+RECIPES = {
+    "coco": Recipe(),
+    "coco_r101": R101,
+    "coco_v2": V2,
+    "small": SMALL,
+    "trees": TREES,
+}
 
 
 def train(

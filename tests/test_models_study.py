@@ -107,7 +107,7 @@ def test_losses_are_differentiable(loss):
 def test_variants_differ_in_what_is_compared(name):
     for recipe in (RECIPE, dataclasses.replace(RECIPE, crop=64), Recipe()):
         variants = study.STUDIES[name].variants(recipe)
-        assert len({variant.name for variant in variants}) == len(variants) > 4
+        assert len({variant.name for variant in variants}) == len(variants) > 4 * (name != "seeds")
         configs = {json.dumps(dataclasses.asdict(variant.recipe)) for variant in variants}
         assert len(configs) == len(variants)
 
