@@ -20,10 +20,10 @@ struct alignas(64) BoxBlock {
 };
 
 // Counts are T, so that their lanes are as wide as those of the boxes.
-template <typename T>
+template <bool ByDistance, typename T>
 FOCALOPS_SIMD bool is_suppressed(const Box<T>& box, const BoxBlock<T>* blocks, int64_t num_blocks,
-                                 const Suppression<T>& suppresses) {
-  const T box_area = area(box), threshold = suppresses.threshold;
+                                 T threshold) {
+  const T box_area = area(box);
   for (int64_t i = 0; i < num_blocks; ++i) {
     const BoxBlock<T>& block = blocks[i];
     T candidates = 0;
@@ -40,7 +40,7 @@ FOCALOPS_SIMD bool is_suppressed(const Box<T>& box, const BoxBlock<T>* blocks, i
     for (int lane = 0; lane < kLanes; ++lane) {
       const Box<T> kept = {block.x1[lane], block.y1[lane], block.x2[lane], block.y2[lane]};
       suppressors +=
-          suppresses.overlap(kept, box, block.area[lane], box_area) > threshold ? T(1) : T(0);
+          overlap<ByDistance>(kept, box, block.area[lane], box_area) > threshold ? T(1) : T(0);
     }
     if (suppressors > 0) {
       return true;
@@ -74,8 +74,9 @@ class KeptBoxes {
   // By the kept boxes from place `first` on; some before it are looked at again.
   bool suppress(const Box<T>& box, const Suppression<T>& suppresses, int64_t first = 0) const {
     const int64_t block = first / kLanes;
-    return is_suppressed(box, blocks_.data() + block, static_cast<int64_t>(blocks_.size()) - block,
-                         suppresses);
+    const auto run = suppresses.by_distance ? &is_suppressed<true, T> : &is_suppressed<false, T>;
+    return run(box, blocks_.data() + block, static_cast<int64_t>(blocks_.size()) - block,
+               suppresses.threshold);
   }
 
  private:

@@ -26,21 +26,27 @@ FOCALOPS_HOST_DEVICE bool may_suppress(const Box<T>& a, const Box<T>& b, T area_
   return both >= mul(threshold, sub(add(area_a, area_b), both));
 }
 
+// IoU, or DIoU (Zheng et al., 2020), which is never above it.
+template <bool ByDistance, typename T>
+FOCALOPS_HOST_DEVICE T overlap(const Box<T>& a, const Box<T>& b, T area_a, T area_b) {
+  if constexpr (ByDistance) {
+    constexpr IouFormula<IouKind::kDistance, T> kDistanceIou{T(0), T(1e-7)};
+    return kDistanceIou.value(a, b, {area_a, T(0)}, {area_b, T(0)});
+  } else {
+    return iou(a, b, area_a, area_b);
+  }
+}
+
 // When a kept box suppresses another one of its class.
 template <typename T>
 struct Suppression {
   T threshold;
-  bool by_distance;  // DIoU (Zheng et al., 2020) in place of IoU, which it is never above
-
-  FOCALOPS_HOST_DEVICE T overlap(const Box<T>& a, const Box<T>& b, T area_a, T area_b) const {
-    return by_distance ? IouFormula<IouKind::kDistance, T>{T(0), T(1e-7)}.value(
-                             a, b, {area_a, T(0)}, {area_b, T(0)})
-                       : iou(a, b, area_a, area_b);
-  }
+  bool by_distance;
 
   FOCALOPS_HOST_DEVICE bool operator()(const Box<T>& a, const Box<T>& b, T area_a, T area_b) const {
     return (threshold < 0 || may_suppress(a, b, area_a, area_b, threshold)) &&
-           overlap(a, b, area_a, area_b) > threshold;
+           (by_distance ? overlap<true>(a, b, area_a, area_b)
+                        : overlap<false>(a, b, area_a, area_b)) > threshold;
   }
 };
 
