@@ -101,11 +101,14 @@ def vote(parts: list[Detections], nms_threshold: float) -> Detections:
     boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
     keep = batched_nms(boxes, scores, labels, nms_threshold)
     votes = (box_iou(boxes[keep], boxes) > VOTE_IOU) & (labels[keep, None] == labels)
+    votes[torch.arange(len(keep)), keep] = True  # boxes without an area overlap not even themselves
     weights = torch.where(votes, scores, 0)
     total = weights.sum(dim=1)
     order = total.argsort(descending=True, stable=True)
     return {
-        "boxes": (weights @ boxes / total[:, None])[order],
+        "boxes": torch.where(total[:, None] > 0, weights @ boxes / total[:, None], boxes[keep])[
+            order
+        ],
         "scores": (total / len(parts)).clamp(max=1)[order],
         "labels": labels[keep][order],
     }

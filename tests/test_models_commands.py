@@ -202,6 +202,14 @@ def test_boxes_vote() -> None:
     torch.testing.assert_close(found["scores"], torch.tensor([0.45, 0.45, 0.4]))
     assert found["labels"].tolist() == [0, 0, 1]
 
+    point = torch.tensor([[3.0, 4, 3, 4]])
+    for score in (0.5, 0.0):
+        alone = {"boxes": point, "scores": torch.tensor([score]), "labels": torch.tensor([0])}
+        found = evaluation.vote([alone], 0.5)
+        assert torch.equal(found["boxes"], point) and found["scores"].tolist() == [score]
+    nothing = {"boxes": point[:0], "scores": torch.empty(0), "labels": torch.empty(0).long()}
+    assert evaluation.vote([nothing, nothing], 0.5)["boxes"].shape == (0, 4)
+
 
 def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

@@ -337,7 +337,7 @@ def torchrun(*arguments: str) -> str:
 
 def test_two_processes_are_one(coco_folder: Path, tmp_path: Path) -> None:
     """Losses, weights and results are those of one process with the same batch."""
-    options = ["train", "--data", str(coco_folder), "--recipe", "trees", "--backbone", "resnet18"]
+    options = ["train", "--data", str(coco_folder), "--recipe", "small", "--backbone", "resnet18"]
     options += [
         "--no-pretrained",
         "--steps",
