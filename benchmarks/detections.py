@@ -81,8 +81,8 @@ def torchvision_postprocess(
     cls_logits: list[Tensor], box_deltas: list[Tensor], anchors: Tensor, classes: int
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """RetinaNet.postprocess_detections of the rows that its head makes, which it is given for free."""
-    logits = [reference._rows(level, classes).contiguous() for level in cls_logits]
-    deltas = [reference._rows(level, 4).contiguous() for level in box_deltas]
+    logits = [reference.head_rows(level, classes).contiguous() for level in cls_logits]
+    deltas = [reference.head_rows(level, 4).contiguous() for level in box_deltas]
     model = retinanet.RetinaNet.__new__(retinanet.RetinaNet)
     torch.nn.Module.__init__(model)
     model.score_thresh = SCORE_THRESHOLD

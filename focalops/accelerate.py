@@ -20,6 +20,7 @@ from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss
 from focalops.matching import class_index_targets, match_anchors
 from focalops.nms import batched_nms
 from focalops.postprocess import detect
+from focalops.reference import head_rows
 
 
 @dataclass
@@ -241,7 +242,7 @@ def _compute_loss(
     num_classes = model.head.classification_head.num_classes
     if isinstance(cls_logits, HeadOutputs):
         cls_levels = cls_logits.levels
-        deltas = torch.cat([_rows(level, 4) for level in deltas.levels], dim=1)
+        deltas = torch.cat([head_rows(level, 4) for level in deltas.levels], dim=1)
     else:
         cls_levels = [_level(cls_logits)]
 
@@ -421,10 +422,3 @@ def _kept(model: Any, boxes: Tensor, scores: Tensor, labels: Tensor) -> dict[str
 def _level(outputs: Tensor) -> Tensor:
     """As (B, A * columns, H, W): rows are a channels_last column of positions with one anchor each."""
     return outputs if outputs.dim() == 4 else outputs.transpose(1, 2).unsqueeze(3)
-
-
-def _rows(level: Tensor, columns: int) -> Tensor:
-    """One row an anchor: (B, A * columns, H, W) -> (B, H * W * A, columns)."""
-    batch, _, height, width = level.shape
-    split = level.view(batch, -1, columns, height, width)
-    return split.permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)

@@ -750,8 +750,8 @@ def detect(
     counts = torch.zeros(batch, dtype=torch.int64, device=device)
     num_anchors = box_deltas[0].shape[1] // 4
     num_classes = cls_logits[0].shape[1] // num_anchors
-    logits_levels = [_rows(level, num_classes) for level in cls_logits]
-    deltas_levels = [_rows(level, 4) for level in box_deltas]
+    logits_levels = [head_rows(level, num_classes) for level in cls_logits]
+    deltas_levels = [head_rows(level, 4) for level in box_deltas]
     anchors_levels = anchors.float().split([level.shape[1] for level in deltas_levels])
     for i in range(batch):
         size = None if image_sizes is None else [float(extent) for extent in image_sizes[i]]
@@ -777,7 +777,9 @@ def detect(
     return boxes, scores, labels, counts
 
 
-def _rows(level: Tensor, columns: int) -> Tensor:  # [B, A * columns, H, W] -> [B, H * W * A, ...]
+def head_rows(
+    level: Tensor, columns: int
+) -> Tensor:  # [B, A * columns, H, W] -> [B, H * W * A, ...]
     batch, channels, height, width = level.shape
     by_anchor = level.reshape(batch, channels // columns, columns, height, width)
     return by_anchor.permute(0, 3, 4, 1, 2).flatten(1, 3)

@@ -40,7 +40,7 @@ from models.evaluate import (
     to_results,
 )
 from models.log import Log
-from models.losses import LOSSES
+from models.losses import CLASSIFICATION_LOSSES
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet
 from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
 from models.train import (
@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--normalizer", choices=("image", "batch"), help="what losses are divided by"
     )
-    recipe.add_argument("--classification-loss", choices=tuple(LOSSES))
+    recipe.add_argument("--classification-loss", choices=CLASSIFICATION_LOSSES)
     recipe.add_argument("--alpha", type=float, help="of the focal losses; -1: no balance")
     recipe.add_argument("--gamma", type=float, help="of the focal losses; 0: cross entropy")
     recipe.add_argument("--box-loss", choices=BOX_LOSSES)

@@ -33,7 +33,7 @@ from focalops import (
     detect,
     match_anchors,
 )
-from models.losses import LOSSES
+from models.losses import CLASSIFICATION_LOSSES, classification_loss
 
 # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64 and, where some are crowds, "iscrowd" (M,) bool
 Target = dict[str, Tensor]
@@ -102,7 +102,10 @@ class RetinaNetConfig:
                 f"anchor_sizes must have one entry for each of the {levels} levels, "
                 f"got {len(self.anchor_sizes)}"
             )
-        for name, known in (("classification_loss", LOSSES), ("box_loss", BOX_LOSSES)):
+        for name, known in (
+            ("classification_loss", CLASSIFICATION_LOSSES),
+            ("box_loss", BOX_LOSSES),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -203,9 +206,9 @@ class RetinaNet(nn.Module):
         classes = self.classes(matches, targets)  # (B, N)
         counts = normalizers((matches >= 0).sum(dim=1), config.normalizer)  # (B,)
 
-        classification = LOSSES[config.classification_loss](
-            cls_logits, classes, counts, anchors, config
-        ) / len(targets)
+        classification = classification_loss(cls_logits, classes, counts, anchors, config) / len(
+            targets
+        )
         bbox = dense_box_loss(
             bbox_regression,
             anchors,

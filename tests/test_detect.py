@@ -192,7 +192,7 @@ def torchvision_detections(head, image_sizes, anchors, **options) -> list[dict[s
     model.detections_per_img = options["max_detections"]
     model.box_coder = retinanet.det_utils.BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
     rows = [
-        [reference._rows(level, level.shape[1] // columns) for level in levels]
+        [reference.head_rows(level, level.shape[1] // columns) for level in levels]
         for levels, columns in ((logits, anchors), (deltas, anchors))
     ]
     per_level = list(anchor_boxes.split([level.shape[1] for level in rows[1]]))

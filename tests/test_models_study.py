@@ -16,7 +16,7 @@ from test_models_retinanet import TINY
 from models import study
 from models.__main__ import main
 from models.data import open_data
-from models.losses import LOSSES, OHEM_BATCH, rows_of
+from models.losses import CLASSIFICATION_LOSSES, OHEM_BATCH, classification_loss, rows_of
 from models.train import Recipe
 
 RECIPE = Recipe(
@@ -62,7 +62,8 @@ def check_loss(name: str, expected_of, **config) -> None:
         truth = F.one_hot(labels[i, kept], 3)[:, :2].bool()
         x_t = torch.where(truth, rows[kept], -rows[kept])
         total += expected_of(x_t, truth, kept, anchors, max(int(counts[i]), 1))
-    loss = LOSSES[name](levels, labels, counts, anchors, dataclasses.replace(TINY, **config))
+    model = dataclasses.replace(TINY, classification_loss=name, **config)
+    loss = classification_loss(levels, labels, counts, anchors, model)
     torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-5)
 
 
@@ -95,11 +96,12 @@ def test_ohem_takes_the_hardest_of_each_place():
     check_loss("ohem", expected)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", CLASSIFICATION_LOSSES)
 def test_losses_are_differentiable(loss):
     levels, labels, counts, anchors = head()
     levels = [level.requires_grad_() for level in levels]
-    LOSSES[loss](levels, labels, counts, anchors, TINY).backward()
+    model = dataclasses.replace(TINY, classification_loss=loss)
+    classification_loss(levels, labels, counts, anchors, model).backward()
     assert all(level.grad.isfinite().all() and level.grad.any() for level in levels)
 
 
