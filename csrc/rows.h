@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <limits>
 #include <vector>
 
 #include "checks.h"
@@ -78,12 +79,14 @@ void dispatch_iou(ScalarType dtype, int64_t kind, double union_eps, double outer
 template <typename T>
 BoxCoder<T> box_coder(const std::vector<double>& weights, double clip = 0,
                       const std::vector<double>& image_size = {}) {
-  const bool clip_to_image = !image_size.empty();
-  return {{T(weights[0]), T(weights[1]), T(weights[2]), T(weights[3])},
-          T(clip),
-          clip_to_image,
-          T(clip_to_image ? image_size[1] : 0),
-          T(clip_to_image ? image_size[0] : 0)};
+  const T infinity = std::numeric_limits<T>::infinity();
+  BoxCoder<T> coder{{T(weights[0]), T(weights[1]), T(weights[2]), T(weights[3])},
+                    T(clip),
+                    {-infinity, -infinity, infinity, infinity}};
+  if (!image_size.empty()) {
+    coder.clip_to_image(T(image_size[0]), T(image_size[1]));
+  }
+  return coder;
 }
 
 struct RowStrides {  // in elements

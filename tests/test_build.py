@@ -1,6 +1,7 @@
 """The build and the loading of the native libraries, as far as they can be tested without compiling."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -134,3 +135,27 @@ def test_sdist_holds_what_the_build_needs(tmp_path):
     with tarfile.open(archive) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
     assert needed <= held, needed - held
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")
+def test_loops_over_floats_are_vectorised():
+    """A clone for AVX-512 with scalar arithmetic alone is a loop that the compiler gave up on, in silence."""
+    library = next((ROOT / "focalops").glob("libfocalops.*"))
+    listing = subprocess.run(
+        ["objdump", "--disassemble", "--no-show-raw-insn", library], capture_output=True, text=True
+    ).stdout
+    functions = re.findall(r"^[0-9a-f]+ <(\S+)\.arch_x86_64_v4>:\n((?:.+\n)+)", listing, re.MULTILINE)
+    if not functions:
+        pytest.skip("compiled without clones")
+    names = subprocess.run(
+        ["c++filt"], input="\n".join(name for name, _ in functions), capture_output=True, text=True
+    ).stdout.splitlines()
+    arithmetic = r"\tv(?:add|sub|mul|div|fn?m(?:add|sub)\d+)"
+    scalar = [
+        name
+        for name, (_, body) in zip(names, functions, strict=True)
+        if "double" not in name  # whose exponential is a call
+        and re.search(arithmetic + "ss ", body)
+        and not re.search(arithmetic + "ps .*%[yz]mm", body)
+    ]
+    assert not scalar

@@ -23,24 +23,35 @@ constexpr int64_t kCoderGrain = 4096;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Boxes, or the deltas of boxes, coordinate by coordinate, and what IoUs need of each.
 template <typename T>
 struct BoxLanes {
   alignas(64) T x1[kLanes], y1[kLanes], x2[kLanes], y2[kLanes], area[kLanes], angle[kLanes];
 
   FOCALOPS_HOST_DEVICE Box<T> box(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
+  FOCALOPS_HOST_DEVICE Deltas<T> deltas(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
   FOCALOPS_HOST_DEVICE IouTerms<T> terms(int64_t i) const { return {area[i], angle[i]}; }
+
+  FOCALOPS_HOST_DEVICE void put(int64_t i, const Box<T>& box) {
+    x1[i] = box.x1;
+    y1[i] = box.y1;
+    x2[i] = box.x2;
+    y2[i] = box.y2;
+  }
+  FOCALOPS_HOST_DEVICE void put(int64_t i, const Deltas<T>& deltas) {
+    x1[i] = deltas.x;
+    y1[i] = deltas.y;
+    x2[i] = deltas.w;
+    y2[i] = deltas.h;
+  }
 };
 
 template <IouKind Kind, typename T>
 FOCALOPS_SIMD void lay_out(const T* boxes, int64_t n, BoxLanes<T>& lanes) {
   for (int64_t i = 0; i < n; ++i) {
-    const Box<T> box = load_box(boxes + 4 * i);
-    lanes.x1[i] = box.x1;
-    lanes.y1[i] = box.y1;
-    lanes.x2[i] = box.x2;
-    lanes.y2[i] = box.y2;
+    lanes.put(i, load_box(boxes + 4 * i));
   }
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const IouTerms<T> terms = iou_terms<Kind>(lanes.box(i));
     lanes.area[i] = terms.area;
@@ -48,10 +59,24 @@ FOCALOPS_SIMD void lay_out(const T* boxes, int64_t n, BoxLanes<T>& lanes) {
   }
 }
 
+template <typename T>
+FOCALOPS_SIMD void interleave(const BoxLanes<T>& lanes, int64_t n, Box<T>* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = lanes.box(i);
+  }
+}
+
+template <typename T, typename scalar_t>
+FOCALOPS_SIMD void interleave(const BoxLanes<T>& lanes, int64_t n, Deltas<scalar_t>* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = deltas_cast<scalar_t>(lanes.deltas(i));
+  }
+}
+
 template <IouKind Kind, typename T>
 FOCALOPS_SIMD void iou_of_row(IouFormula<Kind, T> formula, const Box<T>& row, IouTerms<T> of_row,
                               const BoxLanes<T>& columns, int64_t n, T* out) {
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     out[i] = formula.value(row, columns.box(i), of_row, columns.terms(i));
   }
@@ -62,7 +87,7 @@ template <IouKind Kind, typename T>
 FOCALOPS_SIMD void add_iou_gradient(IouFormula<Kind, T> formula, const BoxLanes<T>& rows,
                                     const Box<T>& column, IouTerms<T> of_column, const T* upstream,
                                     int64_t n, BoxLanes<T>& grad) {
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const Box<T> part = formula.gradient(rows.box(i), column, rows.terms(i), of_column);
     grad.x1[i] += upstream[i] * part.x1;
@@ -186,7 +211,7 @@ Tensor box_iou_backward_cpu(const Tensor& grad_output, const Tensor& boxes1_, co
 template <IouKind Kind, typename T>
 FOCALOPS_SIMD void pair_losses(IouFormula<Kind, T> formula, const BoxLanes<T>& first,
                                const BoxLanes<T>& second, int64_t n, T* out) {
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     out[i] = 1 - formula.value(first.box(i), second.box(i), first.terms(i), second.terms(i));
   }
@@ -197,23 +222,15 @@ template <IouKind Kind, typename T>
 FOCALOPS_SIMD void pair_loss_gradients(IouFormula<Kind, T> formula, const T* upstream,
                                        int64_t stride, const BoxLanes<T>& first,
                                        const BoxLanes<T>& second, int64_t n, BoxLanes<T>& grad,
-                                       T* out) {
-#pragma omp simd
+                                       Box<T>* out) {
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const Box<T> part =
         formula.gradient(first.box(i), second.box(i), first.terms(i), second.terms(i));
     const T factor = -upstream[i * stride];
-    grad.x1[i] = factor * part.x1;
-    grad.y1[i] = factor * part.y1;
-    grad.x2[i] = factor * part.x2;
-    grad.y2[i] = factor * part.y2;
+    grad.put(i, Box<T>{factor * part.x1, factor * part.y1, factor * part.x2, factor * part.y2});
   }
-  for (int64_t i = 0; i < n; ++i) {
-    out[4 * i] = grad.x1[i];
-    out[4 * i + 1] = grad.y1[i];
-    out[4 * i + 2] = grad.x2[i];
-    out[4 * i + 3] = grad.y2[i];
-  }
+  interleave(grad, n, out);
 }
 
 // Calls f(begin, n, first, second) for each block of pairs, in parallel.
@@ -263,117 +280,72 @@ std::tuple<Tensor, Tensor> box_pair_loss_backward_cpu(const Tensor& grad_output_
   dispatch_iou(boxes1.scalar_type(), kind, eps, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     const auto* from = static_cast<const T*>(upstream.tensor.const_data_ptr());
-    auto* out1 = static_cast<T*>(grad1.mutable_data_ptr());
-    auto* out2 = static_cast<T*>(grad2.mutable_data_ptr());
+    auto* out1 = static_cast<Box<T>*>(grad1.mutable_data_ptr());
+    auto* out2 = static_cast<Box<T>*>(grad2.mutable_data_ptr());
     for_each_block(formula, boxes1, boxes2,
                    [&](int64_t begin, int64_t n, const auto& first, const auto& second) {
                      BoxLanes<T> grad;
                      const T* of_block = from + begin * upstream.stride;
                      if (compute_grad1) {
                        pair_loss_gradients(formula, of_block, upstream.stride, first, second, n,
-                                           grad, out1 + 4 * begin);
+                                           grad, out1 + begin);
                      }
                      if (compute_grad2) {
                        pair_loss_gradients(formula, of_block, upstream.stride, second, first, n,
-                                           grad, out2 + 4 * begin);
+                                           grad, out2 + begin);
                      }
                    });
   });
   return {grad1, grad2};
 }
 
-// ---- box coding
-// ----------------------------------------------------------------------------------------------------
+// ---- box coding ---------------------------------------------------------------------------------
 
-// Calls f(i, outer, inner) for each row of the layout, in parallel.
-template <size_t N, typename F>
-void for_each_row(const RowLayout<N>& layout, const F& f) {
+// out[i] = formula(lanes, i) for n rows.
+template <typename T, typename F>
+FOCALOPS_SIMD void evaluate_rows(F formula, const BoxLanes<T>* lanes, int64_t n, BoxLanes<T>& out) {
+  FOCALOPS_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    out.put(i, formula(lanes, i));
+  }
+}
+
+// Lays out blocks of the rows that load(outer, inner)... return, and calls f(begin, n, lanes), with
+// the lanes of each, in parallel over blocks.
+template <typename T, size_t N, typename F, typename... Load>
+void for_each_lanes(const RowLayout<N>& layout, const F& f, const Load&... load) {
+  static_assert(sizeof...(Load) == N);
   torch::stable::parallel_for(0, layout.num_rows, kCoderGrain, [&](int64_t begin, int64_t end) {
-    int64_t outer = begin / layout.num_inner, inner = begin % layout.num_inner;
-    for (int64_t i = begin; i < end; ++i) {
-      f(i, outer, inner);
-      if (++inner == layout.num_inner) {
-        inner = 0;
-        ++outer;
-      }
-    }
-  });
-}
-
-// Along one axis of n boxes and anchors: the deltas of the centers and of the sizes.
-template <typename T>
-FOCALOPS_SIMD void encode_axis(const T* low, const T* high, const T* anchor_low,
-                               const T* anchor_high, T offset_weight, T ratio_weight, int64_t n,
-                               T* offsets, T* ratios) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T size = high[i] - low[i], anchor_size = anchor_high[i] - anchor_low[i];
-    const T center = low[i] + T(0.5) * size;
-    const T anchor_center = anchor_low[i] + T(0.5) * anchor_size;
-    offsets[i] = BoxCoder<T>::encode_offset(offset_weight, center, anchor_center, anchor_size);
-    ratios[i] = BoxCoder<T>::encode_ratio(ratio_weight, size, anchor_size);
-  }
-}
-
-template <typename T>
-FOCALOPS_SIMD void decode_axis(const BoxCoder<T>& coder, const T* offsets, const T* ratios,
-                               const T* anchor_low, const T* anchor_high, T offset_weight,
-                               T ratio_weight, T image_size, int64_t n, T* low, T* high) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const T size = anchor_high[i] - anchor_low[i], anchor_center = anchor_low[i] + T(0.5) * size;
-    const T center = BoxCoder<T>::decode_center(offsets[i], offset_weight, anchor_center, size);
-    const T half = coder.decode_half_size(ratios[i], ratio_weight, size);
-    low[i] = center - half;
-    high[i] = center + half;
-  }
-  for (int64_t i = 0; coder.clip_to_image && i < n; ++i) {
-    low[i] = BoxCoder<T>::clamp(low[i], image_size);
-    high[i] = BoxCoder<T>::clamp(high[i], image_size);
-  }
-}
-
-template <typename T, typename Row>
-FOCALOPS_SIMD void interleave(const BoxLanes<T>& lanes, int64_t n, Row* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    out[i] = {lanes.x1[i], lanes.y1[i], lanes.x2[i], lanes.y2[i]};
-  }
-}
-
-// Calls f(begin, n, first, second) with the lanes of up to kLanes rows of two tensors, in parallel;
-// load_first(outer, inner) and load_second return a row as four numbers.
-template <typename T, typename LoadFirst, typename LoadSecond, typename F>
-void for_each_lanes(const RowLayout<2>& layout, const LoadFirst& load_first,
-                    const LoadSecond& load_second, const F& f) {
-  torch::stable::parallel_for(0, layout.num_rows, kCoderGrain, [&](int64_t begin, int64_t end) {
-    BoxLanes<T> first, second;
-    const auto put = [](const auto& row, int64_t i, BoxLanes<T>& lanes) {
-      std::tie(lanes.x1[i], lanes.y1[i], lanes.x2[i], lanes.y2[i]) = row;
-    };
+    BoxLanes<T> lanes[N];
     int64_t outer = begin / layout.num_inner, inner = begin % layout.num_inner;
     for (; begin < end; begin += kLanes) {
       const int64_t n = std::min(kLanes, end - begin);
       for (int64_t i = 0; i < n; ++i) {
-        put(load_first(outer, inner), i, first);
-        put(load_second(outer, inner), i, second);
+        BoxLanes<T>* next = lanes;
+        ((next++)->put(i, load(outer, inner)), ...);
         if (++inner == layout.num_inner) {
           inner = 0;
           ++outer;
         }
       }
-      f(begin, n, first, second);
+      f(begin, n, lanes);
     }
   });
 }
 
+// The rows of a tensor as for_each_lanes loads them, in the type that is computed in.
 template <typename T>
-std::tuple<T, T, T, T> numbers_of(const Box<T>& box) {
-  return {box.x1, box.y1, box.x2, box.y2};
+auto boxes_of(const Tensor& tensor, const RowStrides& strides) {
+  return [rows = Rows<Box<T>, T>(tensor, strides)](int64_t outer, int64_t inner) {
+    return rows.load(outer, inner);
+  };
 }
 
-template <typename T>
-std::tuple<T, T, T, T> numbers_of(const Deltas<T>& deltas) {
-  return {deltas.x, deltas.y, deltas.w, deltas.h};
+template <typename T, typename scalar_t>
+auto deltas_of(const Tensor& tensor, const RowStrides& strides) {
+  return [rows = Rows<Deltas<scalar_t>, scalar_t>(tensor, strides)](int64_t outer, int64_t inner) {
+    return deltas_cast<T>(rows.load(outer, inner));
+  };
 }
 
 Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
@@ -385,21 +357,18 @@ Tensor encode_boxes_cpu(const Tensor& boxes, const Tensor& anchors,
   dispatch_compute(boxes.scalar_type(), [&](auto tag) {
     using T = tag_t<decltype(tag)>;
     const auto coder = box_coder<T>(weights);
-    const Rows<Box<T>, T> box_rows(inputs[0], layout.strides[0]),
-        anchor_rows(inputs[1], layout.strides[1]);
     auto* out = static_cast<Deltas<T>*>(output.mutable_data_ptr());
+    const auto encode = [coder](const BoxLanes<T>* lanes, int64_t i) FOCALOPS_INLINE {
+      return coder.encode(lanes[0].box(i), lanes[1].box(i));
+    };
     for_each_lanes<T>(
         layout,
-        [&](int64_t outer, int64_t inner) { return numbers_of(box_rows.load(outer, inner)); },
-        [&](int64_t outer, int64_t inner) { return numbers_of(anchor_rows.load(outer, inner)); },
-        [&](int64_t begin, int64_t n, const BoxLanes<T>& b, const BoxLanes<T>& a) {
+        [&](int64_t begin, int64_t n, const BoxLanes<T>* lanes) {
           BoxLanes<T> deltas;
-          encode_axis(b.x1, b.x2, a.x1, a.x2, coder.weights.x, coder.weights.w, n, deltas.x1,
-                      deltas.x2);
-          encode_axis(b.y1, b.y2, a.y1, a.y2, coder.weights.y, coder.weights.h, n, deltas.y1,
-                      deltas.y2);
+          evaluate_rows(encode, lanes, n, deltas);
           interleave(deltas, n, out + begin);
-        });
+        },
+        boxes_of<T>(inputs[0], layout.strides[0]), boxes_of<T>(inputs[1], layout.strides[1]));
   });
   return output;
 }
@@ -416,17 +385,25 @@ std::tuple<Tensor, Tensor> encode_boxes_backward_cpu(const Tensor& grad_output, 
   dispatch_compute(boxes.scalar_type(), [&](auto tag) {
     using T = tag_t<decltype(tag)>;
     const auto coder = box_coder<T>(weights);
-    const Rows<Deltas<T>, T> grad_rows(inputs[0], layout.strides[0]);
-    const Rows<Box<T>, T> box_rows(inputs[1], layout.strides[1]),
-        anchor_rows(inputs[2], layout.strides[2]);
     auto* out_boxes = static_cast<Box<T>*>(grad_boxes.mutable_data_ptr());
     auto* out_anchors = static_cast<Box<T>*>(grad_anchors.mutable_data_ptr());
-    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
-      const auto grad = grad_rows.load(outer, inner);
-      const auto box = box_rows.load(outer, inner), anchor = anchor_rows.load(outer, inner);
-      out_boxes[i] = coder.encode_gradient_of_box(grad, box, anchor);
-      out_anchors[i] = coder.encode_gradient_of_anchor(grad, box, anchor);
-    });
+    const auto of_box = [coder](const BoxLanes<T>* lanes, int64_t i) FOCALOPS_INLINE {
+      return coder.encode_gradient_of_box(lanes[0].deltas(i), lanes[1].box(i), lanes[2].box(i));
+    };
+    const auto of_anchor = [coder](const BoxLanes<T>* lanes, int64_t i) FOCALOPS_INLINE {
+      return coder.encode_gradient_of_anchor(lanes[0].deltas(i), lanes[1].box(i), lanes[2].box(i));
+    };
+    for_each_lanes<T>(
+        layout,
+        [&](int64_t begin, int64_t n, const BoxLanes<T>* lanes) {
+          BoxLanes<T> grad;
+          evaluate_rows(of_box, lanes, n, grad);
+          interleave(grad, n, out_boxes + begin);
+          evaluate_rows(of_anchor, lanes, n, grad);
+          interleave(grad, n, out_anchors + begin);
+        },
+        deltas_of<T, T>(inputs[0], layout.strides[0]), boxes_of<T>(inputs[1], layout.strides[1]),
+        boxes_of<T>(inputs[2], layout.strides[2]));
   });
   return {grad_boxes, grad_anchors};
 }
@@ -442,23 +419,19 @@ Tensor decode_boxes_cpu(const Tensor& deltas, const Tensor& anchors,
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const auto coder = box_coder<T>(weights, clip, image_size);
-    const Rows<Deltas<scalar_t>, scalar_t> delta_rows(inputs[0], layout.strides[0]);
-    const Rows<Box<T>, T> anchor_rows(inputs[1], layout.strides[1]);
     auto* out = static_cast<Box<T>*>(output.mutable_data_ptr());
+    const auto decode = [coder](const BoxLanes<T>* lanes, int64_t i) FOCALOPS_INLINE {
+      return coder.decode(lanes[0].deltas(i), lanes[1].box(i));
+    };
     for_each_lanes<T>(
         layout,
-        [&](int64_t outer, int64_t inner) {
-          return numbers_of(deltas_cast<T>(delta_rows.load(outer, inner)));
-        },
-        [&](int64_t outer, int64_t inner) { return numbers_of(anchor_rows.load(outer, inner)); },
-        [&](int64_t begin, int64_t n, const BoxLanes<T>& d, const BoxLanes<T>& a) {
+        [&](int64_t begin, int64_t n, const BoxLanes<T>* lanes) {
           BoxLanes<T> boxes;
-          decode_axis(coder, d.x1, d.x2, a.x1, a.x2, coder.weights.x, coder.weights.w,
-                      coder.image_width, n, boxes.x1, boxes.x2);
-          decode_axis(coder, d.y1, d.y2, a.y1, a.y2, coder.weights.y, coder.weights.h,
-                      coder.image_height, n, boxes.y1, boxes.y2);
+          evaluate_rows(decode, lanes, n, boxes);
           interleave(boxes, n, out + begin);
-        });
+        },
+        deltas_of<T, scalar_t>(inputs[0], layout.strides[0]),
+        boxes_of<T>(inputs[1], layout.strides[1]));
   });
   return output;
 }
@@ -480,19 +453,28 @@ std::tuple<Tensor, Tensor> decode_boxes_backward_cpu(const Tensor& grad_output,
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const auto coder = box_coder<T>(weights, clip, image_size);
-    const Rows<Box<T>, T> grad_rows(inputs[0], layout.strides[0]),
-        anchor_rows(inputs[2], layout.strides[2]);
-    const Rows<Deltas<scalar_t>, scalar_t> delta_rows(inputs[1], layout.strides[1]);
     auto* out_deltas = static_cast<Deltas<scalar_t>*>(grad_deltas.mutable_data_ptr());
     auto* out_anchors = static_cast<Box<T>*>(grad_anchors.mutable_data_ptr());
-    for_each_row(layout, [&](int64_t i, int64_t outer, int64_t inner) {
-      const auto grad = grad_rows.load(outer, inner), anchor = anchor_rows.load(outer, inner);
-      const auto delta = deltas_cast<T>(delta_rows.load(outer, inner));
-      out_deltas[i] = deltas_cast<scalar_t>(coder.decode_gradient_of_deltas(grad, delta, anchor));
-      if (compute_grad_anchors) {
-        out_anchors[i] = coder.decode_gradient_of_anchor(grad, delta, anchor);
-      }
-    });
+    const auto of_deltas = [coder](const BoxLanes<T>* lanes, int64_t i) FOCALOPS_INLINE {
+      return coder.decode_gradient_of_deltas(lanes[0].box(i), lanes[1].deltas(i), lanes[2].box(i));
+    };
+    const auto of_anchor = [coder](const BoxLanes<T>* lanes, int64_t i) FOCALOPS_INLINE {
+      return coder.decode_gradient_of_anchor(lanes[0].box(i), lanes[1].deltas(i), lanes[2].box(i));
+    };
+    for_each_lanes<T>(
+        layout,
+        [&](int64_t begin, int64_t n, const BoxLanes<T>* lanes) {
+          BoxLanes<T> grad;
+          evaluate_rows(of_deltas, lanes, n, grad);
+          interleave(grad, n, out_deltas + begin);
+          if (compute_grad_anchors) {
+            evaluate_rows(of_anchor, lanes, n, grad);
+            interleave(grad, n, out_anchors + begin);
+          }
+        },
+        boxes_of<T>(inputs[0], layout.strides[0]),
+        deltas_of<T, scalar_t>(inputs[1], layout.strides[1]),
+        boxes_of<T>(inputs[2], layout.strides[2]));
   });
   return {grad_deltas, grad_anchors};
 }

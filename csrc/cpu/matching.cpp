@@ -87,7 +87,7 @@ template <typename T>
 FOCALOPS_SIMD void claim_best(const Box<T>& box, typename AnchorTile<T>::Index index, T best,
                               AnchorTile<T>& tile) {
   const T box_area = area(box);
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < kTile; ++i) {
     const Box<T> anchor{tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
     const bool is_best = iou(anchor, box, tile.area[i], box_area) == best;
@@ -97,7 +97,7 @@ FOCALOPS_SIMD void claim_best(const Box<T>& box, typename AnchorTile<T>::Index i
 
 template <typename T>
 FOCALOPS_SIMD void ignore_inside(const Box<T>& crowd, T threshold, AnchorTile<T>& tile) {
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < kTile; ++i) {
     const Box<T> anchor{tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
     tile.is_ignored[i] |= share_inside(anchor, crowd, tile.area[i]) > threshold;

@@ -17,11 +17,12 @@ struct Remaining {
   std::vector<int64_t> indices, labels;
 };
 
+// The box by value: behind a reference it could be what the loop writes.
 template <typename T>
 FOCALOPS_SIMD void overlaps(const T* x1, const T* y1, const T* x2, const T* y2, int64_t n,
-                            const Box<T>& box, T* ious) {
+                            Box<T> box, T* ious) {
   const T box_area = area(box);
-#pragma omp simd
+  FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const Box<T> other = {x1[i], y1[i], x2[i], y2[i]};
     ious[i] = iou(box, other, box_area, area(other));

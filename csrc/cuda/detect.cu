@@ -375,8 +375,7 @@ __global__ void __launch_bounds__(kThreads)
     place += better;
   }
   if (image_sizes != nullptr) {
-    coder.image_height = image_sizes[2 * image];
-    coder.image_width = image_sizes[2 * image + 1];
+    coder.clip_to_image(image_sizes[2 * image], image_sizes[2 * image + 1]);
   }
   const Level& level = head.levels[l];
   const uint32_t row = index_of_key(key) / head.classes;
@@ -530,8 +529,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
       run(&candidates_kernel<Stage::kGather, scalar_t>, kDigits);
       const int64_t slices = ceil_div(capacity, kThreads);
       launch(&rank_kernel, num_segments * slices, kThreads, 0, scope.stream(), segments, slices);
-      auto coder = box_coder<float>(weights, clip);
-      coder.clip_to_image = image_sizes.has_value();
+      const auto coder = box_coder<float>(weights, clip);
       launch(&place_kernel<scalar_t>, ceil_div(num_segments * topk, kThreads), kThreads, 0,
              scope.stream(), head, segments, coder,
              static_cast<const float*>(anchors.const_data_ptr()),

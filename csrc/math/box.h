@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "exponential.h"
+#include "elementary.h"
 #include "host_device.h"
 
 namespace focalops {
@@ -307,73 +307,20 @@ FOCALOPS_HOST_DEVICE Box<T> corner_gradient(const CenterSize<T>& grad) {
   return {half_x - grad.w, half_y - grad.h, half_x + grad.w, half_y + grad.h};
 }
 
-FOCALOPS_HOST_DEVICE double logarithm(double x) { return log(x); }
-
-FOCALOPS_HOST_DEVICE float logarithm(float x) {
-#ifdef __CUDA_ARCH__
-  return logf(x);
-#else
-  // logf is a call that no loop is vectorised over. x = 2^n m with m in [sqrt(1 / 2), sqrt(2)), and
-  // a minimax polynomial in m - 1 (Moshier, Cephes): within an ulp.
-  const bool is_subnormal = x < 1.17549435e-38f;
-  const float normal = is_subnormal ? x * 8388608.0f : x;
-  uint32_t bits;
-  std::memcpy(&bits, &normal, sizeof bits);
-  const uint32_t shifted = bits - 0x3f3504f3u;  // sqrt(1 / 2)
-  const int32_t n = static_cast<int32_t>(shifted) >> 23;
-  const uint32_t m_bits = (shifted & 0x007fffffu) + 0x3f3504f3u;
-  float m;
-  std::memcpy(&m, &m_bits, sizeof m);
-  const float exponent = static_cast<float>(is_subnormal ? n - 23 : n);
-  const float r = m - 1.0f, z = r * r;
-  float p = 7.0376836292e-2f;
-  p = p * r - 1.1514610310e-1f;
-  p = p * r + 1.1676998740e-1f;
-  p = p * r - 1.2420140846e-1f;
-  p = p * r + 1.4249322787e-1f;
-  p = p * r - 1.6668057665e-1f;
-  p = p * r + 2.0000714765e-1f;
-  p = p * r - 2.4999993993e-1f;
-  p = p * r + 3.3333331174e-1f;
-  const float tail = p * r * z - 2.12194440e-4f * exponent - 0.5f * z;
-  const float value = (r + tail) + 0.693359375f * exponent;
-  const float infinity = __builtin_huge_valf();
-  return x > 0 ? (x < infinity ? value : infinity) : x == 0 ? -infinity : __builtin_nanf("");
-#endif
-}
-
-FOCALOPS_HOST_DEVICE double exponential(double x) { return exp(x); }
-
-FOCALOPS_HOST_DEVICE float exponential(float x) {
-#ifdef __CUDA_ARCH__
-  return expf(x);
-#else
-  const float clamped = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x;  // a NaN stays
-  const detail::Exponential e = detail::exponential_parts(clamped);
-  // Two factors, because the largest and the smallest powers have no exponent of their own.
-  const auto half = static_cast<uint32_t>(static_cast<int32_t>(e.power) >> 1);
-  return e.factor * detail::power_of_two(half) * detail::power_of_two(e.power - half);
-#endif
-}
-
 template <typename T>
 struct BoxCoder {
   Deltas<T> weights;
-  T clip;  // of the logarithms of width and height, when decoding
-  bool clip_to_image;
-  T image_width, image_height;
+  T clip;         // of the logarithms of width and height, when decoding
+  Box<T> bounds;  // of decoded boxes; infinite where they have none
+
+  FOCALOPS_HOST_DEVICE void clip_to_image(T height, T width) {
+    bounds = {T(0), T(0), width, height};
+  }
 
   FOCALOPS_HOST_DEVICE Deltas<T> encode(const Box<T>& box, const Box<T>& anchor) const {
     const CenterSize<T> b = center_size(box), a = center_size(anchor);
-    return {encode_offset(weights.x, b.x, a.x, a.w), encode_offset(weights.y, b.y, a.y, a.h),
-            encode_ratio(weights.w, b.w, a.w), encode_ratio(weights.h, b.h, a.h)};
-  }
-
-  static FOCALOPS_HOST_DEVICE T encode_offset(T weight, T center, T anchor_center, T anchor_size) {
-    return div(mul(weight, sub(center, anchor_center)), anchor_size);
-  }
-  static FOCALOPS_HOST_DEVICE T encode_ratio(T weight, T size, T anchor_size) {
-    return mul(weight, logarithm(div(size, anchor_size)));
+    return {div(mul(weights.x, sub(b.x, a.x)), a.w), div(mul(weights.y, sub(b.y, a.y)), a.h),
+            mul(weights.w, logarithm(div(b.w, a.w))), mul(weights.h, logarithm(div(b.h, a.h)))};
   }
 
   FOCALOPS_HOST_DEVICE Box<T> encode_gradient_of_box(const Deltas<T>& grad, const Box<T>& box,
@@ -392,12 +339,9 @@ struct BoxCoder {
   }
 
   FOCALOPS_HOST_DEVICE Box<T> decode(const Deltas<T>& deltas, const Box<T>& anchor) const {
-    Box<T> box = decode_unbounded(deltas, center_size(anchor));
-    if (clip_to_image) {
-      box = {clamp(box.x1, image_width), clamp(box.y1, image_height), clamp(box.x2, image_width),
-             clamp(box.y2, image_height)};
-    }
-    return box;
+    const Box<T> box = decode_unbounded(deltas, center_size(anchor));
+    return {bounded(box.x1, bounds.x1, bounds.x2), bounded(box.y1, bounds.y1, bounds.y2),
+            bounded(box.x2, bounds.x1, bounds.x2), bounded(box.y2, bounds.y1, bounds.y2)};
   }
 
   FOCALOPS_HOST_DEVICE Deltas<T> decode_gradient_of_deltas(const Box<T>& grad,
@@ -420,32 +364,25 @@ struct BoxCoder {
          by.y * div(deltas.y, weights.y) + by.h * stretch(div(deltas.h, weights.h))});
   }
 
-  static FOCALOPS_HOST_DEVICE T clamp(T x, T most) { return x < 0 ? T(0) : x > most ? most : x; }
-
-  // Half the size along an axis, and the center.
-  FOCALOPS_HOST_DEVICE T decode_half_size(T delta, T weight, T anchor_size) const {
-    return mul(T(0.5), mul(stretch(div(delta, weight)), anchor_size));
-  }
-  static FOCALOPS_HOST_DEVICE T decode_center(T delta, T weight, T anchor_center, T anchor_size) {
-    return add(mul(div(delta, weight), anchor_size), anchor_center);
-  }
-
  private:
   // The factor by which a width or height grows. A NaN stays.
   FOCALOPS_HOST_DEVICE T stretch(T log_ratio) const {
     return exponential(log_ratio > clip ? clip : log_ratio);
   }
 
-  static FOCALOPS_HOST_DEVICE T inside(T x, T most, T grad) {
-    return x > 0 && x < most ? grad : T(0);
+  static FOCALOPS_HOST_DEVICE T bounded(T x, T low, T high) {
+    return x < low ? low : x > high ? high : x;
+  }
+  static FOCALOPS_HOST_DEVICE T inside(T x, T low, T high, T grad) {
+    return (x < low) | (x > high) ? T(0) : grad;
   }
 
   FOCALOPS_HOST_DEVICE Box<T> decode_unbounded(const Deltas<T>& deltas,
                                                const CenterSize<T>& a) const {
-    const T x = decode_center(deltas.x, weights.x, a.x, a.w);
-    const T y = decode_center(deltas.y, weights.y, a.y, a.h);
-    const T half_w = decode_half_size(deltas.w, weights.w, a.w);
-    const T half_h = decode_half_size(deltas.h, weights.h, a.h);
+    const T x = add(mul(div(deltas.x, weights.x), a.w), a.x);
+    const T y = add(mul(div(deltas.y, weights.y), a.h), a.y);
+    const T half_w = mul(T(0.5), mul(stretch(div(deltas.w, weights.w)), a.w));
+    const T half_h = mul(T(0.5), mul(stretch(div(deltas.h, weights.h)), a.h));
     return {sub(x, half_w), sub(y, half_h), add(x, half_w), add(y, half_h)};
   }
 
@@ -453,12 +390,11 @@ struct BoxCoder {
   FOCALOPS_HOST_DEVICE CenterSize<T> center_gradient(const Box<T>& upstream,
                                                      const Deltas<T>& deltas,
                                                      const CenterSize<T>& a) const {
-    Box<T> grad = upstream;
-    if (clip_to_image) {
-      const Box<T> box = decode_unbounded(deltas, a);
-      grad = {inside(box.x1, image_width, grad.x1), inside(box.y1, image_height, grad.y1),
-              inside(box.x2, image_width, grad.x2), inside(box.y2, image_height, grad.y2)};
-    }
+    const Box<T> box = decode_unbounded(deltas, a);
+    const Box<T> grad = {inside(box.x1, bounds.x1, bounds.x2, upstream.x1),
+                         inside(box.y1, bounds.y1, bounds.y2, upstream.y1),
+                         inside(box.x2, bounds.x1, bounds.x2, upstream.x2),
+                         inside(box.y2, bounds.y1, bounds.y2, upstream.y2)};
     return {grad.x1 + grad.x2, grad.y1 + grad.y2, T(0.5) * (grad.x2 - grad.x1),
             T(0.5) * (grad.y2 - grad.y1)};
   }

@@ -14,7 +14,7 @@
 #include <optional>
 #include <vector>
 
-#include "exponential.h"
+#include "elementary.h"
 #include "host_device.h"
 
 namespace focalops {
@@ -137,7 +137,7 @@ struct FocalLoss {
     T log_q = 0;
     if constexpr (Gamma == kAnyGamma) {
       // Where u = 1, q_over_r is e, whose logarithm is known also where e has underflowed.
-      log_q = (v > 0 ? T(log(q_over_r)) : -magnitude) - l;
+      log_q = (v > 0 ? logarithm(q_over_r) : -magnitude) - l;
     }
     const T scale = alpha.at(t) * detail::modulate<Gamma>(q_over_r * r, log_q, gamma);
     const T least = detail::smallest_normal(T()), most = detail::largest(T());
@@ -241,7 +241,7 @@ struct QualityFocalLoss {
     const detail::CrossEntropy<T> cross_entropy(x, score);
     const T d = cross_entropy.error < 0 ? -cross_entropy.error : cross_entropy.error;
     const T least = detail::smallest_normal(T()), most = detail::largest(T());
-    const T modulation = detail::modulate<Gamma>(d, T(log(d)), focal.gamma);
+    const T modulation = detail::modulate<Gamma>(d, logarithm(d), focal.gamma);
     const T finite_loss = cross_entropy.loss > most ? most : cross_entropy.loss;
     const T slope = focal.gamma * modulation / (d < least ? least : d) * cross_entropy.spread;
     const T grad = modulation * d + slope * finite_loss;
@@ -286,7 +286,7 @@ struct MatchabilityAwareLoss {
   }
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    const T t = detail::modulate<kAnyGamma>(score, T(log(score)), gamma);
+    const T t = detail::modulate<kAnyGamma>(score, logarithm(score), gamma);
     const detail::CrossEntropy<T> cross_entropy(x, t);
     return {cross_entropy.loss, cross_entropy.error};
   }
@@ -303,7 +303,7 @@ struct IouAwareCrossEntropy {
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
     const T of_p = detail::modulate<kAnyGamma>(T(0), detail::log_sigmoid(x), alpha);
-    const T of_score = detail::modulate<kAnyGamma>(score, T(log(score)), 1 - alpha);
+    const T of_score = detail::modulate<kAnyGamma>(score, logarithm(score), 1 - alpha);
     const T given = of_p * of_score, least = T(0.01);
     const detail::CrossEntropy<T> cross_entropy(x, given < least ? least : given);
     return {cross_entropy.loss, cross_entropy.error};
