@@ -164,7 +164,9 @@ def describe(device: torch.device) -> dict[str, Any]:
         driver = output_of(query).splitlines()[device.index or 0]
     else:
         capability = torch.backends.cpu.get_cpu_capability()
-        name, driver = f"{cpu_name()}, {torch.get_num_threads()} threads, {capability}", None
+        threads = torch.get_num_threads()
+        name = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, {capability}"
+        driver = None
     return {
         "device": name,
         "driver": driver,

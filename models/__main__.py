@@ -455,7 +455,7 @@ def run_study_command(options: argparse.Namespace) -> None:
     else:
         if options.checkpoint is not None:
             model, recipe, _ = load_model(options.checkpoint, options.device)
-            source = str(options.checkpoint)
+            source = options.checkpoint.name
         else:
             checkpoint = options.out / CHECKPOINT
             model = train(recipe, data, checkpoint, device=options.device, pretrained=pretrained)

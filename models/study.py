@@ -44,7 +44,7 @@ class Variant:
 @dataclass(frozen=True)
 class Study:
     question: str
-    papers_setting: str
+    paper: str  # what it trained, or what it has instead of a figure for each variant
     variants: Callable[[Recipe], list[Variant]]
 
 
@@ -138,13 +138,13 @@ STUDIES = {
         "R50, 600 pixels, COCO minival",
         anchor_variants,
     ),
-    "box_loss": Study("Which box loss?", "none: the paper has smooth L1 alone", box_loss_variants),
+    "box_loss": Study("Which box loss?", "smooth L1 alone", box_loss_variants),
     "scale": Study(
         "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants
     ),
     SEEDS: Study(
         "How far apart are the seeds?",
-        "none: the recipe as it is",
+        "one seed",
         lambda recipe: [Variant("the recipe", recipe)],
     ),
 }
@@ -173,8 +173,8 @@ def run_study(
     settings = {
         "study": name,
         "recipe": dataclasses.asdict(recipe),
-        "train": data.annotation_file.name,
-        "val": val.annotation_file.name,
+        "train": _name(data),
+        "val": _name(val),
     }
     record = _open_record(record_file, settings, device)
     for seed in range(seeds):
@@ -190,6 +190,12 @@ def run_study(
     _write(table, to_table(study, record, papers))
     draw(out / f"{name}.png", study, record, papers)
     return table
+
+
+def _name(data: CocoDataset) -> str:
+    """Such as trees/train, or coco/instances_train2017."""
+    *_, folder, annotations, file = data.annotation_file.parts
+    return f"{folder if annotations == 'annotations' else annotations}/{Path(file).stem}"
 
 
 def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str, Any]:
@@ -249,53 +255,59 @@ def to_table(study: Study, record: dict[str, Any], papers: dict[str, float | str
     seeds = max(len(runs) for runs in record["runs"].values())
     minutes = sum(run["train_minutes"] for runs in record["runs"].values() for run in runs.values())
     recipe = record["recipe"]
+    compared = any(value is not None for value in papers.values())
     lines = [
-        f"**{study.question}** {record['device']}, torch {record['torch']}, {record['date']}: {recipe['steps']} steps of "
-        f"{recipe['batch_size']} images of {record['train']}, {seeds} seeds, evaluated on "
-        f"{record['val']}; {minutes:.0f} minutes of training. Mean ± standard deviation, in %. "
-        f"The paper's: {study.papers_setting}.",
+        f"**{study.question}** {record['device']}, torch {record['torch']}, {record['date']}, commit "
+        f"{record['commit']}: {recipe['steps']} steps of {recipe['batch_size']} images of "
+        f"{record['train']}, {seeds} seeds, evaluated on {record['val']}; {minutes:.0f} minutes of "
+        f"training. Mean ± standard deviation, in %. The paper: {study.paper}.",
         "",
-        "| | AP | AP50 | seconds an image | paper, AP |",
-        "|---|--:|--:|--:|--:|",
+        "| | AP | AP50 | seconds an image |" + " paper, AP |" * compared,
+        "|---|--:|--:|--:|" + "--:|" * compared,
     ]
     for name, runs in record["runs"].items():
-        papers_ap = papers.get(name)
-        times = [r["seconds_an_image"] for r in runs.values() if not r["diverged"]]
-        seconds = f"{statistics.mean(times):.2f}" if times else ""
-        (ap, ap_spread), (ap50, ap50_spread) = (mean_and_spread(runs, f) for f in ("AP", "AP50"))
+        cells = [name]
         diverged = sum(run["diverged"] for run in runs.values())
         if diverged:
-            name += f" (diverged with {diverged} of {len(runs)} seeds)"
-        lines.append(
-            f"| {name} | {100 * ap:.1f} ± {100 * ap_spread:.1f} | {100 * ap50:.1f} ± "
-            f"{100 * ap50_spread:.1f} | {seconds} | {'' if papers_ap is None else papers_ap} |"
-        )
+            cells[0] += f" (diverged with {diverged} of {len(runs)} seeds)"
+        for figure in ("AP", "AP50"):
+            mean, spread = mean_and_spread(runs, figure)
+            cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
+        times = [run["seconds_an_image"] for run in runs.values() if not run["diverged"]]
+        cells.append(f"{statistics.mean(times):.2f}" if times else "")
+        if compared:
+            papers_ap = papers.get(name)
+            cells.append("" if papers_ap is None else str(papers_ap))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def draw(
     path: Path, study: Study, record: dict[str, Any], papers: dict[str, float | str | None]
 ) -> None:
-    """AP50 and AP of each variant beside the paper's AP."""
+    """AP50 and AP of each variant, beside the paper's AP where it has one."""
     names = list(record["runs"])
     places = list(range(len(names)))[::-1]
+    compared = {name: value for name, value in papers.items() if value is not None}
     figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    ours, theirs = figure.subplots(1, 2, sharey=True)
+    ours, *theirs = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
     for color, measure in (("C0", "AP50"), ("C1", "AP")):
-        means, spreads = zip(
-            *(mean_and_spread(record["runs"][name], measure) for name in names), strict=True
-        )
+        figures = [mean_and_spread(record["runs"][name], measure) for name in names]
+        means, spreads = ([100 * value for value in values] for values in zip(*figures, strict=True))
         ours.errorbar(means, places, xerr=spreads, fmt="o", color=color, capsize=3, label=measure)
     ours.set(yticks=places, yticklabels=names, xlim=(0, None), title=f"here ({record['val']})")
     ours.legend()
-    numbers = {name: value for name, value in papers.items() if isinstance(value, float)}
-    theirs.plot(numbers.values(), [places[names.index(name)] for name in numbers], "s", color="C2")
-    for name, value in papers.items():
-        if isinstance(value, str):
-            theirs.text(30, places[names.index(name)], value, va="center", fontsize=9)
-    theirs.set(title=f"paper, AP ({study.papers_setting.split(':')[0]})")
-    for axes in (ours, theirs):
+    for axes in theirs:
+        for name, value in compared.items():
+            place = places[names.index(name)]
+            if isinstance(value, str):
+                left = axes.get_yaxis_transform()  # x as a share of the width
+                axes.text(0.04, place, value, va="center", fontsize=9, transform=left)
+            else:
+                axes.plot(value, place, "s", color="C2")
+        axes.set(title=f"paper, AP ({study.paper})")
+    for axes in (ours, *theirs):
         axes.grid(alpha=0.3)
     figure.suptitle(study.question)
     path.parent.mkdir(parents=True, exist_ok=True)
