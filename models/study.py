@@ -294,7 +294,9 @@ def draw(
     ours, *theirs = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
     for color, measure in (("C0", "AP50"), ("C1", "AP")):
         figures = [mean_and_spread(record["runs"][name], measure) for name in names]
-        means, spreads = ([100 * value for value in values] for values in zip(*figures, strict=True))
+        means, spreads = (
+            [100 * value for value in values] for values in zip(*figures, strict=True)
+        )
         ours.errorbar(means, places, xerr=spreads, fmt="o", color=color, capsize=3, label=measure)
     ours.set(yticks=places, yticklabels=names, xlim=(0, None), title=f"here ({record['val']})")
     ours.legend()

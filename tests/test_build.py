@@ -144,7 +144,9 @@ def test_loops_over_floats_are_vectorised():
     listing = subprocess.run(
         ["objdump", "--disassemble", "--no-show-raw-insn", library], capture_output=True, text=True
     ).stdout
-    functions = re.findall(r"^[0-9a-f]+ <(\S+)\.arch_x86_64_v4>:\n((?:.+\n)+)", listing, re.MULTILINE)
+    functions = re.findall(
+        r"^[0-9a-f]+ <(\S+)\.arch_x86_64_v4>:\n((?:.+\n)+)", listing, re.MULTILINE
+    )
     if not functions:
         pytest.skip("compiled without clones")
     names = subprocess.run(
