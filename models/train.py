@@ -86,6 +86,8 @@ TREES = Recipe(
         score_threshold=0.02,
         detections_per_image=1000,
         nms_threshold=0.4,
+        gamma=0.5,
+        alpha=0.5,
         box_loss="giou",
         min_size=None,
     ),
