@@ -259,6 +259,21 @@ def test_decode_boxes(n, dtype, weights, image_size, device):
     )
 
 
+@pytest.mark.parametrize("image_size", [None, (50, 100)])
+def test_decode_boxes_gradient_at_the_bounds(image_size, device):
+    """A coordinate on the image's border, or a NaN, is where torch.clamp ends."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [90, 40, 100, 50], [5, 5, 6, 6], [0, 0, 100, 50]])
+    grads = []
+    for decode, where in ((decode_boxes, device), (reference.decode_boxes, "cpu")):
+        deltas = torch.zeros(4, 4, device=where)
+        deltas[2, 0] = float("nan")
+        deltas.requires_grad_()
+        boxes = decode(deltas, anchors.to(where), image_size=image_size)
+        weights = torch.arange(1.0, 5, device=where)
+        grads.append(torch.autograd.grad((boxes * weights).sum(), deltas)[0].cpu())
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_coding_is_torchvisions(dtype, device):
     coder = BoxCoder(WEIGHTS)

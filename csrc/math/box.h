@@ -373,8 +373,10 @@ struct BoxCoder {
   static FOCALOPS_HOST_DEVICE T bounded(T x, T low, T high) {
     return x < low ? low : x > high ? high : x;
   }
+  // As torch.clamp: at a bound there is no gradient, nor of a NaN. Unbounded, low is -infinity.
   static FOCALOPS_HOST_DEVICE T inside(T x, T low, T high, T grad) {
-    return (x < low) | (x > high) ? T(0) : grad;
+    const bool is_inside = (x > low) & (x < high);
+    return is_inside | (low < 0) ? grad : T(0);
   }
 
   FOCALOPS_HOST_DEVICE Box<T> decode_unbounded(const Deltas<T>& deltas,
