@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor
 
+from models.recipes import PRECISIONS
 from models.retinanet import RetinaNet
-from models.train import PRECISIONS
 
 PHASES = ("forward", "loss", "backward", "post-process")
 Figures = dict[str, dict[str, float]]  # phase -> implementation -> milliseconds

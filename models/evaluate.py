@@ -16,10 +16,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from focalops import batched_nms, box_iou
-from models.data import CocoDataset, DataError, as_coco, windows
+from models.data import CocoDataset, DataError, as_coco
 from models.distributed import gather, rank, world_size
+from models.recipes import Recipe
 from models.retinanet import Detections, RetinaNet
-from models.train import Recipe
+from models.windows import windows
 
 Result = dict[str, Any]  # one box as COCO results have it
 

@@ -26,13 +26,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from focalops import (
-    AnchorGenerator,
-    class_index_targets,
-    dense_box_loss,
-    detect,
-    match_anchors,
-)
+from focalops import AnchorGenerator, class_index_targets, dense_box_loss, detect, match_anchors
 from models.losses import CLASSIFICATION_LOSSES, classification_loss
 
 # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64 and, where some are crowds, "iscrowd" (M,) bool

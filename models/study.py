@@ -27,8 +27,9 @@ from benchmarks.harness import describe
 from models.data import CocoDataset, TrainingStream, collate
 from models.evaluate import detect_all, evaluate
 from models.losses import IGNORED, rows_of
+from models.recipes import Recipe
 from models.retinanet import BOX_LOSSES, RetinaNet
-from models.train import Recipe, TrainingDiverged, train
+from models.train import TrainingDiverged, train
 
 FIGURES = ("AP", "AP50", "AP75")
 ASPECT_RATIOS = {1: (1.0,), 2: (0.5, 2.0), 3: (0.5, 1.0, 2.0)}

@@ -1,4 +1,4 @@
-"""Training: recipes, the loop, checkpoints."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ import ctypes
 import dataclasses
 import json
 import math
-import os
-import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,144 +21,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from models.data import CocoDataset, DataError, TrainingStream, collate, mix
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.data import CocoDataset, TrainingStream, collate, mix
 from models.distributed import rank, world_size
-from models.retinanet import RetinaNet, RetinaNetConfig, as_tuples, octave_sizes
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A model and how it is trained and run. The defaults are the paper's, for COCO."""
-
-    model: RetinaNetConfig = field(default_factory=RetinaNetConfig)
-    steps: int = 90_000
-    batch_size: int = 16  # of all processes together
-    accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
-    compile: bool = False  # the backbone, the head and the loss, by torch.compile
-    seed: int = 0
-    # Optimisation
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 0.01
-    weight_decay: float = 1e-4
-    schedule: Literal["steps", "cosine"] = "steps"
-    drops: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run: where "steps" divides the rate by ten
-    warmup_steps: int = 500
-    clip_norm: float | None = None
-    ema_decay: float | None = (
-        None  # of a running average of the weights, which is then what is evaluated
-    )
-    # Samples
-    crop: int | None = None  # the side of random squares to train on, instead of whole images
-    crop_zoom: tuple[float, float] = (1.0, 1.0)
-    dihedral: bool = False  # all eight symmetries of the square instead of the horizontal flip
-    photometric: bool = False
-    # Evaluation
-    window: int | None = None  # the side of overlapping windows to detect in, for large images
-    window_overlap: int = 128
-    symmetries: bool = False  # detect in all eight symmetries of the image, and let the boxes vote
-    max_detections: int = 100  # an image
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
-        own = {name: as_tuples(value) for name, value in values.items() if name != "model"}
-        return cls(**own, model=RetinaNetConfig.from_dict(values["model"]))
-
-
-# For two CPU cores: a small model, and anchors for tree crowns, 8 to 107 pixels wide. They are large
-# for their strides (8 and 16), or crowns would lie too far from the nearest anchor to match it.
-# There is one photograph to learn from: longer training fits it better and other places worse.
-TREES = Recipe(
-    model=RetinaNetConfig(
-        num_classes=1,
-        backbone="mobilenet_v2",
-        trainable_stages=3,
-        max_level=4,
-        pyramid_channels=96,
-        head_depth=2,
-        head_std=None,
-        anchor_sizes=((14, 20, 28, 40), (52, 68, 88, 112)),
-        aspect_ratios=(1.0,),
-        score_threshold=0.02,
-        detections_per_image=1000,
-        nms_threshold=0.4,
-        gamma=0.5,
-        alpha=0.5,
-        box_loss="giou",
-        min_size=None,
-    ),
-    steps=500,
-    batch_size=8,
-    optimizer="adamw",
-    learning_rate=1e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    clip_norm=10.0,
-    ema_decay=0.99,
-    crop=256,
-    crop_zoom=(0.67, 1.5),
-    dihedral=True,
-    photometric=True,
-    window=512,
-    symmetries=True,
-    max_detections=1000,
-)
-
-# For a few hundred photographs and two CPU cores: ten minutes.
-SMALL = Recipe(
-    model=RetinaNetConfig(
-        backbone="mobilenet_v2",
-        trainable_stages=3,
-        max_level=5,
-        pyramid_channels=96,
-        head_depth=2,
-        head_std=None,
-        anchor_sizes=octave_sizes(24, 48, 96),
-        box_loss="giou",
-        score_threshold=0.02,
-        detections_per_image=100,
-        min_size=240,
-        max_size=400,
-    ),
-    steps=700,
-    batch_size=8,
-    optimizer="adamw",
-    learning_rate=1e-3,
-    weight_decay=1e-2,
-    schedule="cosine",
-    warmup_steps=50,
-    clip_norm=10.0,
-    ema_decay=0.99,
-    photometric=True,
-)
-
-# The published recipes in terms of this one: 12 epochs of COCO's train2017, and torchvision's 26
-# for the model that it calls v2.
-R101 = Recipe(model=RetinaNetConfig(backbone="resnet101"))
-V2 = Recipe(
-    model=RetinaNetConfig(
-        frozen_batch_norm=False,
-        p6_from="c5",
-        head_norm_groups=32,
-        box_loss="giou",
-        min_size=tuple(range(480, 801, 32)),
-    ),
-    steps=190_000,
-    optimizer="adamw",
-    learning_rate=1e-4,
-    weight_decay=0.05,
-    drops=(16 / 26, 22 / 26),
-)
-
-RECIPES = {
-    "coco": Recipe(),
-    "coco_r101": R101,
-    "coco_v2": V2,
-    "small": SMALL,
-    "trees": TREES,
-}
+from models.recipes import PRECISIONS, Recipe
+from models.retinanet import RetinaNet
 
 
 def train(
@@ -447,9 +311,6 @@ def memory(device: str) -> dict[str, str]:
     return {"GB": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"}
 
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate, decay = recipe.learning_rate, recipe.weight_decay
@@ -482,52 +343,3 @@ def keep_freed_memory() -> None:
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of <malloc.h>
-
-
-# ---- Checkpoints --------------------------------------------------------------------------------
-
-
-def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Atomic: whenever the process dies, `path` is the old checkpoint or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What save_checkpoint was given, the recipe as a Recipe."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"the checkpoint {path} does not exist") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-        checkpoint = None
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"model", "recipe", "categories"} <= checkpoint.keys()
-    ):
-        raise DataError(f"{path} is not a checkpoint of python -m models train")
-    try:
-        checkpoint["recipe"] = Recipe.from_dict(checkpoint["recipe"])
-    except (TypeError, KeyError):
-        raise DataError(f"{path} was written by another version of focalops' models") from None
-    return checkpoint
-
-
-def load_model(path: Path, device: str = "cpu") -> tuple[RetinaNet, Recipe, dict[int, str]]:
-    """The model (its averaged weights where there are any), recipe, categories in label order."""
-    checkpoint = load_checkpoint(path)
-    recipe = checkpoint["recipe"]
-    model = RetinaNet(recipe.model)
-    if "average" in checkpoint:
-        average = AveragedModel(model)
-        average.load_state_dict(checkpoint["average"])
-        model = cast(RetinaNet, average.module)
-    else:
-        model.load_state_dict(checkpoint["model"])
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model.eval(), recipe, checkpoint["categories"]

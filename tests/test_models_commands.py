@@ -13,10 +13,12 @@ from PIL import Image
 from models import evaluate as evaluation
 from models.__main__ import main
 from models.bench import PHASES
+from models.checkpoint import load_checkpoint, load_model
 from models.data import CocoDataset
 from models.draw import draw_comparison, draw_curves, draw_detections
+from models.recipes import RECIPES, Recipe
 from models.retinanet import RetinaNetConfig
-from models.train import RECIPES, Recipe, load_checkpoint, load_model, train
+from models.train import train
 
 RECIPE = Recipe(
     model=RetinaNetConfig(

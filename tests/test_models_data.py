@@ -16,8 +16,8 @@ from models.data import (
     find_split,
     random_crop,
     voc_to_coco,
-    windows,
 )
+from models.windows import windows
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from models import study
 from models.__main__ import main
 from models.data import open_data
 from models.losses import CLASSIFICATION_LOSSES, OHEM_BATCH, classification_loss, rows_of
-from models.train import Recipe
+from models.recipes import Recipe
 
 RECIPE = Recipe(
     model=dataclasses.replace(TINY, min_size=None, frozen_batch_norm=True),

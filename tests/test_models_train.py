@@ -20,18 +20,12 @@ from models_fixtures import make_coco_folder
 
 from models import train as training
 from models.__main__ import main
+from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import CocoDataset
 from models.log import Log
+from models.recipes import Recipe
 from models.retinanet import RetinaNetConfig, normalizers
-from models.train import (
-    Recipe,
-    TrainingStopped,
-    batches,
-    load_checkpoint,
-    lr_factor,
-    save_checkpoint,
-    train,
-)
+from models.train import TrainingStopped, batches, lr_factor, train
 
 RECIPE = Recipe(
     model=RetinaNetConfig(
@@ -204,7 +198,7 @@ def test_out_of_memory_says_what_to_lower(
     def too_much(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("models.__main__.train", too_much)
+    monkeypatch.setattr("models.commands.train.train", too_much)
     arguments = ["train", "--data", str(coco_folder), "--out", str(tmp_path), "--device", "cpu"]
     assert main([*arguments, "--no-pretrained"]) == 1
     message = capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""python -m models bench: time the parts of a training step beside torchvision's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from models.bench import bench, table
+from models.commands.common import DATA_HELP
+from models.data import TrainingStream, collate, open_data
+from models.recipes import PRECISIONS
+from models.train import keep_freed_memory, to_device
+
+HELP = "time the parts of a training step beside torchvision's"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", choices=BENCH_MODELS, default=BENCH_MODELS[0])
+    parser.add_argument(
+        "--data", metavar="DIR", help=f"{DATA_HELP} (default: noise, 8 boxes an image)"
+    )
+    parser.add_argument("--split", default="train")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        default=(800, 1333),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the images, or what those of --data are resized to (default: 800 1333)",
+    )
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
+
+
+BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
+
+
+def run(options: argparse.Namespace) -> None:
+    keep_freed_memory()
+    num_classes = 91
+    if options.data:
+        data = open_data(options.data, options.split)
+        num_classes = len(data.categories)
+        start = time.perf_counter()
+        stream = TrainingStream(data, options.batch_size, seed=0)
+        samples = [stream[n] for n in range(options.batch_size)]
+        loading = (time.perf_counter() - start) * 1000
+        print(f"data: {loading:.1f} ms for {options.batch_size} images in one process")
+    else:
+        height, width = options.size
+        corners = torch.rand(options.batch_size, 8, 2) * torch.tensor([width, height]) * 0.7
+        sides = torch.rand(options.batch_size, 8, 2) * torch.tensor([width, height]) * 0.25 + 4
+        boxes, labels = torch.cat([corners, corners + sides], dim=2), torch.arange(8)
+        samples = [(torch.rand(3, height, width), {"boxes": b, "labels": labels}) for b in boxes]
+    images, targets = to_device(collate(samples), options.device)
+    figures, peaks = bench(
+        options.model,
+        images,
+        targets,
+        num_classes,
+        options.size,
+        options.device,
+        options.precision,
+        options.rounds,
+    )
+    print(table(figures, peaks))
+    if options.out:
+        settings = {
+            name: getattr(options, name)
+            for name in ("model", "data", "size", "batch_size", "precision", "rounds", "device")
+        }
+        record = {**settings, "torch": torch.__version__, "ms": figures, "peak_gib": peaks}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"figures: {options.out}")

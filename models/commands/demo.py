@@ -1,0 +1,53 @@
+"""python -m models demo: train on trees, evaluate, draw, time the kernels."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+from models.commands.common import CHECKPOINT
+from models.data import open_data, prepare_backbone_weights
+from models.draw import draw_comparison
+from models.evaluate import detect, evaluate, save_results, to_results
+from models.recipes import RECIPES
+from models.train import keep_freed_memory, train
+
+HELP = "train on trees, evaluate, draw, time the kernels"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(options: argparse.Namespace) -> None:
+    from benchmarks import quick_table
+
+    keep_freed_memory()
+    start = time.monotonic()
+    recipe = dataclasses.replace(RECIPES["trees"], seed=options.seed)
+    prepare_backbone_weights(recipe.model.backbone)
+    data, val = open_data("trees", "train"), open_data("trees", "val")
+    backbone, crowns = recipe.model.backbone, len(data.coco.anns)
+    print(f"Training RetinaNet ({backbone}) on an aerial photograph with {crowns} tree crowns.")
+    model = train(recipe, data, options.out / CHECKPOINT, device=options.device)
+
+    print(
+        f"Evaluating on a photograph of another place with {len(val.coco.anns)} crowns: "
+        f"{recipe.max_detections} detections count, where COCO lets 100."
+    )
+    image, truth = val[0]
+    detections = detect(model, recipe, image)
+    results = to_results(val.image_ids[0], detections, list(val.categories))
+    save_results(options.out / "results.json", results)
+    figures = evaluate(val.coco, results, recipe.max_detections)
+    picture = options.out / "trees.png"
+    title = f"Tree crowns: AP50 {figures['AP50']:.3f}, AP {figures['AP']:.3f}"
+    draw_comparison(picture, title, image, detections, truth)
+    print(f"The picture of detections beside the ground truth: {picture}")
+    print(f"Training and evaluation took {(time.monotonic() - start) / 60:.1f} minutes.\n")
+    quick_table()

@@ -1,0 +1,83 @@
+"""python -m models study: a comparison of the paper's, with several seeds: table and picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from models.checkpoint import load_model
+from models.commands.common import CHECKPOINT, DATA_HELP, find_recipe
+from models.data import open_data, prepare_backbone_weights
+from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
+from models.train import keep_freed_memory, train, training_stream
+
+HELP = "a comparison of the paper's, with several seeds: table and picture"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=(*STUDIES, DISTRIBUTION))
+    parser.add_argument(
+        "--data", default="trees", metavar="DIR", help=f"{DATA_HELP} (default: trees)"
+    )
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--val-split", default="val")
+    parser.add_argument("--recipe", help="as in train; the study changes what it compares")
+    parser.add_argument("--steps", type=int, help="of each run (default: the recipe's)")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("study"),
+        metavar="DIR",
+        help="runs that its record holds are not repeated (default: %(default)s)",
+    )
+    parser.add_argument("--no-pretrained", action="store_true", help="as in train")
+    parser.add_argument(
+        "--checkpoint", type=Path, help=f"of {DISTRIBUTION}: a trained model (default: trains one)"
+    )
+    parser.add_argument(
+        "--images", type=int, default=64, help=f"of {DISTRIBUTION}: samples (default: %(default)s)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    keep_freed_memory()
+    recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
+    data, val = (open_data(options.data, s) for s in (options.split, options.val_split))
+    recipe = with_model(recipe, num_classes=len(data.categories))
+    if options.steps is not None:
+        recipe = dataclasses.replace(
+            recipe, steps=options.steps, warmup_steps=min(recipe.warmup_steps, options.steps // 10)
+        )
+    pretrained = not options.no_pretrained
+    if pretrained and options.checkpoint is None:
+        prepare_backbone_weights(recipe.model.backbone)
+    if options.name != DISTRIBUTION:
+        table = run_study(
+            options.name,
+            recipe,
+            data,
+            val,
+            options.out,
+            seeds=options.seeds,
+            device=options.device,
+            pretrained=pretrained,
+        )
+    else:
+        if options.checkpoint is not None:
+            model, recipe, _ = load_model(options.checkpoint, options.device)
+            source = options.checkpoint.name
+        else:
+            checkpoint = options.out / CHECKPOINT
+            model = train(recipe, data, checkpoint, device=options.device, pretrained=pretrained)
+            source = f"{recipe.steps} steps on {data.annotation_file.name}"
+        table = run_distribution(
+            model,
+            training_stream(recipe, data),
+            options.out,
+            source,
+            options.images,
+            options.device,
+        )
+    print(f"\n{table.read_text()}\n{table.with_suffix('.png')}")

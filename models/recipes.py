@@ -1,0 +1,148 @@
+"""Recipes: a model and how it is trained and run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from models.retinanet import RetinaNetConfig, as_tuples, octave_sizes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and how it is trained and run. The defaults are the paper's, for COCO."""
+
+    model: RetinaNetConfig = field(default_factory=RetinaNetConfig)
+    steps: int = 90_000
+    batch_size: int = 16  # of all processes together
+    accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
+    compile: bool = False  # the backbone, the head and the loss, by torch.compile
+    seed: int = 0
+    # Optimisation
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.01
+    weight_decay: float = 1e-4
+    schedule: Literal["steps", "cosine"] = "steps"
+    drops: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run: where "steps" divides the rate by ten
+    warmup_steps: int = 500
+    clip_norm: float | None = None
+    ema_decay: float | None = (
+        None  # of a running average of the weights, which is then what is evaluated
+    )
+    # Samples
+    crop: int | None = None  # the side of random squares to train on, instead of whole images
+    crop_zoom: tuple[float, float] = (1.0, 1.0)
+    dihedral: bool = False  # all eight symmetries of the square instead of the horizontal flip
+    photometric: bool = False
+    # Evaluation
+    window: int | None = None  # the side of overlapping windows to detect in, for large images
+    window_overlap: int = 128
+    symmetries: bool = False  # detect in all eight symmetries of the image, and let the boxes vote
+    max_detections: int = 100  # an image
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
+        own = {name: as_tuples(value) for name, value in values.items() if name != "model"}
+        return cls(**own, model=RetinaNetConfig.from_dict(values["model"]))
+
+
+# For two CPU cores: a small model, and anchors for tree crowns, 8 to 107 pixels wide. They are large
+# for their strides (8 and 16), or crowns would lie too far from the nearest anchor to match it.
+# There is one photograph to learn from: longer training fits it better and other places worse.
+TREES = Recipe(
+    model=RetinaNetConfig(
+        num_classes=1,
+        backbone="mobilenet_v2",
+        trainable_stages=3,
+        max_level=4,
+        pyramid_channels=96,
+        head_depth=2,
+        head_std=None,
+        anchor_sizes=((14, 20, 28, 40), (52, 68, 88, 112)),
+        aspect_ratios=(1.0,),
+        score_threshold=0.02,
+        detections_per_image=1000,
+        nms_threshold=0.4,
+        gamma=0.5,
+        alpha=0.5,
+        box_loss="giou",
+        min_size=None,
+    ),
+    steps=500,
+    batch_size=8,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="cosine",
+    warmup_steps=50,
+    clip_norm=10.0,
+    ema_decay=0.99,
+    crop=256,
+    crop_zoom=(0.67, 1.5),
+    dihedral=True,
+    photometric=True,
+    window=512,
+    symmetries=True,
+    max_detections=1000,
+)
+
+# For a few hundred photographs and two CPU cores: ten minutes.
+SMALL = Recipe(
+    model=RetinaNetConfig(
+        backbone="mobilenet_v2",
+        trainable_stages=3,
+        max_level=5,
+        pyramid_channels=96,
+        head_depth=2,
+        head_std=None,
+        anchor_sizes=octave_sizes(24, 48, 96),
+        box_loss="giou",
+        score_threshold=0.02,
+        detections_per_image=100,
+        min_size=240,
+        max_size=400,
+    ),
+    steps=700,
+    batch_size=8,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="cosine",
+    warmup_steps=50,
+    clip_norm=10.0,
+    ema_decay=0.99,
+    photometric=True,
+)
+
+# The published recipes in terms of this one: 12 epochs of COCO's train2017, and torchvision's 26
+# for the model that it calls v2.
+R101 = Recipe(model=RetinaNetConfig(backbone="resnet101"))
+V2 = Recipe(
+    model=RetinaNetConfig(
+        frozen_batch_norm=False,
+        p6_from="c5",
+        head_norm_groups=32,
+        box_loss="giou",
+        min_size=tuple(range(480, 801, 32)),
+    ),
+    steps=190_000,
+    optimizer="adamw",
+    learning_rate=1e-4,
+    weight_decay=0.05,
+    drops=(16 / 26, 22 / 26),
+)
+
+RECIPES = {
+    "coco": Recipe(),
+    "coco_r101": R101,
+    "coco_v2": V2,
+    "small": SMALL,
+    "trees": TREES,
+}
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
