@@ -116,6 +116,18 @@ def archs_for(nvcc: str) -> list[str]:
     return archs if gpus else [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
+def find_ninja() -> list[str]:
+    if find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    return [find_tool("ninja", "pip install ninja")]
+
+
+def find_tool(name: str, remedy: str) -> str:
+    if shutil.which(name) is None:
+        raise SystemExit(f"building focalops needs {name}, and it was not found: {remedy}")
+    return name
+
+
 def gencode(arch: str) -> list[str]:
     number = arch.removesuffix("+PTX").replace(".", "")
     codes = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
@@ -165,13 +177,13 @@ class BuildNative(build_ext):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(self.ninja) + "\n")
 
-        ninja = [sys.executable, "-m", "ninja"] if find_spec("ninja") else ["ninja"]
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        if subprocess.run([*ninja, "-f", path, "-j", jobs]).returncode:
+        if subprocess.run([*find_ninja(), "-f", path, "-j", jobs]).returncode:
             raise CompileError("ninja failed; what it printed above says why")
 
     def add_libraries(self) -> None:
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        cxx = shlex.split(os.environ.get("CXX") or "g++")
+        find_tool(cxx[0], "install a C++17 compiler, such as g++, or set CXX to one")
         cxx_flags = [*COMMON_FLAGS, *CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         headers = ["-isystem", str(self.torch / "include")]
         libtorch = [f"-L{self.torch / 'lib'}", "-ltorch_cpu"]

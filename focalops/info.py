@@ -1,6 +1,10 @@
 """What is installed, and what of it can be used here: `python -m focalops.info`."""
 
+import contextlib
+import os
 import re
+import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -26,6 +30,18 @@ def ops() -> dict[str, list[str]]:
         for name in sorted(names)
         if name.startswith("focalops::")
     }
+
+
+@contextlib.contextmanager
+def stdout_may_close() -> Iterator[None]:
+    """Lets a program end quietly when the reader of its output, such as `head`, has seen enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def main() -> None:
@@ -58,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stdout_may_close():
+        main()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from detections import assert_same_detections
 from test_models_convert import MODELS, batch, resnet18_fpn, with_many_detections
 from torch import nn
 from torchvision.models.detection import FCOS, RetinaNet, ssdlite320_mobilenet_v3_large
@@ -54,9 +55,7 @@ def assert_same(accelerated: nn.Module, original: nn.Module) -> None:
         found, expected = accelerated.eval()(images), original.eval()(images)
     assert sum(len(e["boxes"]) for e in expected) > 300
     for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a["labels"], b["labels"])
-        torch.testing.assert_close(a["scores"], b["scores"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=1e-5, atol=1e-3)
+        assert_same_detections(a, b, scores=(1e-5, 1e-6), boxes=(1e-5, 1e-3))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -230,9 +229,7 @@ def test_fcos_and_ssd_equal_the_originals(make, replaced, monkeypatch) -> None:
         found, expected = model.model.eval()(images), original.eval()(images)
     assert sum(len(e["boxes"]) for e in expected) > 200
     for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a["labels"], b["labels"])
-        torch.testing.assert_close(a["scores"], b["scores"], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(a["boxes"], b["boxes"], rtol=1e-5, atol=1e-3)
+        assert_same_detections(a, b, scores=(1e-5, 1e-6), boxes=(1e-5, 1e-3))
     if make is small_ssd:  # class 0 is background, and its batch norms need two images
         for target in targets:
             target["labels"] = target["labels"] + 1

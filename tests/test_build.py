@@ -78,6 +78,12 @@ def test_info():
     assert "CPU" in rows["sigmoid_focal_loss"]
 
 
+def test_info_ends_quietly_when_its_reader_leaves():
+    command = f"{sys.executable} -u -m focalops.info | true"
+    result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert result.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("archs", "capability", "runs"),
     [
@@ -117,24 +123,59 @@ def test_nvcc_of_wheels(find_nvcc, monkeypatch, tmp_path):
     assert find_nvcc("99.1") == (nvcc, "99.1")
 
 
-def test_sdist_holds_what_the_build_needs(tmp_path):
+def test_sdist_builds_and_its_tests_are_collected(tmp_path):
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__")
-    for directory in ("csrc", "focalops"):
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for directory in ("csrc", "focalops", "models", "benchmarks", "tests"):
         shutil.copytree(ROOT / directory, source / directory, ignore=ignored)
     for path in ROOT.iterdir():
-        if path.is_file():
+        if path.is_file() and path.suffix not in (".pt", ".pt2"):
             shutil.copy(path, source)
     needed = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
-    needed -= {path.name for path in source.iterdir() if path.name.startswith(".")} | {"Makefile"}
+    needed -= {path.name for path in source.iterdir() if path.name.startswith(".")}
 
     result = run_python("setup.py", "--quiet", "sdist", "--dist-dir", str(tmp_path), cwd=source)
     assert result.returncode == 0, result.stderr
     (archive,) = tmp_path.glob("focalops-*.tar.gz")
     with tarfile.open(archive) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
-    assert needed <= held, needed - held
+        assert needed <= held, needed - held
+        tar.extractall(tmp_path)
+    unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
+    for library in (ROOT / "focalops").glob("*.so"):  # as a build would put them there
+        (unpacked / "focalops" / library.name).symlink_to(library)
+    collected = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", "--co", cwd=unpacked)
+    assert collected.returncode == 0, collected.stdout[-2000:]
+
+
+def build_without(monkeypatch, tmp_path, *tools):
+    """What `python setup.py build_ext` says where these cannot be found."""
+    setuptools = pytest.importorskip("setuptools")
+    found = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: None if name in tools else found(name))
+    setup = runpy.run_path(str(ROOT / "setup.py"))
+    monkeypatch.setitem(setup["find_ninja"].__globals__, "find_spec", lambda name: None)
+    command = setup["BuildNative"](setuptools.Distribution({"name": "focalops"}))
+    command.initialize_options()
+    command.build_temp = command.build_lib = str(tmp_path)
+    command.torch, command.pybind11, command.info = Path("torch"), "pybind11", {}
+    command.extensions = [setup["CPU"], setup["MODULE"]]
+    with pytest.raises(SystemExit) as error:
+        command.build_extensions()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tool", "remedy"),
+    [("ninja", "pip install ninja"), ("g++", "install a C\\+\\+17 compiler")],
+)
+def test_a_missing_build_tool_is_named(monkeypatch, tmp_path, tool, remedy):
+    monkeypatch.delenv("CXX", raising=False)
+    message = build_without(monkeypatch, tmp_path, tool)
+    assert re.fullmatch(
+        f"building focalops needs {re.escape(tool)}.*not found: {remedy}.*", message
+    )
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs binutils")

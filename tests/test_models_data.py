@@ -15,8 +15,8 @@ from models.data import (
     convert_voc,
     find_split,
     random_crop,
-    voc_to_coco,
 )
+from models.data.voc import voc_to_coco
 from models.windows import windows
 
 
