@@ -12,6 +12,7 @@ from models.commands import bench, configs, convert, demo, evaluate, export, pre
 from models.commands.common import first_line
 from models.data import DataError
 from models.distributed import process_group
+from models.outputs import reason
 from models.train import TrainingStopped
 
 COMMANDS = {
@@ -26,30 +27,37 @@ def main(arguments: list[str] | None = None) -> int:
         with process_group(options.device) as options.device:
             options.run(options)
     except (DataError, ValueError, TrainingStopped) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({first_line(error)}); {LESS_MEMORY}", file=sys.stderr)
-        return 1
+        return fail(str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return fail(f"out of memory ({first_line(error)}); {LESS_MEMORY}")
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's allocator of a CPU's memory
-            raise
-        print(f"error: out of memory ({first_line(error)}); {LESS_MEMORY}", file=sys.stderr)
-        return 1
+        message = first_line(error)
+        if "can't allocate memory" in str(error):  # torch's allocator of a CPU's memory
+            return fail(f"out of memory ({message}); {LESS_MEMORY}")
+        if message.startswith("DataLoader worker (pid"):
+            return fail(f"a process that loads images died ({message}); {FEWER_WORKERS}")
+        raise
     except URLError as error:
-        print(
-            f"error: the ImageNet weights could not be downloaded ({error.reason}); "
-            "--no-pretrained does without",
-            file=sys.stderr,
+        return fail(
+            f"the ImageNet weights could not be downloaded ({error.reason}); "
+            "--no-pretrained does without"
         )
-        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{reason(error)}")
     return 0
+
+
+def fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 1
 
 
 LESS_MEMORY = (
     "lower --batch-size, --min-size or --crop, compute a batch in pieces with --accumulate, or use "
     "--precision bfloat16"
 )
+FEWER_WORKERS = "lower --workers, or give it more memory, shared memory (/dev/shm) among it"
 
 
 def parser() -> argparse.ArgumentParser:

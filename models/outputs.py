@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from models.data.errors import DataError
 
@@ -70,3 +75,67 @@ def reason(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return "the disk is full"
     return error.strerror or str(error)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone, until it leaves or dies.
+
+    Loading processes do not inherit the lock, and a file system that has none goes without.
+    """
+    path = folder / ".lock"
+    with open_locked(path):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def open_locked(path: Path) -> IO[str]:
+    """The file, with this process's lock on it for as long as it is open."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise DataError(
+                f"{path.parent} is being written to by another process{f', {holder}' if holder else ''}"
+            ) from None
+        except OSError:
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
+                return file
+        file.close()  # its last holder has just removed it
+
+
+@contextlib.contextmanager
+def remade(folder: Path, names: Iterable[str]) -> Iterator[None]:
+    """For a command that may be repeated: it replaces the files that it made itself and no others.
+
+    Which those are is known by their digests, in a record beside them.
+    """
+    record = folder / ".made"
+    try:
+        made = json.loads(record.read_text())
+    except (OSError, ValueError):
+        made = {}
+    files = {name: folder / name for name in names}
+    for name, path in files.items():
+        if path.exists() and (not path.is_file() or made.get(name) != digest(path)):
+            raise DataError(f"{path} exists, and this command did not make it or it was changed")
+    try:
+        yield
+    finally:
+        found = {name: digest(path) for name, path in files.items() if path.is_file()}
+        write_whole(record, json.dumps(found, indent=1) + "\n")
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+LARGEST = 3.4028234663852886e38  # of float32
+
 
 @dataclass(frozen=True)
 class Range:
@@ -21,17 +23,19 @@ def whole(low: int, high: int = 2**31 - 1) -> Range:
     return Range(f"a whole number {above}", lambda x: type(x) is int and low <= x <= high)
 
 
-def real(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Range:
-    """Finite numbers from low to high; `above` and `below` leave the ends themselves out."""
-    lower = f"above {low:g}" if above else f"of at least {low:g}"
+def real(
+    low: float = -math.inf, high: float = math.inf, *, above: bool = False, below: bool = False
+) -> Range:
+    """Finite numbers from low to high, in float32 too; `above` and `below` leave the ends themselves out."""
+    lower = "" if low == -math.inf else f" above {low:g}" if above else f" of at least {low:g}"
     upper = "" if high == math.inf else f" and {'below' if below else 'at most'} {high:g}"
 
     def holds(x: Any) -> bool:
-        if type(x) not in (int, float) or not math.isfinite(x):
+        if type(x) not in (int, float) or not abs(x) <= LARGEST:
             return False
         return (x > low if above else x >= low) and (x < high if below else x <= high)
 
-    return Range(f"a finite number {lower}{upper}", holds)
+    return Range(f"a finite number{lower}{upper}", holds)
 
 
 def one_of(values: Sequence[Any]) -> Range:
@@ -45,6 +49,21 @@ def switch() -> Range:
 
 def optional(rule: Range) -> Range:
     return Range(f"{rule.text}, or nothing", lambda x: x is None or rule.holds(x))
+
+
+def either(*rules: Range) -> Range:
+    return Range(" or ".join(r.text for r in rules), lambda x: any(r.holds(x) for r in rules))
+
+
+def several(rule: Range, count: int | None = None, least: int = 1) -> Range:
+    """Tuples of so many values of one rule, or of at least so many."""
+    number = f"{least} or more" if count is None else f"{count}"
+
+    def holds(x: Any) -> bool:
+        fits = isinstance(x, tuple) and (len(x) >= least if count is None else len(x) == count)
+        return fits and all(rule.holds(item) for item in x)
+
+    return Range(f"{number} values, each {rule.text}", holds)
 
 
 def check(name: str, value: Any, rule: Range) -> None:
@@ -61,4 +80,13 @@ def option(field: str) -> str:
 def check_fields(config: Any, rules: Mapping[str, Range]) -> None:
     """Checks every field of a dataclass; one without a rule is a fault of the class."""
     for field in dataclasses.fields(config):
-        check(option(field.name), getattr(config, field.name), rules[field.name])
+        check(field.name, getattr(config, field.name), rules[field.name])
+
+
+def check_names(config: type, values: Any) -> None:
+    """Makes sure that the values are a dictionary and its keys fields of the dataclass."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{config.__name__} must be a dictionary, got {type(values).__name__}")
+    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(config)}, key=str)
+    if unknown:
+        raise ValueError(f"{config.__name__} has no {', '.join(map(str, unknown))}")

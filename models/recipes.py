@@ -7,7 +7,20 @@ from typing import Any, Literal
 
 import torch
 
-from models.retinanet import RetinaNetConfig, as_tuples, octave_sizes
+from models.config import RetinaNetConfig, as_tuples, octave_sizes
+from models.ranges import (
+    Range,
+    check_fields,
+    check_names,
+    one_of,
+    optional,
+    real,
+    several,
+    switch,
+    whole,
+)
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -43,11 +56,61 @@ class Recipe:
     symmetries: bool = False  # detect in all eight symmetries of the image, and let the boxes vote
     max_detections: int = 100  # an image
 
+    def __post_init__(self) -> None:
+        check_fields(self, RANGES)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate, {self.accumulate}, "
+                f"got {self.batch_size}"
+            )
+        if list(self.drops) != sorted(self.drops):
+            raise ValueError(f"drops must ascend, got {self.drops}")
+        low, high = self.crop_zoom
+        if low > high:
+            raise ValueError(f"crop_zoom must be the lower and the higher limit, got {low}, {high}")
+        if self.crop is not None and round(self.crop / high) < 1:
+            raise ValueError(
+                f"crop must be at least a pixel at the highest crop_zoom, {high}, got {self.crop}"
+            )
+        if self.window is not None and self.window <= self.window_overlap:
+            raise ValueError(
+                f"window must be larger than window_overlap, {self.window_overlap}, "
+                f"got {self.window}"
+            )
+
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+    def from_dict(cls, values: Any) -> Recipe:
         """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
+        check_names(cls, values)
         own = {name: as_tuples(value) for name, value in values.items() if name != "model"}
-        return cls(**own, model=RetinaNetConfig.from_dict(values["model"]))
+        return cls(**own, model=RetinaNetConfig.from_dict(values.get("model")))
+
+
+RANGES = {
+    "model": Range("a RetinaNetConfig", lambda x: isinstance(x, RetinaNetConfig)),
+    "steps": whole(1),
+    "batch_size": whole(1),
+    "accumulate": whole(1),
+    "precision": one_of(tuple(PRECISIONS)),
+    "compile": switch(),
+    "seed": whole(0, 2**63 - 1),
+    "optimizer": one_of(("sgd", "adamw")),
+    "learning_rate": real(0, above=True),
+    "weight_decay": real(0),
+    "schedule": one_of(("steps", "cosine")),
+    "drops": several(real(0, 1), least=0),
+    "warmup_steps": whole(0),
+    "clip_norm": optional(real(0, above=True)),
+    "ema_decay": optional(real(0, 1, below=True)),
+    "crop": optional(whole(1)),
+    "crop_zoom": several(real(0, above=True), 2),
+    "dihedral": switch(),
+    "photometric": switch(),
+    "window": optional(whole(1)),
+    "window_overlap": whole(0),
+    "symmetries": switch(),
+    "max_detections": whole(1),
+}
 
 
 # For two CPU cores: a small model, and anchors for tree crowns, 8 to 107 pixels wide. They are large
@@ -143,6 +206,3 @@ RECIPES = {
     "small": SMALL,
     "trees": TREES,
 }
-
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,8 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torchvision
@@ -27,91 +26,33 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenB
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from focalops import AnchorGenerator, class_index_targets, dense_box_loss, detect, match_anchors
-from models.losses import CLASSIFICATION_LOSSES, classification_loss
+from models.config import (
+    BACKBONES,
+    BOX_LOSSES,
+    RESNET_STAGES,
+    TIMM,
+    RetinaNetConfig,
+    as_tuples,
+    octave_sizes,
+)
+from models.losses import classification_loss
+
+__all__ = [
+    "BACKBONES",
+    "BOX_LOSSES",
+    "RESNET_STAGES",
+    "TIMM",
+    "Detections",
+    "RetinaNet",
+    "RetinaNetConfig",
+    "Target",
+    "as_tuples",
+    "octave_sizes",
+]
 
 # "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64 and, where some are crowds, "iscrowd" (M,) bool
 Target = dict[str, Tensor]
 Detections = dict[str, Tensor]  # "boxes" (D, 4), "scores" (D,), "labels" (D,), best first
-
-
-def octave_sizes(*bases: int) -> tuple[tuple[int, ...], ...]:
-    """Three anchor sizes a level, a third of an octave apart, cut to integers as torchvision's."""
-    return tuple((base, int(base * 2 ** (1 / 3)), int(base * 2 ** (2 / 3))) for base in bases)
-
-
-@dataclass(frozen=True)
-class RetinaNetConfig:
-    """The defaults are torchvision's retinanet_resnet50_fpn."""
-
-    num_classes: int = 91
-    # Network
-    backbone: str = "resnet50"
-    trainable_stages: int = (
-        3  # of the five, counted from the top; the rest keeps its ImageNet weights
-    )
-    frozen_batch_norm: bool = True
-    batch_norm_eps: float = 1e-5
-    min_level: int = 3  # the stride of level l is 2**l
-    max_level: int = 7
-    pyramid_channels: int = 256
-    p6_from: Literal["p5", "c5"] = "p5"
-    head_depth: int = 4  # 3x3 convolutions before the last one
-    head_norm_groups: int | None = None  # of a GroupNorm behind each of them; None: no norm
-    head_std: float | None = 0.01  # of their first weights; None keeps the variance (He et al.)
-    prior_probability: float = 0.01
-    # Anchors, one entry a level
-    anchor_sizes: tuple[tuple[int, ...], ...] = octave_sizes(32, 64, 128, 256, 512)
-    aspect_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
-    # Loss
-    fg_iou_threshold: float = 0.5
-    bg_iou_threshold: float = 0.4
-    classification_loss: Literal["focal", "focal_star", "ohem", "hinge"] = "focal"
-    alpha: float = 0.25
-    gamma: float = 2.0
-    beta: float = 1.0  # of focal_star
-    normalizer: Literal["image", "batch"] = "image"
-    box_loss: Literal["l1", "smooth_l1", "iou", "giou", "diou", "ciou"] = "l1"
-    # Detections
-    score_threshold: float = 0.05
-    nms_threshold: float = 0.5
-    topk_candidates: int = 1000  # a level, before NMS
-    detections_per_image: int = 300
-    # Images: the shorter side is resized to min_size (of several one is drawn for each image in
-    # training, and the last one used otherwise) unless the longer one would exceed max_size; with
-    # None images keep their size
-    min_size: int | tuple[int, ...] | None = 800
-    max_size: int = 1333
-    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.min_level <= self.max_level or self.max_level not in (2, 3, 4, 5, 7):
-            raise ValueError(
-                "min_level must be 2 or more and max_level at least min_level and 2..5 or 7, "
-                f"got min_level={self.min_level}, max_level={self.max_level}"
-            )
-        levels = self.max_level - self.min_level + 1
-        if len(self.anchor_sizes) != levels:
-            raise ValueError(
-                f"anchor_sizes must have one entry for each of the {levels} levels, "
-                f"got {len(self.anchor_sizes)}"
-            )
-        for name, known in (
-            ("classification_loss", CLASSIFICATION_LOSSES),
-            ("box_loss", BOX_LOSSES),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> RetinaNetConfig:
-        """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
-        return cls(**{name: as_tuples(value) for name, value in values.items()})
-
-
-def as_tuples(value: Any) -> Any:
-    return tuple(as_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 class RetinaNet(nn.Module):
@@ -259,9 +200,6 @@ def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
     return (total[0] / total[1]).expand(len(counts))
 
 
-BOX_LOSSES = ("l1", "smooth_l1", "iou", "giou", "diou", "ciou")
-
-
 def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else f"{len(targets)}"
@@ -283,27 +221,6 @@ def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:
 
 
 # ---- Backbone and pyramid -----------------------------------------------------------------------
-
-# The modules of each stage: stem, C2, C3, C4, C5. The output of a stage is that of its last module.
-RESNET_STAGES = (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",))
-MOBILENET_V2_STAGES = tuple(
-    tuple(f"features.{block}" for block in range(first, last + 1))
-    for first, last in ((0, 1), (2, 3), (4, 6), (7, 13), (14, 18))
-)
-EFFICIENTNET_STAGES = tuple(
-    tuple(f"features.{block}" for block in range(first, last + 1))
-    for first, last in ((0, 1), (2, 2), (3, 3), (4, 5), (6, 7))
-)
-RESNETS = (
-    *(f"resnet{depth}" for depth in (18, 34, 50, 101, 152)),
-    *("resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2", "wide_resnet101_2"),
-)
-BACKBONES = (
-    dict.fromkeys(RESNETS, RESNET_STAGES)
-    | {"mobilenet_v2": MOBILENET_V2_STAGES}
-    | {f"efficientnet_b{size}": EFFICIENTNET_STAGES for size in range(5)}
-)
-TIMM = "timm:"  # before the name of one of timm's models
 
 
 class Backbone(nn.Module):
@@ -333,10 +250,6 @@ class Backbone(nn.Module):
 
 
 def torchvision_body(config: RetinaNetConfig, pretrained: bool) -> nn.Module:
-    if config.backbone not in BACKBONES:
-        raise ValueError(
-            f"backbone must be one of {', '.join(BACKBONES)} or {TIMM}NAME, got {config.backbone!r}"
-        )
     stages = BACKBONES[config.backbone]
     classifier = torchvision.models.get_model(
         config.backbone,

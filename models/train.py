@@ -10,22 +10,29 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.checkpoint import load_checkpoint, save_checkpoint
-from models.data import CocoDataset, TrainingStream, collate, mix
+from models.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from models.data import CocoDataset, DataError, TrainingStream, collate, mix
 from models.distributed import rank, world_size
+from models.outputs import write_whole
 from models.recipes import PRECISIONS, Recipe
-from models.retinanet import RetinaNet
+from models.resume import check_same_run, fingerprint
+from models.retinanet import RetinaNet, Target
+from models.run_folder import BEST
+from models.validation import Validation
+
+Sample = tuple[Tensor, Target]
+Batch = tuple[list[Tensor], list[Target]]
 
 
 def train(
@@ -35,11 +42,13 @@ def train(
     *,
     device: str = "cpu",
     pretrained: bool = True,
+    initialise: Callable[[RetinaNet], None] | None = None,  # gives a new run other weights
     resume: bool = False,
     workers: int = 0,
     checkpoint_every: int = 1000,
     log: Callable[[int, dict[str, float]], None] | None = None,  # gets every step's figures
     saved: Callable[[int, RetinaNet], None] | None = None,  # gets the evaluation model after a save
+    validation: Validation | None = None,  # its best model goes to BEST beside checkpoint_file
 ) -> RetinaNet:
     """Trains, writes checkpoint_file now and then and at the end, returns the evaluation model.
 
@@ -50,9 +59,13 @@ def train(
     Raises:
         TrainingStopped: interrupted, after saving.
         TrainingDiverged: the loss was not finite; the last checkpoint is as it was.
+        DataError: an image cannot be read, a checkpoint not written, or the run to resume is
+            another one.
     """
     torch.manual_seed(recipe.seed)
     model = RetinaNet(recipe.model, pretrained_backbone=pretrained and not resume)
+    if initialise is not None and not resume:
+        initialise(model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = (
         AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
@@ -63,41 +76,67 @@ def train(
     optimizer = build_optimizer(recipe, model)
     kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
-    state = {"model": model, "average": average, "optimizer": optimizer, "scaler": scaler}
+    modules: dict[str, nn.Module] = {"model": model}
+    if average is not None:
+        modules["average"] = average
+    others = {
+        name: part
+        for name, part in (("validation", validation), ("log", log))
+        if isinstance(part, Resumable)
+    }
 
     start = 0
     if resume:
         checkpoint = load_checkpoint(checkpoint_file)
-        for name, part in state.items():
-            if part is not None:
-                part.load_state_dict(checkpoint[name])
+        check_same_run(checkpoint_file, checkpoint, recipe, data, world_size())
+        restore(checkpoint_file, checkpoint, modules, optimizer, scaler)
         start = checkpoint["step"]
+        for name, part in others.items():
+            part.resume(start, checkpoint.get(name))
 
     stream = training_stream(recipe, data)
-    shares = batches(recipe, start, rank(), world_size())
+    shares = Batches(recipe, start, rank(), world_size())
     loader = DataLoader(
-        stream,
+        ErrorsAsSamples(stream),
         batch_sampler=shares,  # type: ignore[arg-type]
-        collate_fn=collate,
+        collate_fn=collate_unless_error,
         num_workers=workers,
         pin_memory=kind == "cuda",
         generator=torch.Generator(),  # of its own, or it draws a seed from the global one
         worker_init_fn=ignore_interrupt,
     )
+    constant = {
+        "recipe": dataclasses.asdict(recipe),
+        "categories": data.categories,
+        "world_size": world_size(),
+        "data": fingerprint(data),
+    }
 
-    def save(done: int) -> None:
+    def save(done: int, file: Path) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
             raise not_finite(recipe, stream, shares, done - 1, checkpoint_file)
         if rank() == 0:
-            save_checkpoint(
-                checkpoint_file,
-                {name: part.state_dict() for name, part in state.items() if part is not None}
-                | {
-                    "step": done,
-                    "recipe": dataclasses.asdict(recipe),
-                    "categories": data.categories,
-                },
-            )
+            parts: dict[str, Any] = {**modules, "optimizer": optimizer, "scaler": scaler, **others}
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_checkpoint(file, {**states, "step": done, **constant})
+
+    def finish(done: int, figures: dict[str, float], stop: bool = False) -> None:
+        """Evaluates, logs and saves what is due after a step."""
+        best = False
+        if validation is not None and not stop and validation.due(done, recipe.steps):
+            best = validation(done, evaluation_model)
+            figures = figures | validation.figures
+            model.train()
+        if log is not None and rank() == 0 and figures:
+            log(done, figures)
+        if best:
+            save(done, checkpoint_file.with_name(BEST))
+        over = done == recipe.steps or (validation is not None and validation.exhausted)
+        if stop or over or done % checkpoint_every == 0:
+            save(done, checkpoint_file)
+            if saved is not None and rank() == 0 and not stop:
+                saved(done, evaluation_model.eval())
+                model.train()
 
     if recipe.compile:  # not before: the average is a copy to be evaluated
         model.backbone.compile()
@@ -115,13 +154,17 @@ def train(
         disable=rank() != 0,
     )
     with progress, stop_signals() as stop:
+        if start and validation is not None and validation.due(start, recipe.steps):
+            finish(start, {})  # the run was interrupted before this evaluation
         for step in range(start, recipe.steps):
+            if validation is not None and validation.exhausted:
+                break
             torch.manual_seed(mix(recipe.seed, 2, step, rank()))  # sizes are drawn in the model
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * lr_factor(recipe, step)
             report = StepReport(device, stop)
             for piece in range(recipe.accumulate):
-                images, targets = to_device(next(samples), device)
+                images, targets = to_device(or_raise(next(samples)), device)
                 last = piece == recipe.accumulate - 1
                 with (
                     contextlib.nullcontext() if last or parallel is model else parallel.no_sync(),
@@ -154,20 +197,53 @@ def train(
                 | memory(device),
                 refresh=False,
             )
-            if log is not None and rank() == 0:
-                log(done, {**figures, "learning_rate": optimizer.param_groups[0]["lr"]})
-            if report.stop_requested and done < recipe.steps:
-                save(done)
+            interrupted = report.stop_requested and done < recipe.steps
+            finish(
+                done,
+                {**figures, "learning_rate": optimizer.param_groups[0]["lr"]},
+                stop=interrupted,
+            )
+            if interrupted:
                 raise TrainingStopped(
                     f"interrupted after step {done} of {recipe.steps}; {checkpoint_file} holds "
                     "it, and --resume goes on"
                 )
-            if done % checkpoint_every == 0 or done == recipe.steps:
-                save(done)
-                if saved is not None and rank() == 0:
-                    saved(done, evaluation_model.eval())
-                    model.train()
     return evaluation_model.eval()
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What has a state of its own in a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def resume(self, step: int, state: dict[str, Any] | None) -> None: ...
+
+
+def restore(
+    file: Path,
+    checkpoint: dict[str, Any],
+    modules: dict[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    missing = [n for n in (*modules, "optimizer", "scaler", "step") if n not in checkpoint]
+    if missing:
+        raise DataError(f"{file} holds no state of training to go on from: it has no {missing[0]}")
+    for name, module in modules.items():
+        load_weights(module, checkpoint[name], file)
+    try:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{file} holds another optimizer's state ({error})") from None
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
+                raise DataError(
+                    f"{file} holds another optimizer's state: {name} must have shape "
+                    f"{tuple(parameter.shape)}, got {tuple(value.shape)}"
+                )
 
 
 def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
@@ -190,17 +266,64 @@ class TrainingDiverged(TrainingStopped):
     """A loss or a weight was not finite."""
 
 
-def batches(recipe: Recipe, start: int, rank: int, world_size: int) -> list[list[int]]:
-    """The samples of a rank from step `start` on, one list a forward pass."""
-    size, rest = divmod(recipe.batch_size, world_size * recipe.accumulate)
-    if rest or not size:
-        raise ValueError(
-            f"batch_size must be a multiple of {world_size} processes x accumulate "
-            f"{recipe.accumulate}, got {recipe.batch_size}"
-        )
-    pieces = range(start * recipe.accumulate, recipe.steps * recipe.accumulate)
-    firsts = (piece * size * world_size + rank * size for piece in pieces)
-    return [list(range(first, first + size)) for first in firsts]
+class Batches(Sequence[list[int]]):
+    """The samples of a rank from step `start` on, one list a forward pass, made when asked for."""
+
+    def __init__(self, recipe: Recipe, start: int, rank: int, world_size: int) -> None:
+        self.size, rest = divmod(recipe.batch_size, world_size * recipe.accumulate)
+        if rest or not self.size:
+            raise ValueError(
+                f"batch_size must be a multiple of {world_size} processes x accumulate "
+                f"{recipe.accumulate}, got {recipe.batch_size}"
+            )
+        self.rank, self.world_size, self.accumulate = rank, world_size, recipe.accumulate
+        self.pieces = range(start * recipe.accumulate, recipe.steps * recipe.accumulate)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    @overload
+    def __getitem__(self, index: int) -> list[int]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[list[int]]: ...
+
+    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
+        pieces = self.pieces[index]
+        return self._of(pieces) if isinstance(pieces, int) else [self._of(p) for p in pieces]
+
+    def of_step(self, step: int) -> list[int]:
+        first = step * self.accumulate
+        return [n for piece in range(first, first + self.accumulate) for n in self._of(piece)]
+
+    def _of(self, piece: int) -> list[int]:
+        first = (piece * self.world_size + self.rank) * self.size
+        return list(range(first, first + self.size))
+
+
+class ErrorsAsSamples(Dataset):
+    """Hands the errors of the user's files on: raised in a loading process they would arrive as a
+    traceback of that process."""
+
+    def __init__(self, stream: TrainingStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, n: int) -> Sample | DataError | ValueError:
+        try:
+            return self.stream[n]
+        except (DataError, ValueError) as error:
+            return error
+
+
+def collate_unless_error(samples: list[Any]) -> Any:
+    errors = [sample for sample in samples if isinstance(sample, Exception)]
+    return errors[0] if errors else collate(samples)
+
+
+def or_raise(batch: Any) -> Batch:
+    if isinstance(batch, Exception):
+        raise batch
+    return cast(Batch, batch)
 
 
 def ignore_interrupt(worker: int) -> None:
@@ -208,9 +331,7 @@ def ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_device(
-    batch: tuple[list[Tensor], list[dict[str, Tensor]]], device: str
-) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+def to_device(batch: Batch, device: str) -> Batch:
     images, targets = batch
     return [image.to(device, non_blocking=True) for image in images], [
         {name: value.to(device, non_blocking=True) for name, value in target.items()}
@@ -282,17 +403,16 @@ def stop_signals() -> Iterator[list[int]]:
 def not_finite(
     recipe: Recipe,
     stream: TrainingStream,
-    shares: list[list[int]],
+    shares: Batches,
     step: int,
     checkpoint_file: Path,
 ) -> TrainingDiverged:
     """The error; writes which images this rank's share of the batch was made of."""
-    pieces = shares[-(recipe.steps - step) * recipe.accumulate :][: recipe.accumulate]
-    files = [str(stream.image_path(n)) for piece in pieces for n in piece]
+    files = [str(stream.image_path(n)) for n in shares.of_step(step)]
     suffix = f"-rank{rank()}" if world_size() > 1 else ""
     report = checkpoint_file.with_name(f"not-finite{suffix}.json")
     report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text(json.dumps({"step": step + 1, "images": files}, indent=1) + "\n")
+    write_whole(report, json.dumps({"step": step + 1, "images": files}, indent=1) + "\n")
     return TrainingDiverged(
         f"the loss or the weights of step {step + 1} are not finite: the images of its batch are named in {report}, "
         "and the last checkpoint is as it was; a lower --learning-rate, a longer --warmup-steps or "

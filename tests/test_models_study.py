@@ -136,13 +136,16 @@ def test_loss_study(coco, recipe_file, tmp_path):
 
 
 def test_a_run_that_diverges_is_a_result(coco, tmp_path, monkeypatch):
-    with_nan = dataclasses.replace(RECIPE, learning_rate=math.nan)
+    diverging = dataclasses.replace(RECIPE, learning_rate=1e30, weight_decay=1e30)
     monkeypatch.setitem(
         study.STUDIES,
         "loss",
         dataclasses.replace(
             study.STUDIES["loss"],
-            variants=lambda recipe: [study.Variant("a", recipe, 1.0), study.Variant("b", with_nan)],
+            variants=lambda recipe: [
+                study.Variant("a", recipe, 1.0),
+                study.Variant("b", diverging),
+            ],
         ),
     )
     train, val = (open_data(coco, split) for split in ("train2017", "val2017"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -17,36 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 from models_fixtures import make_coco_folder
+from tiny_backbone import TINY_RECIPE
 
 from models import train as training
 from models.__main__ import main
 from models.checkpoint import load_checkpoint, save_checkpoint
-from models.data import CocoDataset
+from models.data import CocoDataset, DataError
 from models.log import Log
 from models.recipes import Recipe
-from models.retinanet import RetinaNetConfig, normalizers
-from models.train import TrainingStopped, batches, lr_factor, train
+from models.retinanet import normalizers
+from models.train import Batches, TrainingStopped, lr_factor, train
 
-RECIPE = Recipe(
-    model=RetinaNetConfig(
-        num_classes=2,
-        backbone="resnet18",
-        trainable_stages=2,
-        max_level=5,
-        pyramid_channels=32,
-        head_depth=1,
-        anchor_sizes=((16,), (32,), (64,)),
-        aspect_ratios=(1.0,),
-        min_size=(48, 64, 80),  # drawn from the global generator
-    ),
-    steps=4,
-    batch_size=2,
-    optimizer="adamw",
-    learning_rate=1e-3,
-    warmup_steps=2,
-    schedule="cosine",
-    ema_decay=0.9,
-)
+RECIPE = TINY_RECIPE
+CATEGORIES = {1: "a", 2: "b"}
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +104,17 @@ def test_ctrl_c_saves(data: CocoDataset, tmp_path: Path, number: int) -> None:
 def test_checkpoints_are_replaced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.pt"
     recipe = dataclasses.asdict(RECIPE)
-    content = {"model": {}, "recipe": recipe, "categories": {}}
+    content = {"model": {}, "recipe": recipe, "categories": CATEGORIES}
     save_checkpoint(path, {**content, "step": 1})
 
     def broken(state: dict, file) -> None:
         file.write(b"half a check")
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        DataError, match=r"checkpoint.pt cannot be written \(the disk is full\); what"
+    ):
         save_checkpoint(path, {**content, "step": 2})
     assert load_checkpoint(path)["step"] == 1
 
@@ -144,7 +129,7 @@ def save_for_ever(path: Path, content: dict) -> None:
 def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     weights = {str(i): torch.full((50_000,), float(i)) for i in range(20)}
-    content = {"model": weights, "recipe": dataclasses.asdict(RECIPE), "categories": {}}
+    content = {"model": weights, "recipe": dataclasses.asdict(RECIPE), "categories": CATEGORIES}
     save_checkpoint(path, {**content, "step": 0})
     process_type = multiprocessing.get_context("fork").Process
     steps = []
@@ -163,15 +148,17 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint(tmp_path: Path) -> None:
 # ---- Nonsense -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rate", "checkpoint_every"), [(1e38, 1000), (math.inf, 1)])
+@pytest.mark.parametrize(("decay", "checkpoint_every"), [(0.0, 1000), (1e30, 1)])
 def test_what_is_not_finite_stops(
-    data: CocoDataset, tmp_path: Path, rate: float, checkpoint_every: int
+    data: CocoDataset, tmp_path: Path, decay: float, checkpoint_every: int
 ) -> None:
     """Of the losses before a step, of the weights before they are saved."""
     path = tmp_path / "checkpoint.pt"
     train(dataclasses.replace(RECIPE, steps=1), data, path, pretrained=False)
     before = path.read_bytes()
-    diverging = dataclasses.replace(RECIPE, learning_rate=rate, optimizer="sgd", warmup_steps=0)
+    diverging = dataclasses.replace(
+        RECIPE, learning_rate=1e38, weight_decay=decay, optimizer="sgd", warmup_steps=0
+    )
     with pytest.raises(TrainingStopped, match=r"are not finite: .*not-finite\.json, and the last"):
         train(diverging, data, path, pretrained=False, checkpoint_every=checkpoint_every)
     assert path.read_bytes() == before
@@ -222,12 +209,12 @@ def test_learning_rate() -> None:
 
 def test_ranks_share_a_batch() -> None:
     recipe = dataclasses.replace(RECIPE, steps=3, batch_size=12, accumulate=2)
-    shares = [batches(recipe, 1, rank, 3) for rank in range(3)]
+    shares = [Batches(recipe, 1, rank, 3) for rank in range(3)]
     for step in (1, 2):
         samples = [n for share in shares for piece in share[2 * step - 2 : 2 * step] for n in piece]
         assert sorted(samples) == list(range(12 * step, 12 * step + 12))
     with pytest.raises(ValueError, match="multiple of 5 processes x accumulate 2, got 12"):
-        batches(recipe, 0, 0, 5)
+        Batches(recipe, 0, 0, 5)
 
 
 def test_normalizers() -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from models.data import DataError
 from models.recipes import RECIPES, Recipe
+from models.run_folder import CHECKPOINT
 
-CHECKPOINT = "checkpoint.pt"
+__all__ = ["CHECKPOINT", "DATA_HELP", "find_recipe", "first_line"]
+
 DATA_HELP = "a COCO-format folder, or 'trees', the built-in aerial photographs"
 
 
@@ -21,7 +23,7 @@ def find_recipe(name: str) -> Recipe:
         raise DataError(
             f"the recipe must be one of {', '.join(RECIPES)} or a file, got {name!r}"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"the file {name} is no recipe ({first_line(error)})") from None
 
 

@@ -7,11 +7,13 @@ import dataclasses
 import time
 from pathlib import Path
 
+from models.checkpoint import expected_bytes
 from models.commands.common import CHECKPOINT
 from models.data import open_data, prepare_backbone_weights
 from models.draw import draw_comparison
 from models.evaluate import detect, evaluate, save_results, to_results
-from models.recipes import RECIPES
+from models.outputs import claim_folder, locked, remade
+from models.recipes import RECIPES, Recipe
 from models.train import keep_freed_memory, train
 
 HELP = "train on trees, evaluate, draw, time the kernels"
@@ -27,9 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from benchmarks import quick_table
 
-    keep_freed_memory()
-    start = time.monotonic()
     recipe = dataclasses.replace(RECIPES["trees"], seed=options.seed)
+    keep_freed_memory()
+    claim_folder(options.out, 2 * expected_bytes(recipe))
+    names = (CHECKPOINT, "not-finite.json", "results.json", "trees.png")
+    with locked(options.out), remade(options.out, names):
+        show(options, recipe)
+    quick_table()
+
+
+def show(options: argparse.Namespace, recipe: Recipe) -> None:
+    start = time.monotonic()
     prepare_backbone_weights(recipe.model.backbone)
     data, val = open_data("trees", "train"), open_data("trees", "val")
     backbone, crowns = recipe.model.backbone, len(data.coco.anns)
@@ -50,4 +60,3 @@ def run(options: argparse.Namespace) -> None:
     draw_comparison(picture, title, image, detections, truth)
     print(f"The picture of detections beside the ground truth: {picture}")
     print(f"Training and evaluation took {(time.monotonic() - start) / 60:.1f} minutes.\n")
-    quick_table()

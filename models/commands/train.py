@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from models.checkpoint import load_checkpoint
-from models.commands.common import CHECKPOINT, DATA_HELP, find_recipe
-from models.data import CocoDataset, open_data, prepare_backbone_weights
-from models.distributed import rank
+from models.checkpoint import expected_bytes, load_checkpoint
+from models.commands.common import DATA_HELP, find_recipe
+from models.data import CocoDataset, DataError, open_data, prepare_backbone_weights
+from models.distributed import from_first, rank
 from models.draw import draw_comparison
-from models.evaluate import detect
+from models.evaluate import detect, detect_all, evaluate
+from models.finetune import take_weights
 from models.log import Log
 from models.losses import CLASSIFICATION_LOSSES
+from models.outputs import claim_folder, locked
+from models.ranges import check, option, optional, whole
 from models.recipes import PRECISIONS, RECIPES, Recipe
-from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet
+from models.resume import check_same_data, differences, listing, other_recipe
+from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
+from models.run_folder import (
+    BEST,
+    CHECKPOINT,
+    PICTURE,
+    checkpoint_to_resume,
+    claim_run,
+    remove_run,
+)
 from models.train import keep_freed_memory, train
+from models.validation import Validation
 
 HELP = "train a detector"
 
@@ -30,12 +47,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help=f"where {CHECKPOINT} is written"
     )
     parser.add_argument(
-        "--resume", action="store_true", help=f"go on from DIR/{CHECKPOINT}, with the recipe in it"
+        "--resume",
+        action="store_true",
+        help=f"go on from DIR/{CHECKPOINT}, with the recipe in it; start where there is none",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run that DIR holds by a new one"
+    )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from another run's weights, also with other categories, and by its recipe",
     )
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS")
     parser.add_argument(
         "--log-every", type=int, default=20, metavar="STEPS", help="losses go to DIR/log.jsonl"
+    )
+    parser.add_argument(
+        "--val-split", metavar="SPLIT", help=f"evaluate on it; the best model goes to DIR/{BEST}"
+    )
+    parser.add_argument(
+        "--evaluate-every", type=int, metavar="STEPS", help="default: --checkpoint-every"
+    )
+    parser.add_argument(
+        "--patience", type=int, metavar="N", help="stop after N evaluations that bring no better AP"
     )
     parser.add_argument(
         "--tensorboard",
@@ -96,22 +133,175 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     keep_freed_memory()
-    checkpoint_file = options.out / CHECKPOINT
-    if options.resume:
-        recipe = load_checkpoint(checkpoint_file)["recipe"]
-    else:
-        recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
-    given = {name: value for name, value in vars(options).items() if value is not None}
+    check_options(options)
+    given = recipe_options(options)
+    source = load_checkpoint(options.weights) if options.weights else None
+    wanted = with_options(base_recipe(options, source), given)
+    with contextlib.ExitStack() as held:
+        last = from_first(lambda: claim(options, held))
+        checkpoint = None if last is None else load_checkpoint(last)
+        data = open_data(options.data, options.split)
+        say_left_out(data)
+        if checkpoint is None or last is None:
+            recipe = with_options(wanted, given, num_classes=len(data.categories))
+        else:
+            recipe = checkpoint["recipe"]
+            check_same_data(last, checkpoint, data)
+            check_same_recipe(options, last, recipe, given)
+        validation = validator(options, recipe, data)
+        pretrained = not options.no_pretrained and checkpoint is None
+        if source is not None and source["recipe"].model.backbone == recipe.model.backbone:
+            pretrained = False  # what --weights has takes their place
+        if pretrained:
+            prepare_backbone_weights(recipe.model.backbone)
+        from_first(lambda: make_room(options, recipe))
+        with Log(options.out, options.log_every, options.tensorboard) as log:
+            if options.resume and checkpoint is None:
+                log.resume(0, None)  # a run that ended before its first checkpoint
+            train(
+                recipe,
+                data,
+                options.out / CHECKPOINT,
+                device=options.device,
+                pretrained=pretrained,
+                initialise=None if source is None else starter(options.weights, source, data),
+                resume=checkpoint is not None,
+                workers=options.workers,
+                checkpoint_every=options.checkpoint_every,
+                log=log,
+                saved=progress_picture(recipe, data, options.out, log)
+                if options.tensorboard
+                else None,
+                validation=validation,
+            )
+    if rank() == 0:
+        say_trained(options.out, recipe, validation)
+
+
+def check_options(options: argparse.Namespace) -> None:
+    for name, rule in (
+        ("workers", whole(0)),
+        ("checkpoint_every", whole(1)),
+        ("log_every", whole(1)),
+        ("evaluate_every", optional(whole(1))),
+        ("patience", optional(whole(1))),
+    ):
+        check(option(name), getattr(options, name), rule)
+    if options.resume and options.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it: give only one")
+    for name in ("evaluate_every", "patience"):
+        if getattr(options, name) is not None and options.val_split is None:
+            raise ValueError(f"{option(name)} needs --val-split, the images to evaluate on")
+
+
+# ---- The recipe ----------------------------------------------------------------------------------
+
+
+def recipe_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the recipe and of its model that were given as options."""
+    fields = {f.name for config in (Recipe, RetinaNetConfig) for f in dataclasses.fields(config)}
+    given = {n: v for n, v in vars(options).items() if n in fields and v is not None}
     if "min_size" in given:
         sizes = tuple(given["min_size"])
         given["min_size"] = sizes[0] if len(sizes) == 1 else sizes
-    training = {f.name: given[f.name] for f in dataclasses.fields(Recipe) if f.name in given}
-    model = {f.name: given[f.name] for f in dataclasses.fields(recipe.model) if f.name in given}
-    if options.resume and (training or model or options.recipe):
+    return given
+
+
+def base_recipe(options: argparse.Namespace, source: dict[str, Any] | None) -> Recipe:
+    if options.recipe is None and source is not None:
+        recipe: Recipe = source["recipe"]
+        return recipe
+    return find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
+
+
+def with_options(base: Recipe, given: dict[str, Any], **changes: Any) -> Recipe:
+    """A ValueError names the options that were given, and the fields of the recipe otherwise."""
+    fields = {f.name for f in dataclasses.fields(Recipe)}
+    of_model = {name: value for name, value in given.items() if name not in fields} | changes
+    if "crop" in given and given["crop"] != base.crop:
+        of_model.setdefault("min_size", None)  # crops keep their size unless told otherwise
+    own = {name: value for name, value in given.items() if name in fields}
+    try:
+        return dataclasses.replace(base, **own, model=dataclasses.replace(base.model, **of_model))
+    except ValueError as error:
+        names = "|".join(given) or "$^"
         raise ValueError(
-            "--resume goes on with the checkpoint's recipe, so no option of the recipe can be given"
+            re.sub(rf"\b({names})\b", lambda match: option(match[0]), str(error))
+        ) from None
+
+
+def check_same_recipe(
+    options: argparse.Namespace, file: Path, recipe: Recipe, given: dict[str, Any]
+) -> None:
+    """Options given together with --resume must say what the checkpoint says."""
+    base = recipe if options.recipe is None else find_recipe(options.recipe)
+    changed = differences(recipe, with_options(base, given, num_classes=recipe.model.num_classes))
+    if changed:
+        raise other_recipe(file, {option(n) if n in given else n: v for n, v in changed.items()})
+
+
+# ---- The folder ----------------------------------------------------------------------------------
+
+
+def claim(options: argparse.Namespace, held: contextlib.ExitStack) -> Path | None:
+    """The checkpoint to go on from, if there is one; the folder is locked until `held` closes."""
+    claim_folder(options.out)
+    held.enter_context(locked(options.out))
+    inputs = [Path(p) for p in (options.weights, options.recipe) if p is not None]
+    claim_run(options.out, resume=options.resume, overwrite=options.overwrite, inputs=inputs)
+    return checkpoint_to_resume(options.out) if options.resume else None
+
+
+def make_room(options: argparse.Namespace, recipe: Recipe) -> None:
+    """For the checkpoint, the next one beside it, and the best; what they replace is there already."""
+    names = (CHECKPOINT, *([BEST] if options.val_split else []))
+    files = [path for path in (options.out / name for name in names) if path.is_file()]
+    needed = (1 + len(names)) * expected_bytes(recipe) - sum(p.stat().st_size for p in files)
+    claim_folder(options.out, max(needed, 0))
+    if options.overwrite:
+        remove_run(options.out)
+
+
+# ---- What train() is given -----------------------------------------------------------------------
+
+
+def validator(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Validation | None:
+    if options.val_split is None:
+        return None
+    val = open_data(options.data, options.val_split)
+    strange = [c for c in val.categories.items() if c not in data.categories.items()]
+    if strange:
+        raise DataError(
+            f"{val.annotation_file} has categories that {data.annotation_file} has not: "
+            f"{listing(dict(strange))}"
         )
-    data = open_data(options.data, options.split)
+    if not val.coco.anns:
+        raise DataError(f"{val.annotation_file} has no boxes to evaluate against")
+
+    def evaluation(model: RetinaNet) -> dict[str, float]:
+        results = detect_all(model, recipe, data.categories, val)
+
+        def figures() -> dict[str, float]:
+            with contextlib.redirect_stdout(io.StringIO()):  # the table, which the log replaces
+                return evaluate(val.coco, results or [], recipe.max_detections)
+
+        return from_first(figures)
+
+    return Validation(
+        evaluation, options.evaluate_every or options.checkpoint_every, options.patience
+    )
+
+
+def starter(file: Path, source: dict[str, Any], data: CocoDataset) -> Callable[[RetinaNet], None]:
+    def start(model: RetinaNet) -> None:
+        taken = take_weights(model, file, source, data.categories)
+        if rank() == 0:
+            print(taken)
+
+    return start
+
+
+def say_left_out(data: CocoDataset) -> None:
     if data.left_out and rank() == 0:
         ids = ", ".join(map(str, data.left_out[:10])) + (", ..." if len(data.left_out) > 10 else "")
         print(
@@ -119,30 +309,17 @@ def run(options: argparse.Namespace) -> None:
             f"are left out (annotations {ids})",
             file=sys.stderr,
         )
-    if not options.resume:
-        model["num_classes"] = len(data.categories)
-        if "crop" in training:
-            model.setdefault("min_size", None)  # crops keep their size unless told otherwise
-        recipe = dataclasses.replace(
-            recipe, **training, model=dataclasses.replace(recipe.model, **model)
+
+
+def say_trained(out: Path, recipe: Recipe, validation: Validation | None) -> None:
+    if validation is not None and validation.exhausted and validation.last_step < recipe.steps:
+        print(
+            f"stopped early after step {validation.last_step} of {recipe.steps}: "
+            f"{validation.without_gain} evaluations brought no better AP"
         )
-        if not options.no_pretrained:
-            prepare_backbone_weights(recipe.model.backbone)
-    with Log(options.out, options.log_every, options.tensorboard) as log:
-        train(
-            recipe,
-            data,
-            checkpoint_file,
-            device=options.device,
-            pretrained=not options.no_pretrained,
-            resume=options.resume,
-            workers=options.workers,
-            checkpoint_every=options.checkpoint_every,
-            log=log,
-            saved=progress_picture(recipe, data, options.out, log) if options.tensorboard else None,
-        )
-    if rank() == 0:
-        print(f"trained: {checkpoint_file}")
+    print(f"trained: {out / CHECKPOINT}")
+    if validation is not None:
+        print(f"best: {out / BEST} (AP {validation.best:.3f} after step {validation.best_step})")
 
 
 def progress_picture(
@@ -152,7 +329,7 @@ def progress_picture(
 
     def draw(step: int, model: RetinaNet) -> None:
         image, truth = data[0]
-        picture = out / "detections.png"
+        picture = out / PICTURE
         title = f"{data.image_path(0).name} after {step} steps"
         draw_comparison(picture, title, image, detect(model, recipe, image), truth)
         log.picture(step, picture)

@@ -1,0 +1,73 @@
+"""A new run that starts from another one's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from models.data import DataError
+from models.retinanet import RetinaNet
+
+CLASS_LAYER = "head.classification_head.cls_logits."
+
+
+def take_weights(
+    model: RetinaNet, path: Path, source: dict[str, Any], categories: dict[int, str]
+) -> str:
+    """Gives a new model what fits of the checkpoint `source`, read from `path`; says what that was.
+
+    Every tensor of the same name and shape is taken. Of the last classification layer the rows of
+    the categories of the same name are, wherever they stand; the others start anew.
+
+    Raises:
+        DataError: nothing fits.
+    """
+    weights = averaged(source)
+    own = model.state_dict()  # shares the model's memory
+    whole = [name for name in own if not name.startswith(CLASS_LAYER)]
+    fitting = [n for n in whole if getattr(weights.get(n), "shape", None) == own[n].shape]
+    if not fitting:
+        raise DataError(f"no weights in {path} fit this model: theirs must have the same backbone")
+    for name in fitting:
+        own[name].copy_(weights[name])
+    now = list(categories.values())
+    shared = take_classes(own, weights, list(source["categories"].values()), now)
+    return (
+        f"{path}: {len(fitting)} of {len(whole)} tensors are taken"
+        f"{without(whole, fitting)}, and of the class layer the rows of {len(shared)} of "
+        f"{len(now)} categories{without(now, shared)}"
+    )
+
+
+def averaged(source: dict[str, Any]) -> dict[str, Any]:
+    """The weights that the checkpoint's run was evaluated by."""
+    if "average" not in source:
+        return dict(source["model"])
+    prefix = "module."
+    return {n.removeprefix(prefix): v for n, v in source["average"].items() if n.startswith(prefix)}
+
+
+def take_classes(
+    own: dict[str, Tensor], weights: dict[str, Any], before: list[str], now: list[str]
+) -> list[str]:
+    """Copies the rows of the categories that both have, and returns them."""
+    layers = []  # (ours, theirs), both as (A, K, ...)
+    for name in (name for name in own if name.startswith(CLASS_LAYER)):
+        ours = own[name].unflatten(0, (-1, len(now)))
+        theirs = weights.get(name)
+        shape = (ours.shape[0] * len(before), *ours.shape[2:])
+        if not isinstance(theirs, Tensor) or tuple(theirs.shape) != shape:
+            return []  # other anchors, or another width
+        layers.append((ours, theirs.unflatten(0, (-1, len(before)))))
+    shared = [name for name in now if name in before]
+    for ours, theirs in layers:
+        for name in shared:
+            ours[:, now.index(name)] = theirs[:, before.index(name)]
+    return shared
+
+
+def without(all_names: list[str], taken: list[str]) -> str:
+    left = [name for name in all_names if name not in taken]
+    return f" (not {', '.join(left[:5])}{', ...' if len(left) > 5 else ''})" if left else ""

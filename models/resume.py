@@ -1,0 +1,86 @@
+"""Whether a checkpoint's run is the one that shall go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from models.data import CocoDataset, DataError
+from models.recipes import Recipe
+
+
+def fingerprint(data: CocoDataset) -> dict[str, Any]:
+    """What training sees of the annotations: images, boxes, categories; not the pixels."""
+    digest = hashlib.sha256()
+    boxes = 0
+    for image_id in data.image_ids:
+        annotations = [
+            (a["bbox"], a["category_id"], a.get("iscrowd", 0))
+            for a in data.coco.imgToAnns[image_id]
+        ]
+        boxes += len(annotations)
+        digest.update(f"{(data.coco.imgs[image_id]['file_name'], annotations)!r}\n".encode())
+    return {"images": len(data.image_ids), "boxes": boxes, "sha256": digest.hexdigest()}
+
+
+def check_same_run(
+    path: Path, checkpoint: dict[str, Any], recipe: Recipe, data: CocoDataset, world_size: int
+) -> None:
+    """Raises a DataError where the checkpoint is of another run than these would be."""
+    check_same_data(path, checkpoint, data)
+    check_same_world(path, checkpoint, world_size)
+    changed = differences(checkpoint["recipe"], recipe)
+    if changed:
+        raise other_recipe(path, changed)
+
+
+def other_recipe(path: Path, changed: dict[str, tuple[Any, Any]]) -> DataError:
+    words = [f"{name} {before}, got {now}" for name, (before, now) in changed.items()]
+    return DataError(f"the run of {path} must go on with its own recipe: {'; '.join(words)}")
+
+
+def check_same_data(path: Path, checkpoint: dict[str, Any], data: CocoDataset) -> None:
+    """Raises a DataError where the run was on other categories or images; older checkpoints tell
+    the categories only."""
+    trained, given = checkpoint["categories"], data.categories
+    if list(trained.items()) != list(given.items()):
+        raise DataError(
+            f"the run of {path} cannot go on with {data.annotation_file}: it was trained on the "
+            f"categories {listing(trained)}, and that has {listing(given)}"
+        )
+    before, now = checkpoint.get("data"), fingerprint(data)
+    if before is not None and before != now:
+        counts = [f"{d.get('images')} images and {d.get('boxes')} boxes" for d in (before, now)]
+        there = counts[1] if counts[0] != counts[1] else "as many others"
+        raise DataError(
+            f"the run of {path} cannot go on with {data.annotation_file}: it was trained on "
+            f"{counts[0]}, and that has {there}"
+        )
+
+
+def listing(categories: dict[int, str]) -> str:
+    shown = [f"{id} {name}" for id, name in list(categories.items())[:10]]
+    return ", ".join(shown + ["..."] * (len(categories) > 10))
+
+
+def check_same_world(path: Path, checkpoint: dict[str, Any], world_size: int) -> None:
+    """Processes draw their own image sizes and pad their own share of a batch."""
+    before = checkpoint.get("world_size", world_size)
+    if before != world_size:
+        raise DataError(
+            f"the run of {path} must go on with as many processes as before, {before}, "
+            f"got {world_size}"
+        )
+
+
+def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ, those of the model among them, with both values."""
+    changed = {}
+    pairs: tuple[tuple[Any, Any], ...] = ((before, now), (before.model, now.model))
+    for a, b in pairs:
+        for name in (f.name for f in dataclasses.fields(a) if f.name != "model"):
+            if getattr(a, name) != getattr(b, name):
+                changed[name] = (getattr(a, name), getattr(b, name))
+    return changed
