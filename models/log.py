@@ -11,7 +11,7 @@ from PIL import Image
 
 from models.data import DataError
 from models.distributed import rank
-from models.outputs import write_whole
+from models.outputs import reason, write_whole
 from models.validation import MEASURE
 
 LOG = "log.jsonl"
@@ -85,8 +85,11 @@ class Log:
             write_whole(file, "".join(lines) + json.dumps({**self.last_line, **line}) + "\n")
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with open(file, "a") as opened:
-                opened.write(json.dumps(line) + "\n")
+            try:
+                with open(file, "a") as opened:
+                    opened.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise DataError(f"{file} cannot be written ({reason(error)})") from None
         self.last_line = line
 
     def _opened(self) -> Any:

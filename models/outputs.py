@@ -52,7 +52,7 @@ def claim_folder(folder: Path, needed: int = 0) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise DataError(
-            f"{folder} must have {needed / 1e6:.0f} MB free, and has {free / 1e6:.0f} MB"
+            f"{folder} must have {needed / 1e6:.1f} MB free, and has {free / 1e6:.1f} MB"
         )
 
 

@@ -51,6 +51,8 @@ def check_same_data(path: Path, checkpoint: dict[str, Any], data: CocoDataset) -
             f"categories {listing(trained)}, and that has {listing(given)}"
         )
     before, now = checkpoint.get("data"), fingerprint(data)
+    if not isinstance(before, (dict, type(None))):
+        raise DataError(f"{path} must have a fingerprint of its data, got {type(before).__name__}")
     if before is not None and before != now:
         counts = [f"{d.get('images')} images and {d.get('boxes')} boxes" for d in (before, now)]
         there = counts[1] if counts[0] != counts[1] else "as many others"

@@ -25,6 +25,7 @@ from models.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from models.data import CocoDataset, DataError, TrainingStream, collate, mix
 from models.distributed import rank, world_size
 from models.outputs import write_whole
+from models.ranges import check, whole
 from models.recipes import PRECISIONS, Recipe
 from models.resume import check_same_run, fingerprint
 from models.retinanet import RetinaNet, Target
@@ -79,7 +80,7 @@ def train(
     modules: dict[str, nn.Module] = {"model": model}
     if average is not None:
         modules["average"] = average
-    others = {
+    others: dict[str, Resumable] = {
         name: part
         for name, part in (("validation", validation), ("log", log))
         if isinstance(part, Resumable)
@@ -91,8 +92,7 @@ def train(
         check_same_run(checkpoint_file, checkpoint, recipe, data, world_size())
         restore(checkpoint_file, checkpoint, modules, optimizer, scaler)
         start = checkpoint["step"]
-        for name, part in others.items():
-            part.resume(start, checkpoint.get(name))
+        restore_others(checkpoint_file, checkpoint, others)
 
     stream = training_stream(recipe, data)
     shares = Batches(recipe, start, rank(), world_size())
@@ -230,6 +230,7 @@ def restore(
     missing = [n for n in (*modules, "optimizer", "scaler", "step") if n not in checkpoint]
     if missing:
         raise DataError(f"{file} holds no state of training to go on from: it has no {missing[0]}")
+    check(f"{file}: its step", checkpoint["step"], whole(0, checkpoint["recipe"].steps))
     for name, module in modules.items():
         load_weights(module, checkpoint[name], file)
     try:
@@ -264,6 +265,15 @@ class TrainingStopped(Exception):
 
 class TrainingDiverged(TrainingStopped):
     """A loss or a weight was not finite."""
+
+
+def restore_others(file: Path, checkpoint: dict[str, Any], parts: dict[str, Resumable]) -> None:
+    for name, part in parts.items():
+        state, fields = checkpoint.get(name), part.state_dict().keys()
+        if state is not None and getattr(state, "keys", set)() != fields:
+            raise DataError(f"{file} must have {', '.join(fields)} in its {name}")
+    for name, part in parts.items():
+        part.resume(checkpoint["step"], checkpoint.get(name))
 
 
 class Batches(Sequence[list[int]]):
