@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -11,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,15 @@ from models.train import StepReport, train
 from models.validation import Validation
 
 GOLDEN = Path(__file__).with_name("golden")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More wait for each other longer than they compute, with so small a model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +277,29 @@ def test_a_demo_can_be_repeated(tmp_path: Path) -> None:
         ):
             raise AssertionError("not reached")
         assert contents(tmp_path) == before
+
+
+def test_the_demo_twice(coco_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from benchmarks import quick_table
+    from models.commands import demo
+
+    assert callable(quick_table)
+    monkeypatch.setattr("benchmarks.quick_table", lambda: None)
+    monkeypatch.setitem(RECIPES, "trees", TINY_RECIPE)
+    monkeypatch.setattr(demo, "prepare_backbone_weights", lambda backbone: None)
+    monkeypatch.setattr(demo, "open_data", lambda name, split: CocoDataset(coco_folder, split))
+    monkeypatch.setattr(demo, "train", functools.partial(train, pretrained=False))
+    command = ["demo", "--device", "cpu", "--out", str(tmp_path / "demo")]
+    assert main(command) == main([*command, "--seed", "1"]) == 0
+    before = contents(tmp_path / "demo")
+    assert set(before) == {"checkpoint.pt", "results.json", "trees.png", ".made"}
+    assert load_checkpoint(tmp_path / "demo" / "checkpoint.pt")["recipe"].seed == 1
+
+    (tmp_path / "demo" / "trees.png").write_bytes(b"drawn by hand")
+    before = contents(tmp_path / "demo")
+    assert main(command) == 1
+    assert "trees.png exists, and this command did not make it" in capsys.readouterr().err
+    assert contents(tmp_path / "demo") == before
 
 
 # ---- A disk that fills up ------------------------------------------------------------------------
@@ -560,6 +593,41 @@ def test_validation_data_is_checked_before(run, coco_folder: Path, tmp_path: Pat
         file.write_text(json.dumps({**good, **change}))
         assert sentence in run("--data", str(other), "--val-split", "val", fails=True)
         assert not files_of_run(tmp_path / "run")
+
+
+def test_several_processes_are_one_training(
+    coco_folder: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """They share the lock, the validation and its decisions; a refusal is every process's."""
+    here = Path(__file__).parent
+
+    def torchrun(*more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", str(here / "tiny_backbone.py"), "train"]
+        command += ["--data", str(coco_folder), "--recipe", str(recipe_file), "--no-pretrained"]
+        command += ["--out", str(tmp_path / "run"), "--val-split", "val", "--evaluate-every", "1"]
+        environment = {**os.environ, "PYTHONPATH": str(here.parent), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, "--device", "cpu", *more],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=environment,
+        )
+
+    done = torchrun("--log-every", "4")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("trained: ") == done.stdout.count("best: ") == 1
+    lines = lines_of(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert state["world_size"] == 2
+    assert state["validation"]["best"] == max(line["AP"] for line in lines)
+    before = contents(tmp_path / "run")
+    done = torchrun()
+    assert done.returncode != 0
+    assert "error: " in done.stderr and "run holds a run already" in done.stderr
+    assert contents(tmp_path / "run") == before
 
 
 # ---- Weights of another run ----------------------------------------------------------------------

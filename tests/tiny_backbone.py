@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torchvision.models._api import register_model
 
+from models.__main__ import main
 from models.recipes import Recipe
 from models.retinanet import BACKBONES, RESNET_STAGES, RetinaNetConfig
 
@@ -62,3 +64,6 @@ TINY_RECIPE = Recipe(
     schedule="cosine",
     ema_decay=0.9,
 )
+
+if __name__ == "__main__":  # python -m models, with this backbone
+    sys.exit(main())
