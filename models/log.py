@@ -12,6 +12,7 @@ from PIL import Image
 from models.data import DataError
 from models.distributed import rank
 from models.outputs import reason, write_whole
+from models.ranges import check, whole
 from models.validation import MEASURE
 
 LOG = "log.jsonl"
@@ -25,6 +26,7 @@ class Log:
     """
 
     def __init__(self, directory: Path, every: int, tensorboard: bool) -> None:
+        check("every", every, whole(1))
         self.directory, self.every = directory, every
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}

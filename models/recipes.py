@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -84,6 +85,10 @@ class Recipe:
         check_names(cls, values)
         own = {name: as_tuples(value) for name, value in values.items() if name != "model"}
         return cls(**own, model=RetinaNetConfig.from_dict(values.get("model")))
+
+
+def with_model(recipe: Recipe, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changes))
 
 
 RANGES = {

@@ -27,7 +27,7 @@ from benchmarks.harness import describe
 from models.data import CocoDataset, TrainingStream, collate
 from models.evaluate import detect_all, evaluate
 from models.losses import IGNORED, rows_of
-from models.recipes import Recipe
+from models.recipes import Recipe, with_model
 from models.retinanet import BOX_LOSSES, RetinaNet
 from models.train import TrainingDiverged, train
 
@@ -47,10 +47,6 @@ class Study:
     question: str
     paper: str  # what it trained, or what it has instead of a figure for each variant
     variants: Callable[[Recipe], list[Variant]]
-
-
-def with_model(recipe: Recipe, **changes: Any) -> Recipe:
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **changes))
 
 
 def loss_variants(recipe: Recipe) -> list[Variant]:

@@ -63,6 +63,7 @@ def train(
         DataError: an image cannot be read, a checkpoint not written, or the run to resume is
             another one.
     """
+    check("checkpoint_every", checkpoint_every, whole(1))
     torch.manual_seed(recipe.seed)
     model = RetinaNet(recipe.model, pretrained_backbone=pretrained and not resume)
     if initialise is not None and not resume:
@@ -86,13 +87,15 @@ def train(
         if isinstance(part, Resumable)
     }
 
-    start = 0
+    start, kept = 0, {}
     if resume:
         checkpoint = load_checkpoint(checkpoint_file)
         check_same_run(checkpoint_file, checkpoint, recipe, data, world_size())
         restore(checkpoint_file, checkpoint, modules, optimizer, scaler)
         start = checkpoint["step"]
         restore_others(checkpoint_file, checkpoint, others)
+        if validation is None and "validation" in checkpoint:
+            kept["validation"] = checkpoint["validation"]  # of BEST, which stays
 
     stream = training_stream(recipe, data)
     shares = Batches(recipe, start, rank(), world_size())
@@ -118,7 +121,7 @@ def train(
         if rank() == 0:
             parts: dict[str, Any] = {**modules, "optimizer": optimizer, "scaler": scaler, **others}
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_checkpoint(file, {**states, "step": done, **constant})
+            save_checkpoint(file, {**kept, **states, "step": done, **constant})
 
     def finish(done: int, figures: dict[str, float], stop: bool = False) -> None:
         """Evaluates, logs and saves what is due after a step."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.data import DataError
+from models.ranges import check, optional, whole
 from models.retinanet import RetinaNet
 
 MEASURE = "AP"
@@ -21,11 +23,16 @@ class Validation:
     evaluate: Callable[[RetinaNet], dict[str, float]]
     every: int
     patience: int | None = None  # evaluations in a row that may bring nothing better
+    data: dict[str, Any] = field(default_factory=dict)  # the fingerprint of what it evaluates on
     best: float | None = None
     best_step: int = 0
     last_step: int = 0
     without_gain: int = 0
     figures: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+    def __post_init__(self) -> None:
+        check("every", self.every, whole(1))
+        check("patience", self.patience, optional(whole(1)))
 
     def due(self, step: int, steps: int) -> bool:
         """Every so many steps and after the last one, but not twice after a run was resumed."""
@@ -50,9 +57,15 @@ class Validation:
 
     def resume(self, step: int, state: dict[str, Any] | None) -> None:
         """Goes on from what state_dict returned; None where the run was not validated so far."""
-        if state is not None:
-            for name in STATE:
-                setattr(self, name, state[name])
+        if state is None:
+            return
+        if state["data"] != self.data:
+            raise DataError(
+                "a run must go on with the images that it was validated on, or without --val-split: "
+                "an AP on others cannot be compared with its best"
+            )
+        for name in STATE:
+            setattr(self, name, state[name])
 
 
-STATE = ("best", "best_step", "last_step", "without_gain")
+STATE = ("data", "best", "best_step", "last_step", "without_gain")

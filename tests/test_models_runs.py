@@ -133,15 +133,16 @@ def kill_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         "detections.png",
         "not-finite.json",
         "not-finite-rank1.json",
+        "tensorboard/events.out.tfevents.7.host",
     ],
 )
 def test_a_folder_with_a_run_is_refused(run, tmp_path: Path, name: str) -> None:
     file = tmp_path / "run" / name
-    file.parent.mkdir()
+    file.parent.mkdir(parents=True)
     file.write_bytes(b"precious")
     sentence = run(fails=True)
     assert re.search(rf"run holds a run already \({name}\): --resume .* --overwrite", sentence)
-    assert contents(file.parent) == {name: b"precious"}
+    assert contents(tmp_path / "run") == {name: b"precious"}
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(run, finished: Path, tmp_path: Path) -> None:
@@ -577,6 +578,44 @@ def test_ctrl_c_before_an_evaluation(run, kill_after, tmp_path: Path, monkeypatc
         assert_same(load_checkpoint(resumed / name), load_checkpoint(whole / name))
 
 
+def test_a_best_model_stays_the_best(
+    run, coco_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run goes on without validation for a while, or would with another one."""
+    scripted = Scripted(monkeypatch, {2: 0.9, 4: 0.1, 6: 0.2})
+    options = ("--val-split", "val", "--evaluate-every", "2", "--checkpoint-every", "1")
+
+    def interrupted_at(step: int, *more: str) -> None:
+        with monkeypatch.context() as patch:
+            real = StepReport.receive
+
+            def receive(self: StepReport) -> Any:
+                figures = real(self)
+                received.append(1)
+                self.stop_requested = len(received) == step
+                return figures
+
+            patch.setattr(StepReport, "receive", receive)
+            run("--steps", "6", "--resume", *more, fails=True)
+
+    received: list[int] = []
+    interrupted_at(3, *options)
+    best = (tmp_path / "run" / "best.pt").read_bytes()
+    interrupted_at(4)  # without validation
+    other = tmp_path / "other"
+    shutil.copytree(coco_folder, other)
+    file = other / "annotations" / "instances_val2017.json"
+    dataset = json.loads(file.read_text())
+    file.write_text(json.dumps({**dataset, "annotations": dataset["annotations"][1:]}))
+    elsewhere = ("--data", str(other), *options)
+    said = run("--steps", "6", "--resume", *elsewhere, fails=True)
+    assert "must go on with the images that it was validated on" in said
+    run("--steps", "6", "--resume", *options)
+    assert scripted.seen == [2, 4, 6]
+    assert (tmp_path / "run" / "best.pt").read_bytes() == best
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["validation"]["best"] == 0.9
+
+
 def test_validation_data_is_checked_before(run, coco_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(coco_folder, other)
@@ -669,6 +708,9 @@ def test_weights_of_other_categories(
             assert not torch.equal(trained[name][1::3], before[name][1::2])
     printed = run(*options, "--resume", recipe=False)
     assert "tensors are taken" not in printed  # the run has weights of its own
+    gone = ("--data", str(other), "--weights", str(tmp_path / "gone.pt"), "--steps", "1")
+    run(*gone, "--resume", recipe=False)
+    assert "gone.pt does not exist" in run(*gone, folder="another", recipe=False, fails=True)
 
 
 def test_weights_that_fit_in_part(data: CocoDataset, finished: Path) -> None:

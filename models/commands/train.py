@@ -23,8 +23,8 @@ from models.log import Log
 from models.losses import CLASSIFICATION_LOSSES
 from models.outputs import claim_folder, locked
 from models.ranges import check, option, optional, whole
-from models.recipes import PRECISIONS, RECIPES, Recipe
-from models.resume import check_same_data, differences, listing, other_recipe
+from models.recipes import PRECISIONS, RECIPES, Recipe, with_model
+from models.resume import check_same_data, differences, fingerprint, listing, other_recipe
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
 from models.run_folder import (
     BEST,
@@ -135,15 +135,16 @@ def run(options: argparse.Namespace) -> None:
     keep_freed_memory()
     check_options(options)
     given = recipe_options(options)
-    source = load_checkpoint(options.weights) if options.weights else None
-    wanted = with_options(base_recipe(options, source), given)
+    new = None if options.resume else new_run(options, given)
     with contextlib.ExitStack() as held:
         last = from_first(lambda: claim(options, held))
         checkpoint = None if last is None else load_checkpoint(last)
         data = open_data(options.data, options.split)
         say_left_out(data)
+        source = None
         if checkpoint is None or last is None:
-            recipe = with_options(wanted, given, num_classes=len(data.categories))
+            recipe, source = new or new_run(options, given)
+            recipe = with_model(recipe, num_classes=len(data.categories))
         else:
             recipe = checkpoint["recipe"]
             check_same_data(last, checkpoint, data)
@@ -207,17 +208,21 @@ def recipe_options(options: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def base_recipe(options: argparse.Namespace, source: dict[str, Any] | None) -> Recipe:
+def new_run(
+    options: argparse.Namespace, given: dict[str, Any]
+) -> tuple[Recipe, dict[str, Any] | None]:
+    """The recipe of a new run, and the checkpoint whose weights it starts from."""
+    source = load_checkpoint(options.weights) if options.weights else None
     if options.recipe is None and source is not None:
-        recipe: Recipe = source["recipe"]
-        return recipe
-    return find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
+        return with_options(source["recipe"], given), source
+    name = options.recipe or ("trees" if options.data == "trees" else "coco")
+    return with_options(find_recipe(name), given), source
 
 
-def with_options(base: Recipe, given: dict[str, Any], **changes: Any) -> Recipe:
+def with_options(base: Recipe, given: dict[str, Any]) -> Recipe:
     """A ValueError names the options that were given, and the fields of the recipe otherwise."""
     fields = {f.name for f in dataclasses.fields(Recipe)}
-    of_model = {name: value for name, value in given.items() if name not in fields} | changes
+    of_model = {name: value for name, value in given.items() if name not in fields}
     if "crop" in given and given["crop"] != base.crop:
         of_model.setdefault("min_size", None)  # crops keep their size unless told otherwise
     own = {name: value for name, value in given.items() if name in fields}
@@ -235,7 +240,8 @@ def check_same_recipe(
 ) -> None:
     """Options given together with --resume must say what the checkpoint says."""
     base = recipe if options.recipe is None else find_recipe(options.recipe)
-    changed = differences(recipe, with_options(base, given, num_classes=recipe.model.num_classes))
+    base = with_model(base, num_classes=recipe.model.num_classes)
+    changed = differences(recipe, with_options(base, given))
     if changed:
         raise other_recipe(file, {option(n) if n in given else n: v for n, v in changed.items()})
 
@@ -288,7 +294,10 @@ def validator(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) ->
         return from_first(figures)
 
     return Validation(
-        evaluation, options.evaluate_every or options.checkpoint_every, options.patience
+        evaluation,
+        options.evaluate_every or options.checkpoint_every,
+        options.patience,
+        fingerprint(val),
     )
 
 
