@@ -129,7 +129,10 @@ def remade(folder: Path, names: Iterable[str]) -> Iterator[None]:
     files = {name: folder / name for name in names}
     for name, path in files.items():
         if path.exists() and (not path.is_file() or made.get(name) != digest(path)):
-            raise DataError(f"{path} exists, and this command did not make it or it was changed")
+            raise DataError(
+                f"{path} exists, and this command did not make it or it was changed since: move it "
+                "away, or choose another --out"
+            )
     try:
         yield
     finally:

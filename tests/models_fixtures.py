@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -73,3 +75,25 @@ def make_coco_folder(root: Path) -> Path:
             )
         )
     return root
+
+
+# ---- Runs -------------------------------------------------------------------------------------
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+class Killed(BaseException):
+    """Ends a run as SIGKILL does: nothing that the run could do about it."""
+
+
+def change_annotations(folder: Path, change: Callable[[dict], None]) -> None:
+    file = folder / "annotations" / "instances_train2017.json"
+    dataset = json.loads(file.read_text())
+    change(dataset)
+    file.write_text(json.dumps(dataset))
