@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (DataError, ValueError, TrainingStopped) as error:
         return fail(str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(f"out of memory ({first_line(error)}); {LESS_MEMORY}")
+        return fail(f"out of memory ({first_line(error) or 'MemoryError'}); {LESS_MEMORY}")
     except RuntimeError as error:
         message = first_line(error)
         if "can't allocate memory" in str(error):  # torch's allocator of a CPU's memory

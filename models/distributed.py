@@ -73,7 +73,7 @@ def from_first(make: Callable[[], Item]) -> Item:
     if rank() == 0:
         try:
             outcome[0] = make()
-        except (DataError, ValueError) as error:
+        except (DataError, ValueError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:

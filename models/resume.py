@@ -26,11 +26,15 @@ def fingerprint(data: CocoDataset) -> dict[str, Any]:
 
 
 def check_same_run(
-    path: Path, checkpoint: dict[str, Any], recipe: Recipe, data: CocoDataset, world_size: int
+    path: Path,
+    checkpoint: dict[str, Any],
+    recipe: Recipe,
+    now: dict[str, Any],  # what a checkpoint of the run would have besides
+    annotation_file: Path,
 ) -> None:
-    """Raises a DataError where the checkpoint is of another run than these would be."""
-    check_same_data(path, checkpoint, data)
-    check_same_world(path, checkpoint, world_size)
+    """Raises a DataError where the checkpoint is of another run; older ones tell less of theirs."""
+    check_same_data(path, checkpoint, now, annotation_file)
+    check_same_world(path, checkpoint, now["world_size"])
     changed = differences(checkpoint["recipe"], recipe)
     if changed:
         raise other_recipe(path, changed)
@@ -41,25 +45,23 @@ def other_recipe(path: Path, changed: dict[str, tuple[Any, Any]]) -> DataError:
     return DataError(f"the run of {path} must go on with its own recipe: {'; '.join(words)}")
 
 
-def check_same_data(path: Path, checkpoint: dict[str, Any], data: CocoDataset) -> None:
-    """Raises a DataError where the run was on other categories or images; older checkpoints tell
-    the categories only."""
-    trained, given = checkpoint["categories"], data.categories
+def check_same_data(
+    path: Path, checkpoint: dict[str, Any], now: dict[str, Any], annotation_file: Path
+) -> None:
+    refused = f"the run of {path} cannot go on with {annotation_file}: it was trained on"
+    trained, given = checkpoint["categories"], now["categories"]
     if list(trained.items()) != list(given.items()):
         raise DataError(
-            f"the run of {path} cannot go on with {data.annotation_file}: it was trained on the "
-            f"categories {listing(trained)}, and that has {listing(given)}"
+            f"{refused} the categories {listing(trained)}, and that has {listing(given)}"
         )
-    before, now = checkpoint.get("data"), fingerprint(data)
-    if not isinstance(before, (dict, type(None))):
+    before = checkpoint.get("data", now["data"])
+    if not isinstance(before, dict):
         raise DataError(f"{path} must have a fingerprint of its data, got {type(before).__name__}")
-    if before is not None and before != now:
-        counts = [f"{d.get('images')} images and {d.get('boxes')} boxes" for d in (before, now)]
-        there = counts[1] if counts[0] != counts[1] else "as many others"
-        raise DataError(
-            f"the run of {path} cannot go on with {data.annotation_file}: it was trained on "
-            f"{counts[0]}, and that has {there}"
+    if before != now["data"]:
+        had, has = (
+            f"{d.get('images')} images and {d.get('boxes')} boxes" for d in (before, now["data"])
         )
+        raise DataError(f"{refused} {had}, and that has {has if has != had else 'as many others'}")
 
 
 def listing(categories: dict[int, str]) -> str:

@@ -50,6 +50,8 @@ def train(
     log: Callable[[int, dict[str, float]], None] | None = None,  # gets every step's figures
     saved: Callable[[int, RetinaNet], None] | None = None,  # gets the evaluation model after a save
     validation: Validation | None = None,  # its best model goes to BEST beside checkpoint_file
+    begin: Callable[[], None]
+    | None = None,  # called before anything is written, after a first step
 ) -> RetinaNet:
     """Trains, writes checkpoint_file now and then and at the end, returns the evaluation model.
 
@@ -87,10 +89,16 @@ def train(
         if isinstance(part, Resumable)
     }
 
+    constant = {
+        "recipe": dataclasses.asdict(recipe),
+        "categories": data.categories,
+        "world_size": world_size(),
+        "data": fingerprint(data),
+    }
     start, kept = 0, {}
     if resume:
         checkpoint = load_checkpoint(checkpoint_file)
-        check_same_run(checkpoint_file, checkpoint, recipe, data, world_size())
+        check_same_run(checkpoint_file, checkpoint, recipe, constant, data.annotation_file)
         restore(checkpoint_file, checkpoint, modules, optimizer, scaler)
         start = checkpoint["step"]
         restore_others(checkpoint_file, checkpoint, others)
@@ -108,12 +116,6 @@ def train(
         generator=torch.Generator(),  # of its own, or it draws a seed from the global one
         worker_init_fn=ignore_interrupt,
     )
-    constant = {
-        "recipe": dataclasses.asdict(recipe),
-        "categories": data.categories,
-        "world_size": world_size(),
-        "data": fingerprint(data),
-    }
 
     def save(done: int, file: Path) -> None:
         if not all(p.isfinite().all() for p in model.parameters()):
@@ -201,6 +203,8 @@ def train(
                 refresh=False,
             )
             interrupted = report.stop_requested and done < recipe.steps
+            if begin is not None and step == start and rank() == 0:
+                begin()
             finish(
                 done,
                 {**figures, "learning_rate": optimizer.param_groups[0]["lr"]},

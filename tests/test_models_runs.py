@@ -78,7 +78,13 @@ def test_inputs_are_not_overwritten(run, finished: Path, tmp_path: Path) -> None
     assert contents(out) == before
 
 
-def test_nothing_is_removed_before_all_is_checked(run, finished: Path, tmp_path: Path) -> None:
+def no_memory(*arguments: object) -> None:
+    raise MemoryError
+
+
+def test_nothing_is_removed_before_a_step_is_made(
+    run, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     before = contents(out)
@@ -86,6 +92,9 @@ def test_nothing_is_removed_before_all_is_checked(run, finished: Path, tmp_path:
     run("--overwrite", "--split", "test", fails=True)
     run("--overwrite", "--val-split", "test", fails=True)
     run("--overwrite", "--steps", "0", fails=True)
+    run("--overwrite", "--backbone", "timm:none_of_that_name", fails=True)
+    monkeypatch.setattr("models.train.to_device", no_memory)
+    assert "out of memory" in run("--overwrite", fails=True)
     assert contents(out) == before
 
 

@@ -24,7 +24,7 @@ from models.losses import CLASSIFICATION_LOSSES
 from models.outputs import claim_folder, locked
 from models.ranges import check, option, optional, whole
 from models.recipes import PRECISIONS, RECIPES, Recipe, with_model
-from models.resume import check_same_data, differences, fingerprint, listing, other_recipe
+from models.resume import differences, fingerprint, listing, other_recipe
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
 from models.run_folder import (
     BEST,
@@ -147,7 +147,6 @@ def run(options: argparse.Namespace) -> None:
             recipe = with_model(recipe, num_classes=len(data.categories))
         else:
             recipe = checkpoint["recipe"]
-            check_same_data(last, checkpoint, data)
             check_same_recipe(options, last, recipe, given)
         validation = validator(options, recipe, data)
         pretrained = not options.no_pretrained and checkpoint is None
@@ -174,6 +173,7 @@ def run(options: argparse.Namespace) -> None:
                 if options.tensorboard
                 else None,
                 validation=validation,
+                begin=(lambda: remove_run(options.out)) if options.overwrite else None,
             )
     if rank() == 0:
         say_trained(options.out, recipe, validation)
@@ -264,8 +264,6 @@ def make_room(options: argparse.Namespace, recipe: Recipe) -> None:
     files = [path for path in (options.out / name for name in names) if path.is_file()]
     needed = (1 + len(names)) * expected_bytes(recipe) - sum(p.stat().st_size for p in files)
     claim_folder(options.out, max(needed, 0))
-    if options.overwrite:
-        remove_run(options.out)
 
 
 # ---- What train() is given -----------------------------------------------------------------------
