@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from models.checkpoint import load_checkpoint
-from models.commands.common import CHECKPOINT, DATA_HELP, find_recipe
-from models.data import CocoDataset, open_data, prepare_backbone_weights
+from models.commands.common import CHECKPOINT, add_data_arguments, find_recipe, open_split
+from models.data import CocoDataset, check_categories, prepare_backbone_weights
 from models.distributed import rank
 from models.draw import draw_comparison
 from models.evaluate import detect
@@ -24,8 +23,7 @@ HELP = "train a detector"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
-    parser.add_argument("--split", default="train")
+    add_data_arguments(parser, split="train")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help=f"where {CHECKPOINT} is written"
     )
@@ -111,15 +109,10 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(
             "--resume goes on with the checkpoint's recipe, so no option of the recipe can be given"
         )
-    data = open_data(options.data, options.split)
-    if data.left_out and rank() == 0:
-        ids = ", ".join(map(str, data.left_out[:10])) + (", ..." if len(data.left_out) > 10 else "")
-        print(
-            f"{data.annotation_file}: {len(data.left_out)} boxes without an area inside their image "
-            f"are left out (annotations {ids})",
-            file=sys.stderr,
-        )
-    if not options.resume:
+    data = open_split(options, options.split)
+    if options.resume:
+        check_categories(load_checkpoint(checkpoint_file)["categories"], data)
+    else:
         model["num_classes"] = len(data.categories)
         if "crop" in training:
             model.setdefault("min_size", None)  # crops keep their size unless told otherwise

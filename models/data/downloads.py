@@ -35,9 +35,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "focalops"
 
 
-def open_data(name: str, split: str) -> CocoDataset:
+def open_data(
+    name: str, split: str, images: Path | None = None, *, large_images: bool = False
+) -> CocoDataset:
     """A split of the folder `name`, or of the built-in data set `trees`."""
-    return CocoDataset(trees() if name == "trees" else name, split)
+    root = trees() if name == "trees" else name
+    return CocoDataset(root, split, images, large_images=large_images)
 
 
 def trees() -> Path:
