@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.data.annotations import Id, parse
-from models.data.coco import CocoDataset
+from models.data.coco import DARK, CocoDataset, dark_images
 from models.data.downloads import trees
 from models.data.errors import DataError
 from models.data.findings import Finding, only_met
@@ -104,29 +104,18 @@ def _check_split(
         faults.append(f"{data.annotation_file} has no images")
     findings += _annotation_findings(data)  # before the survey, which turns boxes
     unreadable: list[str] = []
-    findings += data.survey(unreadable)
+    findings += [finding for finding in data.survey(unreadable) if finding.kind != "dark"]
     contents, broken = _read_all(data, workers)
     faults += dict.fromkeys([*unreadable, *broken])
     frames = [name for name, content in contents.items() if content.frames > 1]
-    dark = [
-        image["file_name"]
-        for id, image in data.coco.imgs.items()
-        if image["file_name"] in contents
-        and data.is_deep(id)
-        and contents[image["file_name"]].brightest < 32
-    ]
+    deep = [data.file_name(n) for n in range(len(data)) if data.is_deep(n)]
+    dark = [name for name in deep if name in contents and contents[name].brightest < DARK]
     findings += only_met(
         [
             Finding(
                 "frames", "images have several frames or pages: only the first is read", frames
             ),
-            Finding(
-                "dark",
-                "images with more than 8 bits use less than an eighth of their type's range, and are nearly "
-                "black when it is scaled: spread their values over the range",
-                dark,
-                wrong=True,
-            ),
+            dark_images(dark),
             _twins("same image", "images are the same file as another of their split", contents),
         ]
     )

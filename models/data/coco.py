@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,6 +27,8 @@ from models.data.images import Header, read_header, read_image
 from models.data.layouts import find_split, image_folder, locate
 
 Target = dict[str, Any]
+
+DARK, DARK_PROBES = 32, 4  # of 255; a survey decodes so many images to see it
 
 
 class CocoDataset(Dataset):
@@ -161,7 +163,9 @@ class CocoDataset(Dataset):
 
         with ThreadPoolExecutor(8) as pool:
             looks = pool.map(look, range(len(self)))
-            for index, found in tqdm(looks, "headers", len(self), unit="image", delay=2):
+            for index, found in tqdm(
+                looks, "headers", len(self), unit="image", delay=2, mininterval=1.0
+            ):
                 if isinstance(found, DataError):
                     errors.append(str(found))
                     continue
@@ -172,7 +176,8 @@ class CocoDataset(Dataset):
             raise DataError(f"{errors[0]}{more}")
         if unreadable is not None:
             unreadable += errors
-        deep = [self.coco.imgs[id]["file_name"] for id in self._headers if self.is_deep(id)]
+        deep = [n for n in range(len(self)) if self.is_deep(n)]
+        probed = [(n, self._brightest(n)) for n in deep[:DARK_PROBES]]
         twice = [name for name, count in self._file_names.items() if count > 1]
         return only_met(
             [
@@ -198,8 +203,9 @@ class CocoDataset(Dataset):
                 Finding(
                     "deep",
                     "images have more than 8 bits: the range of their type is scaled to 8",
-                    deep,
+                    [self.file_name(n) for n in deep],
                 ),
+                dark_images([self.file_name(n) for n, value in probed if value < DARK]),
                 Finding(
                     "twice",
                     "files stand for several images, each with its own boxes",
@@ -210,10 +216,16 @@ class CocoDataset(Dataset):
             ]
         )
 
-    def is_deep(self, image_id: Id) -> bool:
+    def is_deep(self, index: int) -> bool:
         """After survey(): whether an image has more than 8 bits."""
-        header = self._headers.get(image_id)
+        header = self._headers.get(self.image_ids[index])
         return header is not None and header.value_range is not None
+
+    def _brightest(self, index: int) -> int:
+        try:
+            return int(read_image(self.image_path(index), self.large_images).max())
+        except DataError:
+            return 255  # it says itself what is wrong with it
 
     @property
     def _file_names(self) -> Counter[str]:
@@ -246,6 +258,16 @@ class CocoDataset(Dataset):
             ),
             Finding("tiny", "boxes are less than a pixel wide or high", tiny, "annotations"),
         ]
+
+
+def dark_images(names: Sequence[str]) -> Finding:
+    return Finding(
+        "dark",
+        "images use less than an eighth of the range of their more than 8 bits, and are nearly black where that "
+        "is scaled: spread their values over the range",
+        names,
+        wrong=True,
+    )
 
 
 def match_categories(

@@ -110,6 +110,10 @@ def _annotation_file(root: Path, split: str) -> Path:
         if (root / folder / ROBOFLOW).is_file():
             return root / folder / ROBOFLOW
     others = ", ".join(splits(root))
+    if not others and (root / "Annotations").is_dir():
+        raise DataError(
+            f"{root} looks like a Pascal VOC folder: convert it first (python -m models convert)"
+        )
     raise DataError(
         f"{root} has neither {split}.json nor annotations/instances_{split}*.json"
         + (f"; its splits are {others}" if others else "")
