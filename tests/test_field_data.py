@@ -12,6 +12,7 @@ from data_fixtures import BOX, ONE, PART, PICTURE, kinds, sees_white, upright_pi
 
 from models import evaluate as evaluation
 from models import study
+from models.__main__ import main
 from models.data import (
     CocoDataset,
     DataError,
@@ -428,3 +429,27 @@ def test_a_study_of_another_numbering(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [a["category_id"] for a in val.coco.anns.values()] == [2]
     figures = study._run(RECIPES["coco"], train, val, tmp_path / "checkpoint.pt", "cpu", False)
     assert figures["AP"] == ONE
+
+
+def test_commands_say_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Before they start; and training goes on only with the categories that it began with."""
+    root, out = tmp_path / "set", tmp_path / "run"
+    write(root, [BOX, {**BOX, "id": 7, "bbox": [70, 0, 5, 5]}], split="train")
+    (root / "images").rename(tmp_path / "pictures")
+    where = f"--data {root} --images {tmp_path / 'pictures'} --device cpu".split()
+    recipe = ["--recipe", "small", "--no-pretrained", "--steps", "1", "--batch-size", "1"]
+    recipe += ["--backbone", "resnet18", "--min-size", "64", "--max-size", "96"]
+    assert main(["train", *where, "--out", str(out), *recipe]) == 0
+    said = "train.json: 1 boxes without an area inside their image are left out"
+    assert capsys.readouterr().err.count(said) == 1
+    results = str(tmp_path / "results.json")
+    evaluate = ["evaluate", str(out / "checkpoint.pt"), *where, "--split", "train"]
+    assert main([*evaluate, "--out", results]) == 0
+    assert said in capsys.readouterr().err
+    write(root, categories=[{"id": 1, "name": "other"}], split="train")
+    assert main(["train", *where, "--out", str(out), "--resume"]) == 1
+    assert "was trained on, part, and has other" in capsys.readouterr().err
+    (tmp_path / "pictures" / "p.png").unlink()
+    (root / "images" / "p.png").unlink()
+    assert main(["train", *where, "--out", str(tmp_path / "new"), *recipe]) == 1
+    assert "p.png does not exist" in capsys.readouterr().err

@@ -81,8 +81,7 @@ def read_annotations(path: Path) -> AnnotationFile:
 def parse(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
-        # json.loads finds UTF-16 and UTF-32 by itself.
-        dataset = json.loads(content.removeprefix(b"\xef\xbb\xbf"))
+        dataset = json.loads(content)  # in UTF-8, UTF-16 or UTF-32, with or without a byte order mark
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except OSError as error:
