@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -437,8 +438,11 @@ def test_commands_say_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture)
     write(root, [BOX, {**BOX, "id": 7, "bbox": [70, 0, 5, 5]}], split="train")
     (root / "images").rename(tmp_path / "pictures")
     where = f"--data {root} --images {tmp_path / 'pictures'} --device cpu".split()
-    recipe = ["--recipe", "small", "--no-pretrained", "--steps", "1", "--batch-size", "1"]
-    recipe += ["--backbone", "resnet18", "--min-size", "64", "--max-size", "96"]
+    values = dataclasses.asdict(RECIPES["small"]) | {"steps": 1, "batch_size": 1, "crop": 64}
+    values["symmetries"] = False
+    values["model"] |= {"backbone": "resnet18", "pyramid_channels": 32, "head_depth": 1}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    recipe = ["--recipe", str(tmp_path / "recipe.json"), "--no-pretrained"]
     assert main(["train", *where, "--out", str(out), *recipe]) == 0
     said = "train.json: 1 boxes without an area inside their image are left out"
     assert capsys.readouterr().err.count(said) == 1

@@ -44,9 +44,8 @@ def write_voc(
     for name in pictures:
         (root / "JPEGImages" / name).parent.mkdir(exist_ok=True)
         picture = upright_picture()
-        picture.save(
-            root / "JPEGImages" / name, **({"quality": 95} if name.endswith("jpg") else {})
-        )
+        as_jpeg = None if name.endswith(("png", "tif")) else "JPEG"
+        picture.save(root / "JPEGImages" / name, as_jpeg, quality=95)
     for name, text in (lists or {}).items():
         (root / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
         (root / "ImageSets" / "Main" / f"{name}.txt").write_bytes(
@@ -68,6 +67,7 @@ def write_voc(
         ("a", "C:\\Users\\me\\a.jpg", "a.jpg", "a"),
         ("a", "other.jpg", "a.jpg", "a"),
         ("a", "b.jpg", "b.jpg", "a"),
+        ("a", "a.jpg", "a", "a"),
         ("a", None, "a.jpg", "a.jpg"),
         ("a", None, "a.jpg", "JPEGImages/a.jpg"),
         ("a", None, "a.jpg", "Annotations\\a.xml"),

@@ -72,6 +72,7 @@ def test_check_finds_everything(tmp_path: Path, capsys: pytest.CaptureFixture) -
     found = {f["kind"]: f["items"] for f in report["findings"]["val"]}
     assert found["size"] == ["5.png"] and found["frames"] == ["p.tif"]
     across = {f["kind"]: f["items"] for f in report["across"]}
+    assert across.pop("unlisted") == ["p.png"]
     assert across == {"in both": ["5.png"], "unknown categories": ["new"], "other ids": ["part"]}
     assert main(["check", str(tmp_path), "--device", "cpu", "--json", str(out)]) == 1
     assert "all.json exists already; --overwrite" in capsys.readouterr().err

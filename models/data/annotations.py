@@ -81,7 +81,9 @@ def read_annotations(path: Path) -> AnnotationFile:
 def parse(path: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
-        dataset = json.loads(content)  # in UTF-8, UTF-16 or UTF-32, with or without a byte order mark
+        dataset = json.loads(
+            content
+        )  # in UTF-8, UTF-16 or UTF-32, with or without a byte order mark
     except FileNotFoundError:
         raise DataError(f"{path} does not exist") from None
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from models.data.downloads import trees
 from models.data.errors import DataError
 from models.data.findings import Finding, only_met
 from models.data.images import decode
-from models.data.layouts import find_split, splits
+from models.data.layouts import IMAGE_SUFFIXES, find_split, splits
 
 
 @dataclass
@@ -77,7 +77,8 @@ def check_data(
         digests[split] = _check_split(data, report.faults[split], report.findings[split], workers)
     if not report.faults:
         find_split(root, "train")  # the sentence about layouts
-    report.across = only_met([*_same_images(digests), *_other_categories(read)])
+    unlisted = [] if names else [_unlisted(read.values())]
+    report.across = only_met([*_same_images(digests), *_other_categories(read), *unlisted])
     return report
 
 
@@ -241,6 +242,13 @@ def _same_images(digests: dict[str, dict[str, bytes]]) -> Iterable[Finding]:
         of_left = set(left.values())
         names = [name for name, digest in right.items() if digest in of_left]
         yield Finding("in both", f"images of {other} are in {one} too, as the same files", names)
+
+
+def _unlisted(read: Collection[CocoDataset]) -> Finding:
+    listed = {data.image_path(n) for data in read for n in range(len(data))}
+    files = (file for folder in sorted({d.image_dir for d in read}) for file in folder.glob("*"))
+    rest = sorted(f.name for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f not in listed)
+    return Finding("unlisted", "files in the folders of images are in no split", rest, "files")
 
 
 def _other_categories(read: dict[str, CocoDataset]) -> Iterable[Finding]:

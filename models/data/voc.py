@@ -211,7 +211,7 @@ class _Folder:
                 f"{written!r} is none of them"
             )
         if chosen is None:
-            inside = [other for other in (written, place, last) if other]
+            inside = [other for other in (name, written, place, last) if other]
             chosen = next((o for o in inside if (self.image_dir / o).is_file()), None)
         if chosen is None:
             raise DataError(
