@@ -8,7 +8,18 @@ from urllib.error import URLError
 
 import torch
 
-from models.commands import bench, configs, convert, demo, evaluate, export, predict, study, train
+from models.commands import (
+    bench,
+    check,
+    configs,
+    convert,
+    demo,
+    evaluate,
+    export,
+    predict,
+    study,
+    train,
+)
 from models.commands.common import first_line
 from models.data import DataError
 from models.distributed import process_group
@@ -17,7 +28,7 @@ from models.train import TrainingStopped
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, evaluate, predict, export, study, configs, convert, bench, demo)
+    for module in (train, evaluate, predict, export, study, configs, convert, check, bench, demo)
 }
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from focalops import batched_nms, box_iou
-from models.data import CocoDataset, DataError, as_coco
+from models.data import CocoDataset, Id, as_coco, id_order, match_categories, numbered
 from models.distributed import gather, rank, world_size
 from models.recipes import Recipe
 from models.retinanet import Detections, RetinaNet
@@ -116,26 +118,32 @@ def vote(parts: list[Detections], nms_threshold: float) -> Detections:
 
 
 def detect_all(
-    model: RetinaNet, recipe: Recipe, categories: dict[int, str], data: CocoDataset
+    model: RetinaNet, recipe: Recipe, categories: Mapping[Any, str], data: CocoDataset
 ) -> list[Result] | None:
-    """COCO results for a whole split; under torchrun on rank 0 only, None on the others."""
-    missing = sorted(set(data.categories) - set(categories))
-    if missing:
-        raise DataError(
-            f"{data.annotation_file} has categories that the model was not trained on: {missing}"
-        )
+    """COCO results for a whole split; under torchrun on rank 0 only, None on the others.
+
+    They have the category ids of the split, found by the categories' names.
+    """
+    ids, notes = match_categories(categories, data)
+    for note in notes if rank() == 0 else ():
+        print(note, file=sys.stderr)
     results: list[Result] = []
     share = range(rank(), len(data), world_size())
     for index in tqdm(share, desc="detect", unit="image", mininterval=1.0, disable=rank() != 0):
         image, _ = data[index]
-        results += to_results(data.image_ids[index], detect(model, recipe, image), list(categories))
+        found = to_results(data.image_ids[index], detect(model, recipe, image), ids)
+        results += [result for result in found if result["category_id"] is not None]
     gathered = gather(results)
     if gathered is not None:
-        gathered.sort(key=lambda result: result["image_id"])  # stable: best first in each image
+        gathered.sort(
+            key=lambda result: id_order(result["image_id"])
+        )  # stable: best first in each image
     return gathered
 
 
-def to_results(image_id: int, detections: Detections, category_ids: list[int]) -> list[Result]:
+def to_results(
+    image_id: Id, detections: Detections, category_ids: Sequence[Id | None]
+) -> list[Result]:
     return [
         {
             "image_id": image_id,
@@ -163,6 +171,8 @@ class Evaluation(COCOeval):
     pycocotools' own prints -1 as the first figure there.
     """
 
+    category_ids: list[Id]  # those of the annotation file, in the order of params.catIds
+
     def summarize(self) -> None:
         limits = self.params.maxDets
         lines: list[tuple[str, float | None, str, int]] = [
@@ -180,17 +190,17 @@ class Evaluation(COCOeval):
         names = ("AP", "AP50", "AP75")
         return {name: float(value) for name, value in zip(names, self.stats, strict=False)}
 
-    def by_category(self, names: dict[int, str]) -> list[dict[str, Any]]:
+    def by_category(self, names: dict[Id, str]) -> list[dict[str, Any]]:
         """For each category with objects its AP, AP50 and, at an IoU of 0.5, the precision at the
         recalls 0, 0.01, ..., 1."""
         precision = self.eval["precision"][..., 0, -1]  # of all sizes: (IoU, recall, category)
         rows = []
-        for index, category_id in enumerate(self.params.catIds):
+        for index, category_id in enumerate(self.category_ids):
             values = precision[..., index]
             if (values > -1).any():
                 rows.append(
                     {
-                        "id": int(category_id),
+                        "id": category_id,
                         "name": names[category_id],
                         "AP": float(values.mean()),
                         "AP50": float(values[0].mean()),
@@ -221,13 +231,36 @@ def evaluate(coco: COCO, results: list[Result], max_detections: int) -> dict[str
 
 def compare(coco: COCO, results: list[Result], max_detections: int) -> Evaluation:
     """Results against the ground truth, without the table."""
-    # pycocotools writes into the results it is given, and takes no empty list of them.
-    boxes = [
-        {**result, "id": i, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for i, result in enumerate(results, start=1)
-    ]
-    found = as_coco({**coco.dataset, "annotations": boxes})
-    evaluation = Evaluation(coco, found, "bbox")
+    # pycocotools writes into what it is given, takes no empty list of results, takes the id 0 of an
+    # annotation for none, and cannot sort ids of which some are numbers and some text.
+    images, categories = numbered(coco.imgs), numbered(coco.cats)
+
+    def renumbered(boxes: Iterable[Result], is_result: bool) -> COCO:
+        annotations = [
+            {
+                "id": number,
+                "image_id": images[box["image_id"]],
+                "category_id": categories[box["category_id"]],
+                "bbox": box["bbox"],
+                "area": box["bbox"][2] * box["bbox"][3] if is_result else box["area"],
+                "iscrowd": 0 if is_result else box["iscrowd"],
+                **({"score": box["score"]} if is_result else {}),
+            }
+            for number, box in enumerate(boxes, start=1)
+        ]
+        return as_coco(
+            {
+                "images": [{"id": number} for number in images.values()],
+                "categories": [{"id": number} for number in categories.values()],
+                "annotations": annotations,
+            }
+        )
+
+    # A category that the split does not have has no figures.
+    counted = (result for result in results if result["category_id"] in categories)
+    truth, found = renumbered(coco.anns.values(), False), renumbered(counted, True)
+    evaluation = Evaluation(truth, found, "bbox")
+    evaluation.category_ids = list(categories)
     evaluation.params.maxDets = [1, 10, max_detections]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.evaluate()

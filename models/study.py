@@ -223,7 +223,7 @@ def _run(
         minutes = round((time.perf_counter() - start) / 60, 2)
         return dict.fromkeys(FIGURES, 0.0) | {"train_minutes": minutes, "diverged": True}
     trained = time.perf_counter()
-    results = detect_all(model, recipe, val.categories, val) or []
+    results = detect_all(model, recipe, data.categories, val) or []
     end = time.perf_counter()
     checkpoint.unlink()
     return {

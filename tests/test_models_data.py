@@ -65,7 +65,8 @@ def test_crowd_regions_follow_the_augmented_image(coco_folder: Path) -> None:
 
 def test_simple_layout(tmp_path: Path) -> None:
     (tmp_path / "val.json").write_text("{}")
-    assert find_split(tmp_path, "val") == (tmp_path / "val.json", tmp_path / "images")
+    file, folders = find_split(tmp_path, "val")
+    assert (file, folders[0]) == (tmp_path / "val.json", tmp_path / "images")
 
 
 def test_boxes_are_clipped_to_the_image(coco_folder: Path) -> None:
@@ -97,7 +98,7 @@ def edit(file: Path, change: str) -> None:
     elif change == "name":
         del dataset["images"][1]["file_name"]
     elif change == "list":
-        del dataset["annotations"]
+        del dataset["categories"]
     file.write_text("{" if change == "json" else json.dumps(dataset))
 
 
@@ -108,9 +109,9 @@ def edit(file: Path, change: str) -> None:
         ("image", r"instances_val2017.json: annotation 3 has an unknown image_id, 1"),
         ("no image", r"instances_val2017.json: annotation 3 has an unknown image_id, None"),
         ("twice", r"instances_val2017.json: the id 1 stands twice in 'annotations'"),
-        ("name", r"instances_val2017.json: entry 1 of 'images' has no 'file_name'"),
+        ("name", r"instances_val2017.json: image 110 has no 'file_name'$"),
         ("bbox", r"annotation 3 must have a bbox of four numbers, got \[1, 2, 3\]"),
-        ("list", r"instances_val2017.json is not a COCO annotation file: .* list 'annotations'"),
+        ("list", r"instances_val2017.json is not a COCO annotation file: .* list 'categories'"),
         ("json", r"instances_val2017.json is not valid JSON \(.*line 1 column 2"),
     ],
 )

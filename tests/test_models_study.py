@@ -154,7 +154,7 @@ def test_a_run_that_diverges_is_a_result(coco, tmp_path, monkeypatch):
 
 
 def test_distribution_study(coco, recipe_file, tmp_path):
-    assert run_study("distribution", coco, recipe_file, tmp_path, "--images", "3") == 0
+    assert run_study("distribution", coco, recipe_file, tmp_path, "--samples", "3") == 0
     table = (tmp_path / "distribution.md").read_text()
     assert table.count("\n| ") == 1 + len(study.GAMMAS)
     assert (tmp_path / "distribution.png").exists()

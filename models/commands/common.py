@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
-from models.data import DataError
+from models.data import CocoDataset, DataError, open_data
+from models.distributed import rank
 from models.recipes import RECIPES, Recipe
-from models.run_folder import CHECKPOINT
-
-__all__ = ["CHECKPOINT", "DATA_HELP", "find_recipe", "first_line"]
 
 DATA_HELP = "a COCO-format folder, or 'trees', the built-in aerial photographs"
 
@@ -25,6 +25,45 @@ def find_recipe(name: str) -> Recipe:
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"the file {name} is no recipe ({first_line(error)})") from None
+
+
+def add_data_arguments(
+    parser: argparse.ArgumentParser, split: str, data: str | None = None
+) -> None:
+    """--data, needed unless there is a default, --split, --images and --large-images."""
+    default = "" if data is None else f" (default: {data})"
+    parser.add_argument(
+        "--data", required=data is None, default=data, metavar="DIR", help=DATA_HELP + default
+    )
+    parser.add_argument("--split", default=split, help="default: %(default)s")
+    add_image_arguments(parser)
+
+
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="the folder of the images, or of a folder for each split (default: looked for in the data set)",
+    )
+    add_large_images(parser)
+
+
+def add_large_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--large-images",
+        action="store_true",
+        help="read images of any size, also above Pillow's limit for files that nobody vouches for",
+    )
+
+
+def open_split(options: argparse.Namespace, split: str) -> CocoDataset:
+    """A split of --data; says what is odd about it."""
+    data = open_data(options.data, split, options.images, large_images=options.large_images)
+    if rank() == 0:
+        for finding in data.survey():
+            print(f"{data.annotation_file}: {finding}", file=sys.stderr)
+    return data
 
 
 def first_line(error: Exception) -> str:

@@ -7,8 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import DATA_HELP
-from models.data import open_data
+from models.commands.common import add_data_arguments, open_split
 from models.draw import draw_curves
 from models.evaluate import compare, detect_all, save_figures, save_results
 
@@ -17,8 +16,7 @@ HELP = "pycocotools' table for a checkpoint"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
-    parser.add_argument("--split", default="val")
+    add_data_arguments(parser, split="val")
     parser.add_argument(
         "--out", type=Path, default=Path("results.json"), help="COCO results (default: %(default)s)"
     )
@@ -31,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     model, recipe, categories = load_model(options.checkpoint, options.device)
     if options.max_detections is not None:
         recipe = dataclasses.replace(recipe, max_detections=options.max_detections)
-    data = open_data(options.data, options.split)
+    data = open_split(options, options.split)
     results = detect_all(model, recipe, categories, data)
     if results is None:
         return  # rank 0 has them

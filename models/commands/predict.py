@@ -7,6 +7,7 @@ import glob
 from pathlib import Path
 
 from models.checkpoint import load_model
+from models.commands.common import add_large_images
 from models.data import DataError, read_image
 from models.draw import draw_contact_sheet, draw_detections
 from models.evaluate import detect
@@ -21,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("predictions"), metavar="DIR", help="default: %(default)s"
     )
     parser.add_argument("--min-score", type=float, default=0.3)
+    add_large_images(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     model, recipe, categories = load_model(options.checkpoint, options.device)
     pictures = []
     for path in find_images(options.images):
-        image = read_image(path)
+        image = read_image(path, options.large_images)
         out = options.out / f"{path.stem}.png"
         draw_detections(
             out,

@@ -7,8 +7,9 @@ import dataclasses
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import CHECKPOINT, DATA_HELP, find_recipe
-from models.data import open_data, prepare_backbone_weights
+from models.commands.common import add_data_arguments, find_recipe, open_split
+from models.data import prepare_backbone_weights
+from models.run_folder import CHECKPOINT
 from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
 from models.train import keep_freed_memory, train, training_stream
 
@@ -17,11 +18,8 @@ HELP = "a comparison of the paper's, with several seeds: table and picture"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=(*STUDIES, DISTRIBUTION))
-    parser.add_argument(
-        "--data", default="trees", metavar="DIR", help=f"{DATA_HELP} (default: trees)"
-    )
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--val-split", default="val")
+    add_data_arguments(parser, split="train", data="trees")
+    parser.add_argument("--val-split", default="val", help="default: %(default)s")
     parser.add_argument("--recipe", help="as in train; the study changes what it compares")
     parser.add_argument("--steps", type=int, help="of each run (default: the recipe's)")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
@@ -37,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, help=f"of {DISTRIBUTION}: a trained model (default: trains one)"
     )
     parser.add_argument(
-        "--images", type=int, default=64, help=f"of {DISTRIBUTION}: samples (default: %(default)s)"
+        "--samples", type=int, default=64, help=f"of {DISTRIBUTION} (default: %(default)s)"
     )
 
 
 def run(options: argparse.Namespace) -> None:
     keep_freed_memory()
     recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
-    data, val = (open_data(options.data, s) for s in (options.split, options.val_split))
+    data, val = (open_split(options, s) for s in (options.split, options.val_split))
     recipe = with_model(recipe, num_classes=len(data.categories))
     if options.steps is not None:
         recipe = dataclasses.replace(
@@ -77,7 +75,7 @@ def run(options: argparse.Namespace) -> None:
             training_stream(recipe, data),
             options.out,
             source,
-            options.images,
+            options.samples,
             options.device,
         )
     print(f"\n{table.read_text()}\n{table.with_suffix('.png')}")

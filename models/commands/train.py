@@ -7,14 +7,13 @@ import contextlib
 import dataclasses
 import io
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import expected_bytes, load_checkpoint
-from models.commands.common import DATA_HELP, find_recipe
-from models.data import CocoDataset, DataError, open_data, prepare_backbone_weights
+from models.commands.common import add_data_arguments, find_recipe, open_split
+from models.data import CocoDataset, DataError, match_categories, prepare_backbone_weights
 from models.distributed import from_first, rank
 from models.draw import draw_comparison
 from models.evaluate import detect, detect_all, evaluate
@@ -24,7 +23,7 @@ from models.losses import CLASSIFICATION_LOSSES
 from models.outputs import claim_folder, locked
 from models.ranges import check, option, optional, whole
 from models.recipes import PRECISIONS, RECIPES, Recipe, with_model
-from models.resume import differences, fingerprint, listing, other_recipe
+from models.resume import differences, fingerprint, other_recipe
 from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
 from models.run_folder import (
     BEST,
@@ -41,8 +40,7 @@ HELP = "train a detector"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, metavar="DIR", help=DATA_HELP)
-    parser.add_argument("--split", default="train")
+    add_data_arguments(parser, split="train")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help=f"where {CHECKPOINT} is written"
     )
@@ -139,8 +137,7 @@ def run(options: argparse.Namespace) -> None:
     with contextlib.ExitStack() as held:
         last = from_first(lambda: claim(options, held))
         checkpoint = None if last is None else load_checkpoint(last)
-        data = open_data(options.data, options.split)
-        say_left_out(data)
+        data = open_split(options, options.split)
         source = None
         if checkpoint is None or last is None:
             recipe, source = new or new_run(options, given)
@@ -272,13 +269,8 @@ def make_room(options: argparse.Namespace, recipe: Recipe) -> None:
 def validator(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Validation | None:
     if options.val_split is None:
         return None
-    val = open_data(options.data, options.val_split)
-    strange = [c for c in val.categories.items() if c not in data.categories.items()]
-    if strange:
-        raise DataError(
-            f"{val.annotation_file} has categories that {data.annotation_file} has not: "
-            f"{listing(dict(strange))}"
-        )
+    val = open_split(options, options.val_split)
+    match_categories(data.categories, val)  # or a sentence, before the first step
     if not val.coco.anns:
         raise DataError(f"{val.annotation_file} has no boxes to evaluate against")
 
@@ -306,16 +298,6 @@ def starter(file: Path, source: dict[str, Any], data: CocoDataset) -> Callable[[
             print(taken)
 
     return start
-
-
-def say_left_out(data: CocoDataset) -> None:
-    if data.left_out and rank() == 0:
-        ids = ", ".join(map(str, data.left_out[:10])) + (", ..." if len(data.left_out) > 10 else "")
-        print(
-            f"{data.annotation_file}: {len(data.left_out)} boxes without an area inside their image "
-            f"are left out (annotations {ids})",
-            file=sys.stderr,
-        )
 
 
 def say_trained(out: Path, recipe: Recipe, validation: Validation | None) -> None:

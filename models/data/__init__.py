@@ -1,27 +1,41 @@
 """Images and boxes: COCO-format folders, Pascal VOC, the built-in `trees`, the stream of training samples."""
 
-from models.data.coco import CocoDataset, Target, as_coco, find_split, load_annotations
+from models.data.annotations import Id, as_coco, id_order, load_annotations, numbered
+from models.data.coco import CocoDataset, Target, check_categories, match_categories
 from models.data.downloads import open_data, prepare_backbone_weights, trees
 from models.data.errors import DataError
+from models.data.findings import Finding
 from models.data.images import read_image
+from models.data.layouts import IMAGE_SUFFIXES, find_split, splits
 from models.data.stream import CROWD, TrainingStream, collate, mix, random_crop
-from models.data.voc import convert_voc
+from models.data.voc import convert_voc, read_voc, voc_to_coco, write_conversion
 
 __all__ = [
     "CROWD",
+    "IMAGE_SUFFIXES",
     "CocoDataset",
     "DataError",
+    "Finding",
+    "Id",
     "Target",
     "TrainingStream",
     "as_coco",
+    "check_categories",
     "collate",
     "convert_voc",
     "find_split",
+    "id_order",
     "load_annotations",
+    "match_categories",
     "mix",
+    "numbered",
     "open_data",
     "prepare_backbone_weights",
     "random_crop",
     "read_image",
+    "read_voc",
+    "splits",
     "trees",
+    "voc_to_coco",
+    "write_conversion",
 ]

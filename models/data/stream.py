@@ -37,6 +37,10 @@ class TrainingStream(Dataset):
     ) -> None:
         if len(data) == 0:
             raise DataError(f"{data.annotation_file} has no images")
+        if not data.has_annotations:
+            raise DataError(f"{data.annotation_file} has no annotations to train on, only images")
+        if not data.categories:
+            raise DataError(f"{data.annotation_file} has no categories to train on")
         self.data, self.num_samples, self.seed = data, num_samples, seed
         self.crop, self.crop_zoom = crop, crop_zoom
         transforms: list[v2.Transform] = [v2.RandomHorizontalFlip()]
