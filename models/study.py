@@ -109,7 +109,7 @@ def scale_variants(recipe: Recipe) -> list[Variant]:
     variants = []
     for scale, papers_ap in papers.items():
         if recipe.crop is None:
-            sizes = recipe.model.min_size or 800
+            sizes = recipe.model.min_size or min(800, recipe.model.max_size)
             resized = with_model(
                 recipe,
                 min_size=tuple(round(size * scale) for size in sizes)

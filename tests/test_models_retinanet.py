@@ -198,7 +198,7 @@ def test_config_survives_json() -> None:
     ("changes", "message"),
     [
         ({"backbone": "vgg16"}, "backbone must be one of resnet18, .*, got 'vgg16'"),
-        ({"max_level": 6}, "2..5 or 7, got min_level=3, max_level=6"),
+        ({"max_level": 6}, "max_level must be one of 2, 3, 4, 5, 7, got 6"),
         ({"anchor_sizes": ((8,),)}, "one entry for each of the 3 levels, got 1"),
     ],
 )
