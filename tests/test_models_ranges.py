@@ -193,6 +193,7 @@ def test_every_command_checks_its_device(command: str, capsys: pytest.CaptureFix
         "export": ["c.pt"],
         "study": ["loss"],
         "convert": ["d", "--out", "o"],
+        "check": ["d"],
     }
     assert main([command, *needed.get(command, []), "--device", "foo"]) == 1
     error = capsys.readouterr().err.strip()
