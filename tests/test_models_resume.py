@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models_fixtures import DISC, SQUARE, Killed, change_annotations, contents, lines_of
+from models_fixtures import Killed, change_annotations, contents, lines_of
 from test_models_train import assert_same
 
 from models.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -287,11 +287,7 @@ def test_validation_data_is_checked_before(run, coco_folder: Path, tmp_path: Pat
     file = other / "annotations" / "instances_val2017.json"
     good = json.loads(file.read_text())
     for change, sentence in (
-        (
-            {"categories": [{"id": SQUARE, "name": "disc"}, {"id": DISC, "name": "square"}]},
-            "3 square, 7 disc",
-        ),
-        ({"categories": [*good["categories"], {"id": 9, "name": "ring"}]}, "9 ring"),
+        ({"categories": [*good["categories"], {"id": 9, "name": "ring"}]}, "ring"),
         ({"annotations": []}, "has no boxes to evaluate against"),
     ):
         file.write_text(json.dumps({**good, **change}))
