@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from models.ranges import check, whole
+
 
 def windows(
     height: int, width: int, size: int, overlap: int
@@ -17,7 +19,12 @@ def windows(
     Each comes with the part of the image that it alone answers for, as a box (4,): the borders lie
     in the middle of the overlaps, so that an object at a window's edge is left to the neighbour
     that sees all of it.
+
+    Raises:
+        ValueError: the overlap is not smaller than the size.
     """
+    check("window", size, whole(1))
+    check("window_overlap", overlap, whole(0, size - 1))
     rows, columns = _cover(height, size, overlap), _cover(width, size, overlap)
     for top, bottom, core_top, core_bottom in rows:
         for left, right, core_left, core_right in columns:
@@ -26,8 +33,11 @@ def windows(
 
 
 def _cover(length: int, size: int, overlap: int) -> list[tuple[int, int, float, float]]:
-    count = max(1, math.ceil((length - overlap) / (size - overlap)))
-    starts = [round(i * (length - size) / (count - 1)) for i in range(count)] if count > 1 else [0]
-    ends = [min(start + size, length) for start in starts]
-    borders = [(end + start) / 2 for end, start in zip(ends[:-1], starts[1:], strict=True)]
+    if length <= size:
+        return [(0, length, -math.inf, math.inf)]
+    steps = math.ceil((length - size) / (size - overlap))
+    # Whole numbers, evenly apart: no step is longer than size - overlap.
+    starts = [i * (length - size) // steps for i in range(steps + 1)]
+    borders = [(start + size + following) / 2 for start, following in zip(starts, starts[1:])]
+    ends = [start + size for start in starts]
     return list(zip(starts, ends, [-math.inf, *borders], [*borders, math.inf], strict=True))

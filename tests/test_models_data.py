@@ -17,7 +17,6 @@ from models.data import (
     random_crop,
 )
 from models.data.voc import voc_to_coco
-from models.windows import windows
 
 
 @pytest.fixture
@@ -231,23 +230,6 @@ def test_convert_voc(tmp_path: Path) -> None:
         convert_voc(voc, out)
     with pytest.raises(DataError, match="is no Pascal VOC folder"):
         convert_voc(tmp_path, out)
-
-
-@pytest.mark.parametrize("shape", [(50, 60), (64, 64), (65, 300), (200, 333)])
-def test_windows_cover_every_pixel_once(shape: tuple[int, int]) -> None:
-    height, width = shape
-    owners = torch.zeros(shape, dtype=torch.int64)
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    for rows, columns, (left, top, right, bottom) in windows(height, width, 64, 16):
-        assert rows.stop - rows.start <= 64 and columns.stop - columns.start <= 64
-        assert 0 <= rows.start < rows.stop <= height and 0 <= columns.start < columns.stop <= width
-        core = (x >= left) & (x < right) & (y >= top) & (y < bottom)
-        owners += core
-        # What a window answers for lies in it, half an overlap from its inner edges.
-        own_y, own_x = y[core], x[core]
-        assert own_y.min() >= rows.start + (8 if rows.start else 0)
-        assert own_x.max() < columns.stop - (8 if columns.stop < width else 0)
-    assert (owners == 1).all()
 
 
 def test_image_cache_serves_repeated_reads(coco_folder: Path) -> None:
