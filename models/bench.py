@@ -117,7 +117,7 @@ def _round(
         ends, starts = list(outputs.values()), list(leaves.values())
     total = timed("loss", loss)
     timed("backward", lambda: torch.autograd.backward(ends, [start.grad for start in starts]))
-    if torch.cuda.is_available():
+    if images[0].is_cuda:
         peaks["step"] = torch.cuda.max_memory_allocated() / 2**30
     model.zero_grad()
     model.eval()

@@ -3,16 +3,22 @@
 The transform at the front of torchvision's detectors resizes image by image on the host, and what they return
 is as long as the detections are many. A Detector takes and returns tensors of static shapes, so that the whole
 model compiles to one graph, exports with a dynamic batch and image size, runs from C++ without Python
-(models/cpp), and is captured in a CUDA graph.
+(models/cpp), and is captured in a CUDA graph. Where the model resizes its images the size of the batch depends on
+theirs: `Detector.prepare` resizes before the graph, as models/cpp does, and the graph gives the boxes in pixels of
+the images as they were.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focalops import detect
@@ -22,7 +28,7 @@ DIVISOR = 32  # of the height and width of a batch, as in torchvision's transfor
 
 # boxes (B, D, 4) in pixels of the batch, scores (B, D), labels (B, D), counts (B,)
 PaddedDetections = tuple[Tensor, Tensor, Tensor, Tensor]
-Run = Callable[[Tensor, Tensor], PaddedDetections]
+Run = Callable[..., PaddedDetections]  # of what Detector.prepare returns
 
 
 class Detector(nn.Module):
@@ -44,11 +50,44 @@ class Detector(nn.Module):
             self.register_buffer(name, values.to(next(model.parameters()).device))
         self.eval()
 
+    @property
+    def size_limits(self) -> tuple[int, int] | None:
+        """What the shorter and at most the longer side are resized to; None: images keep their size."""
+        config = self.config
+        if config.min_size is None:
+            return None
+        sizes = config.min_size if isinstance(config.min_size, tuple) else (config.min_size,)
+        return sizes[-1], config.max_size
+
+    def prepare(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        """What the deployed forms take: of images (B, 3, H, W) and their sizes (B, 2) the resized images, padded
+        to one size, their sizes, and the sizes that they had; or just the first two where nothing is resized.
+
+        Raises:
+            ValueError: an image is so thin that nothing is left of it.
+        """
+        if self.size_limits is None:
+            return images, sizes
+        least, most = self.size_limits
+        resized = []
+        for image, (height, width) in zip(images, sizes.long().tolist(), strict=True):
+            scale = min(least / min(height, width), most / max(height, width))
+            size = [math.floor(height * scale), math.floor(width * scale)]
+            if min(size) < 1:
+                raise ValueError(f"an image of {width} x {height} pixels is too thin to be resized")
+            whole = image[None, :, :height, :width]
+            resized.append(F.interpolate(whole, size, mode="bilinear", align_corners=False)[0])
+        return *to_batch(resized), sizes
+
     def forward(
         self,
         images: Tensor,  # (B, 3, H, W) in 0..1, each image in the upper left; H and W divisible by 32
         sizes: Tensor,  # (B, 2) float32, their heights and widths
+        original_sizes: Tensor
+        | None = None,  # (B, 2), before `prepare`, which is called if there are none
     ) -> PaddedDetections:
+        if original_sizes is None and self.size_limits is not None:
+            images, sizes, original_sizes = self.prepare(images, sizes)
         config, (height, width) = self.config, images.shape[-2:]
         rows = torch.arange(height, device=images.device)[:, None] < sizes[:, :1, None]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:, None]
@@ -56,7 +95,7 @@ class Detector(nn.Module):
         features = self.backbone(torch.where((rows & columns)[:, None], normalised, 0))
         cls_logits, box_deltas = self.head(features)
         feature_sizes = [feature.shape[-2:] for feature in features]
-        return detect(
+        boxes, scores, labels, counts = detect(
             cls_logits,
             box_deltas,
             self.anchor_generator.grid((height, width), feature_sizes, images.device),
@@ -66,6 +105,9 @@ class Detector(nn.Module):
             max_detections=config.detections_per_image,
             image_sizes=sizes,
         )
+        if original_sizes is not None:
+            boxes = boxes * (original_sizes / sizes).flip(1).repeat(1, 2)[:, None]
+        return boxes, scores, labels, counts
 
 
 def to_batch(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -82,45 +124,58 @@ def to_batch(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def export(detector: Detector, images: Tensor, sizes: Tensor) -> torch.export.ExportedProgram:
     """The detector as a graph of torch's and focalops' ops, for any batch and image size.
 
-    The example should have two images or more: torch.export takes a dimension of 1 for a constant.
+    It takes what `detector.prepare` returns. The example should have two images or more: torch.export takes
+    a dimension of 1 for a constant.
     """
     batch = torch.export.Dim("batch")
     height, width = (DIVISOR * torch.export.Dim(name) for name in ("height", "width"))
+    inputs = detector.prepare(images, sizes)
+    of_sizes = [{0: batch}] * (len(inputs) - 1)
     return torch.export.export(
-        detector,
-        (images, sizes),
-        dynamic_shapes=({0: batch, 2: height, 3: width}, {0: batch}),
+        detector, inputs, dynamic_shapes=({0: batch, 2: height, 3: width}, *of_sizes)
     )
 
 
-def package(program: torch.export.ExportedProgram, path: Path) -> Run:
+def package(
+    program: torch.export.ExportedProgram, path: Path, size_limits: tuple[int, int] | None = None
+) -> Run:
     """Compiles the program by AOTInductor into a file ending in .pt2, and loads it.
 
-    models/cpp runs such a file without Python; in Python `torch._inductor.aoti_load_package` loads it once
-    focalops is imported.
+    models/cpp runs such a file without Python, and resizes by `size_limits`, the detector's; in Python
+    `torch._inductor.aoti_load_package` loads it once focalops is imported.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    metadata = {}
+    if size_limits is not None:
+        metadata = dict(zip(("min_size", "max_size"), map(str, size_limits), strict=True))
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        whole = Path(scratch) / path.name
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(whole),
+            inductor_configs={"aot_inductor.metadata": metadata},
+        )
+        os.replace(whole, path)
     return torch._inductor.aoti_load_package(str(path))
 
 
 @torch.no_grad()
-def capture(run: Run, images: Tensor, sizes: Tensor) -> Run:
-    """A CUDA graph of it: one launch for batches of this shape. The detections are overwritten by the next."""
-    images, sizes = images.clone(), sizes.clone()
+def capture(run: Run, *inputs: Tensor) -> Run:
+    """A CUDA graph of it: one launch for inputs of these shapes. The detections are overwritten by the next."""
+    held = [tensor.clone() for tensor in inputs]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # cuDNN chooses its algorithms, lazily loaded kernels are loaded
-            run(images, sizes)
+            run(*held)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        detections = run(images, sizes)
+        detections = run(*held)
 
-    def replay(new_images: Tensor, new_sizes: Tensor) -> PaddedDetections:
-        images.copy_(new_images)
-        sizes.copy_(new_sizes)
+    def replay(*new: Tensor) -> PaddedDetections:
+        for tensor, value in zip(held, new, strict=True):
+            tensor.copy_(value)
         graph.replay()
         return detections
 
@@ -128,28 +183,29 @@ def capture(run: Run, images: Tensor, sizes: Tensor) -> Run:
 
 
 def forms(detector: Detector, images: Tensor, sizes: Tensor, path: Path) -> dict[str, Run]:
-    """Every way to run the detector; the package is written to the path."""
+    """Every way to run the detector on what its `prepare` returns; the package is written to the path."""
     program = export(detector, images, sizes)
     ways: dict[str, Run] = {
         "eager": detector,
         "torch.compile": torch.compile(detector, fullgraph=True),
         "torch.export": program.module(),
-        "AOTInductor": package(program, path),
+        "AOTInductor": package(program, path, detector.size_limits),
     }
     if images.is_cuda:
-        ways["CUDA graph"] = capture(detector, images, sizes)
-        ways["CUDA graph of torch.compile"] = capture(ways["torch.compile"], images, sizes)
+        inputs = detector.prepare(images, sizes)
+        ways["CUDA graph"] = capture(detector, *inputs)
+        ways["CUDA graph of torch.compile"] = capture(ways["torch.compile"], *inputs)
     return ways
 
 
 @torch.no_grad()
-def milliseconds(run: Run, images: Tensor, sizes: Tensor, rounds: int = 5) -> float:
+def milliseconds(run: Run, *inputs: Tensor, rounds: int = 5) -> float:
     """The least of several, after one that is not timed."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        run(images, sizes)
-        if images.is_cuda:
+        run(*inputs)
+        if inputs[0].is_cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - start) * 1000)
     return min(times[1:])

@@ -18,8 +18,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from focalops import batched_nms, box_iou
-from models.data import CocoDataset, Id, as_coco, id_order, match_categories, numbered
+from models.data import (
+    CocoDataset,
+    DataError,
+    Id,
+    as_coco,
+    id_order,
+    match_categories,
+    numbered,
+)
 from models.distributed import gather, rank, world_size
+from models.outputs import write_whole
 from models.recipes import Recipe
 from models.retinanet import Detections, RetinaNet
 from models.windows import windows
@@ -27,10 +36,22 @@ from models.windows import windows
 Result = dict[str, Any]  # one box as COCO results have it
 
 
+BATCH_PIXELS = 2**21  # of the windows that are detected in at once
+SEVERAL_TIMES = 2  # an unresized image whose sides are within so many max_size is seen as a whole
+
+
 @torch.inference_mode()
 def detect(model: RetinaNet, recipe: Recipe, image: Tensor) -> Detections:
-    """Boxes, scores and labels, best first, of a uint8 (3, H, W) image of any size."""
-    image = image.to(next(model.parameters()).device).float() / 255
+    """Boxes, scores and labels, best first, of a uint8 (3, H, W) image of any size.
+
+    Beside the image it needs the memory of a few of its windows, or of its resized copy: where a recipe
+    neither resizes nor has windows, an image larger than SEVERAL_TIMES its max_size is seen in windows of max_size.
+
+    Raises:
+        DataError: the image is so thin that the model's resize leaves nothing of it.
+    """
+    check_size(recipe, image)
+    image = image.to(next(model.parameters()).device)
     if recipe.symmetries:
         found = vote(
             [_detect_in_symmetry(model, recipe, image, turns, flip) for turns, flip in SYMMETRIES],
@@ -41,12 +62,37 @@ def detect(model: RetinaNet, recipe: Recipe, image: Tensor) -> Detections:
     return {name: value[: recipe.max_detections].cpu() for name, value in found.items()}
 
 
-def _detect(model: RetinaNet, recipe: Recipe, image: Tensor, batch_size: int = 8) -> Detections:
-    if recipe.window is None:
+def check_size(recipe: Recipe, image: Tensor) -> None:
+    config, (height, width) = recipe.model, image.shape[-2:]
+    if config.min_size is None or recipe.window is not None:
+        return
+    least, most = min(height, width), max(height, width)
+    smallest = config.min_size if isinstance(config.min_size, int) else config.min_size[-1]
+    if least * min(smallest / least, config.max_size / most) < 1:
+        raise DataError(
+            f"an image of {width} x {height} pixels is too thin: nothing is left of it when its "
+            f"longer side is resized to {config.max_size}"
+        )
+
+
+def window_of(recipe: Recipe, height: int, width: int) -> tuple[int, int] | None:
+    """The side and the overlap of the windows to detect in; None: the image as a whole."""
+    if recipe.window is not None:
+        return recipe.window, recipe.window_overlap
+    side = recipe.model.max_size
+    if recipe.model.min_size is not None or max(height, width) <= SEVERAL_TIMES * side:
+        return None
+    return side, min(recipe.window_overlap, side // 4)
+
+
+def _detect(model: RetinaNet, recipe: Recipe, image: Tensor) -> Detections:
+    height, width = image.shape[-2:]
+    window = window_of(recipe, height, width)
+    if window is None:
         found: Detections = model([image])[0]
         return found
-    height, width = image.shape[-2:]
-    cover = list(windows(height, width, recipe.window, recipe.window_overlap))
+    cover = list(windows(height, width, *window))
+    batch_size = max(1, BATCH_PIXELS // window[0] ** 2)
     parts: list[Detections] = []
     for first in range(0, len(cover), batch_size):
         batch = cover[first : first + batch_size]
@@ -131,8 +177,13 @@ def detect_all(
     share = range(rank(), len(data), world_size())
     for index in tqdm(share, desc="detect", unit="image", mininterval=1.0, disable=rank() != 0):
         image, _ = data[index]
-        found = to_results(data.image_ids[index], detect(model, recipe, image), ids)
-        results += [result for result in found if result["category_id"] is not None]
+        try:
+            found = detect(model, recipe, image)
+        except DataError as error:  # nothing can be found in it
+            print(f"{data.image_path(index)}: {error}", file=sys.stderr)
+            continue
+        of_image = to_results(data.image_ids[index], found, ids)
+        results += [result for result in of_image if result["category_id"] is not None]
     gathered = gather(results)
     if gathered is not None:
         gathered.sort(
@@ -162,7 +213,7 @@ def to_results(
 
 def save_results(path: Path, results: list[Result]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results))
+    write_whole(path, json.dumps(results))
 
 
 class Evaluation(COCOeval):
@@ -270,4 +321,4 @@ def compare(coco: COCO, results: list[Result], max_detections: int) -> Evaluatio
 
 def save_figures(path: Path, figures: dict[str, float], categories: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**figures, "categories": categories}, indent=1) + "\n")
+    write_whole(path, json.dumps({**figures, "categories": categories}, indent=1) + "\n")

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 from models.data.errors import DataError
 
@@ -23,19 +23,23 @@ def claim(paths: Iterable[Path], *, overwrite: bool = False, inputs: Iterable[Pa
     They must differ from each other and from the inputs of the command, also where --overwrite allows them
     to replace earlier results. Their folders are made.
     """
-    read = {path.resolve() for path in inputs}
+    read: set[Path] | None = None
     written: set[Path] = set()
     for path in paths:
         place = path.resolve()
-        if place in read:
-            raise DataError(f"{path} is an input of this command and cannot be its output")
+        if path.exists():
+            read = {path.resolve() for path in inputs} if read is None else read
+            if place in read:
+                raise DataError(f"{path} is an input of this command and cannot be its output")
         if place in written:
             raise DataError(f"{path} would be written twice: two outputs have the same name")
         written.add(place)
         if path.is_dir():
             raise DataError(f"{path} must be a file to write to, and is a folder")
         if path.exists() and not overwrite:
-            raise DataError(f"{path} exists already; --overwrite replaces it")
+            raise DataError(
+                f"{path} exists already; --overwrite replaces it, and another --out keeps it"
+            )
         claim_folder(path.parent)
 
 
@@ -69,6 +73,23 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise DataError(f"{path} cannot be written ({reason(error)})") from None
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[TextIO]:
+    """A text file to write to, which is at `path` when all of it has been written; an error leaves nothing."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        # Names of files that are no Unicode are written with escapes.
+        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({reason(error)})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def reason(error: OSError) -> str:

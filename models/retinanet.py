@@ -59,7 +59,7 @@ class RetinaNet(nn.Module):
     def __init__(self, config: RetinaNetConfig, pretrained_backbone: bool = False) -> None:
         super().__init__()
         self.config = config
-        transform = GeneralizedRCNNTransform if config.min_size else UnresizedTransform
+        transform = ResizingTransform if config.min_size else UnresizedTransform
         self.transform = transform(
             config.min_size, config.max_size, list(config.image_mean), list(config.image_std)
         )
@@ -87,7 +87,7 @@ class RetinaNet(nn.Module):
 
     def forward(
         self,
-        images: list[Tensor],  # B of (3, H_i, W_i) in 0..1
+        images: list[Tensor],  # B of (3, H_i, W_i) in 0..1; in evaluation also uint8
         targets: list[Target] | None = None,
     ) -> dict[str, Tensor] | list[Detections]:
         """The losses in training mode, the detections of each image in evaluation mode."""
@@ -179,8 +179,27 @@ class RetinaNet(nn.Module):
         ]
 
 
+class ResizingTransform(GeneralizedRCNNTransform):
+    """torchvision's. Images of bytes become numbers when they have their size, a channel at a time: a
+    floating-point copy of a large photograph would be four times as large."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        is_later = image.dtype == torch.uint8 and not self.training
+        return image if is_later else super().normalize(image)
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        if image.dtype != torch.uint8:
+            return super().resize(image, target)
+        channels = [super(ResizingTransform, self).resize(c.float())[0] for c in image.split(1)]
+        return super().normalize(torch.cat(channels) / 255), target
+
+
 class UnresizedTransform(GeneralizedRCNNTransform):
     """Normalises and pads to a batch, nothing else."""
+
+    def normalize(self, image: Tensor) -> Tensor:
+        is_bytes = image.dtype == torch.uint8 and not self.training
+        return super().normalize(image.float() / 255 if is_bytes else image)
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         return image, target

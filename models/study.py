@@ -9,9 +9,11 @@ so that an interrupted study goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,9 +26,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.harness import describe
-from models.data import CocoDataset, TrainingStream, collate
+from models.data import CocoDataset, DataError, TrainingStream, collate
 from models.evaluate import detect_all, evaluate
 from models.losses import IGNORED, rows_of
+from models.outputs import claim, claim_folder, write_whole
 from models.recipes import Recipe, with_model
 from models.retinanet import BOX_LOSSES, RetinaNet
 from models.train import TrainingDiverged, train
@@ -161,6 +164,7 @@ def run_study(
     seeds: int = 3,
     device: str = "cpu",
     pretrained: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Trains what the record does not hold yet; writes NAME.json, NAME.md and NAME.png. Returns the table."""
     study = STUDIES[name]
@@ -172,20 +176,25 @@ def run_study(
         "recipe": dataclasses.asdict(recipe),
         "train": _name(data),
         "val": _name(val),
+        "pair of annotation files": [_digest(data), _digest(val)],
+        "start of the backbone": "ImageNet" if pretrained else "random",
     }
+    table, picture = out / f"{name}.md", out / f"{name}.png"
+    if not record_file.exists():  # else they are the record's own
+        claim([record_file, table, picture], overwrite=overwrite)
     record = _open_record(record_file, settings, device)
+    claim_folder(out)
     for seed in range(seeds):
         for variant in study.variants(recipe):
             runs = record["runs"].setdefault(variant.name, {})
             if str(seed) not in runs:
                 seeded = dataclasses.replace(variant.recipe, seed=seed)
                 print(f"{name}: {variant.name}, seed {seed}")
-                runs[str(seed)] = _run(seeded, data, val, out / f"{name}.pt", device, pretrained)
+                runs[str(seed)] = _run(seeded, data, val, out, device, pretrained)
                 _write(record_file, json.dumps(record, indent=1) + "\n")
     papers = {variant.name: variant.papers_ap for variant in study.variants(recipe)}
-    table = out / f"{name}.md"
     _write(table, to_table(study, record, papers))
-    draw(out / f"{name}.png", study, record, papers)
+    draw(picture, study, record, papers)
     return table
 
 
@@ -195,11 +204,23 @@ def _name(data: CocoDataset) -> str:
     return f"{folder if annotations == 'annotations' else annotations}/{Path(file).stem}"
 
 
+def _digest(data: CocoDataset) -> str:
+    """Of the annotation file: other data may have its name."""
+    return hashlib.sha256(data.annotation_file.read_bytes()).hexdigest()
+
+
 def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str, Any]:
     settings = json.loads(json.dumps(settings))  # tuples as lists
     if not path.exists():
         return {**settings, **describe(torch.device(device)), "runs": {}}
-    record: dict[str, Any] = json.loads(path.read_text())
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        runs = record["runs"]
+        is_record = all(key in run for r in runs.values() for run in r.values() for key in FIGURES)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        is_record = False
+    if not is_record:
+        raise DataError(f"{path} is no record of a study: choose another --out")
     changed = [key for key, value in settings.items() if record.get(key) != value]
     if changed:
         raise ValueError(
@@ -212,20 +233,21 @@ def _run(
     recipe: Recipe,
     data: CocoDataset,
     val: CocoDataset,
-    checkpoint: Path,
+    out: Path,
     device: str,
     pretrained: bool,
 ) -> dict[str, float]:
     start = time.perf_counter()
     try:
-        model = train(recipe, data, checkpoint, device=device, pretrained=pretrained)
+        with tempfile.TemporaryDirectory(dir=out, prefix="run-") as scratch:
+            checkpoint = Path(scratch, "checkpoint.pt")
+            model = train(recipe, data, checkpoint, device=device, pretrained=pretrained)
     except TrainingDiverged:
         minutes = round((time.perf_counter() - start) / 60, 2)
         return dict.fromkeys(FIGURES, 0.0) | {"train_minutes": minutes, "diverged": True}
     trained = time.perf_counter()
     results = detect_all(model, recipe, data.categories, val) or []
     end = time.perf_counter()
-    checkpoint.unlink()
     return {
         **evaluate(val.coco, results, recipe.max_detections),
         "train_minutes": round((trained - start) / 60, 2),
@@ -236,7 +258,7 @@ def _run(
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    write_whole(path, text)
 
 
 # ---- Table and picture --------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -38,6 +39,6 @@ def _cover(length: int, size: int, overlap: int) -> list[tuple[int, int, float, 
     steps = math.ceil((length - size) / (size - overlap))
     # Whole numbers, evenly apart: no step is longer than size - overlap.
     starts = [i * (length - size) // steps for i in range(steps + 1)]
-    borders = [(start + size + following) / 2 for start, following in zip(starts, starts[1:])]
+    borders = [(a + size + b) / 2 for a, b in itertools.pairwise(starts)]
     ends = [start + size for start in starts]
     return list(zip(starts, ends, [-math.inf, *borders], [*borders, math.inf], strict=True))

@@ -237,7 +237,7 @@ def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
     for images in (str(folder), str(folder / "*.png")):
         predict[2:3] = [images]
         (pictures / "contact-sheet.png").unlink(missing_ok=True)
-        assert main([*predict, "--device", "cpu"]) == 0
+        assert main([*predict, "--overwrite", "--device", "cpu"]) == 0
         with Image.open(pictures / "contact-sheet.png") as sheet:
             assert sheet.size == (800, 400)
 
@@ -266,7 +266,7 @@ def test_bench(coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture)
     arguments = ["bench", "--rounds", "1", "--device", "cpu", "--out", str(out)]
     for noise in (True, False):
         source = [] if noise else ["--data", str(coco_folder)]
-        assert main([*arguments, "--size", "64", "96", *source]) == 0
+        assert main([*arguments, "--size", "64", "96", "--overwrite", *source]) == 0
         printed = capsys.readouterr().out
         assert re.search(r"training step +\d+\.\d ms +\d+\.\d ms +\d+\.\d\d\n", printed)
         assert set(json.loads(out.read_text())["ms"]) == set(PHASES)

@@ -54,6 +54,42 @@ def test_detector_is_the_eager_model(model, images):
         assert torch.equal(labels[i, :count], expected["labels"])
 
 
+RESIZING = dataclasses.replace(CONFIG, min_size=(96, 128), max_size=256)
+
+
+@pytest.fixture(scope="module")
+def resizing() -> RetinaNet:
+    torch.manual_seed(0)
+    return RetinaNet(RESIZING).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(60, 90), (33, 64), (200, 300), (500, 70), (128, 128)])
+def test_images_are_resized_as_the_model_resizes_them(resizing, shape):
+    image = torch.rand(3, *shape)
+    (expected,) = resizing([image])
+    boxes, scores, labels, counts = deploy.Detector(resizing)(*deploy.to_batch([image]))
+    assert counts[0] == len(expected["scores"]) > 5
+    # Normalising after the resize instead of before rounds otherwise.
+    torch.testing.assert_close(boxes[0, : counts[0]], expected["boxes"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(scores[0, : counts[0]], expected["scores"], rtol=0, atol=1e-5)
+    assert torch.equal(labels[0, : counts[0]], expected["labels"])
+
+
+@torch.no_grad()
+def test_a_batch_of_several_sizes_is_resized(resizing, images):
+    detector, batch = deploy.Detector(resizing), deploy.to_batch(images)
+    boxes, scores, _, counts = detector(*batch)
+    for i, expected in enumerate(resizing(images)):
+        torch.testing.assert_close(boxes[i, : counts[i]], expected["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[i, : counts[i]], expected["scores"], rtol=0, atol=1e-5)
+    exported = deploy.export(detector, *batch).module()
+    other = deploy.to_batch([torch.rand(3, 40, 77)])
+    check_detections(exported(*detector.prepare(*other)), detector(*other))
+    with pytest.raises(ValueError, match="3000 x 2 pixels is too thin to be resized"):
+        detector(*deploy.to_batch([torch.rand(3, 2, 3000)]))
+
+
 @torch.no_grad()
 def test_what_lies_in_the_padding_is_not_seen(model, images):
     detector = deploy.Detector(model)
@@ -90,11 +126,11 @@ def test_exports_for_any_batch_and_size(model, images):
 
 
 @torch.no_grad()
-def test_runs_from_cpp_without_python(model, images, tmp_path):
-    detector, batch = deploy.Detector(model), deploy.to_batch(images)
+def test_runs_from_cpp_without_python(resizing, images, tmp_path):
+    detector, batch = deploy.Detector(resizing), deploy.to_batch(images)
     package = tmp_path / "detector.pt2"
-    run = deploy.package(deploy.export(detector, *batch), package)
-    check_detections(run(*batch), detector(*batch), ROUNDING)
+    run = deploy.package(deploy.export(detector, *batch), package, detector.size_limits)
+    check_detections(run(*detector.prepare(*batch)), detector(*batch), ROUNDING)
 
     pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "image.ppm")

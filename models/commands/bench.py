@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 
 from models.bench import bench, table
-from models.commands.common import DATA_HELP
+from models.commands.common import DATA_HELP, interruptible
 from models.data import TrainingStream, collate, open_data
+from models.outputs import claim, write_whole
+from models.ranges import check, whole
 from models.recipes import PRECISIONS
 from models.train import keep_freed_memory, to_device
 
@@ -36,12 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, metavar="FILE", help="the figures as JSON")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
 BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 
 
+@interruptible()
 def run(options: argparse.Namespace) -> None:
+    for side in options.size:
+        check("--size", side, whole(1))
+    check("--batch-size", options.batch_size, whole(1))
+    check("--rounds", options.rounds, whole(1))
+    if options.out:
+        claim([options.out], overwrite=options.overwrite)
     keep_freed_memory()
     num_classes = 91
     if options.data:
@@ -76,6 +86,5 @@ def run(options: argparse.Namespace) -> None:
             for name in ("model", "data", "size", "batch_size", "precision", "rounds", "device")
         }
         record = {**settings, "torch": torch.__version__, "ms": figures, "peak_gib": peaks}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(options.out, json.dumps(record, indent=1) + "\n")
         print(f"figures: {options.out}")

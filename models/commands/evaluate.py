@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, open_split
+from models.commands.common import add_data_arguments, interruptible, open_split
 from models.draw import draw_curves
 from models.evaluate import compare, detect_all, save_figures, save_results
+from models.outputs import claim
+from models.ranges import check, optional, whole
 
 HELP = "pycocotools' table for a checkpoint"
 
@@ -21,29 +24,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("results.json"), help="COCO results (default: %(default)s)"
     )
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the results, and their figures and curves beside them",
+    )
+    parser.add_argument(
         "--max-detections", type=int, help="detections an image that count (default: the recipe's)"
     )
 
 
+@interruptible()
 def run(options: argparse.Namespace) -> None:
+    check("--max-detections", options.max_detections, optional(whole(1)))
+    figures, curves = (
+        options.out.with_name(options.out.stem + suffix)
+        for suffix in ("-figures.json", "-curves.png")
+    )
     model, recipe, categories = load_model(options.checkpoint, options.device)
     if options.max_detections is not None:
         recipe = dataclasses.replace(recipe, max_detections=options.max_detections)
     data = open_split(options, options.split)
+    # As COCO publishes its test sets: there is nothing to compare the results with.
+    has_truth = data.has_annotations
+    outputs = [options.out, figures, curves] if has_truth else [options.out]
+    images = (data.image_path(index) for index in range(len(data)))
+    inputs = itertools.chain((options.checkpoint, data.annotation_file), images)
+    claim(outputs, overwrite=options.overwrite, inputs=inputs)
     results = detect_all(model, recipe, categories, data)
     if results is None:
         return  # rank 0 has them
     save_results(options.out, results)
+    if not has_truth:
+        print(f"{data.annotation_file} has no annotations: there is nothing to compare with")
+        print(f"results: {options.out}")
+        return
     evaluation = compare(data.coco, results, recipe.max_detections)
     evaluation.summarize()
     rows = evaluation.by_category(data.categories)
     print("\n     AP   AP50  category")
     for row in rows:
         print(f"{row['AP']:7.3f} {row['AP50']:6.3f}  {row['name']}")
-    figures, curves = (
-        options.out.with_name(options.out.stem + suffix)
-        for suffix in ("-figures.json", "-curves.png")
-    )
     save_figures(figures, evaluation.figures(), rows)
     draw_curves(curves, f"{options.checkpoint.parent.name}, {data.annotation_file.name}", rows)
     print(f"\nresults: {options.out}, {figures}, {curves}")

@@ -9,7 +9,10 @@ import torch
 
 from focalops._library import CUDA_LIBRARY, LIBRARY
 from models.checkpoint import load_model
+from models.commands.common import interruptible
 from models.deploy import Detector, disagreement, forms, milliseconds, to_batch
+from models.outputs import claim
+from models.ranges import check, whole
 
 HELP = "package a checkpoint for C++, and time the ways to run it"
 
@@ -32,23 +35,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the images that are timed (default: 800 1344)",
     )
     parser.add_argument("--batch-size", type=int, default=2, help="of those (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
+@interruptible()
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
+    for side in options.size:
+        check("--size", side, whole(1))
+    check("--batch-size", options.batch_size, whole(1))
+    if options.out.suffix != ".pt2":
+        raise ValueError(f"--out must be a file ending in .pt2, got {str(options.out)!r}")
+    claim([options.out], overwrite=options.overwrite, inputs=[options.checkpoint])
     model, _, _ = load_model(options.checkpoint, options.device)
     detector = Detector(model)
     noise = torch.rand(options.batch_size, 3, *options.size, device=options.device)
-    images, sizes = to_batch(list(noise))
-    ways = forms(detector, images, sizes, options.out)
-    expected = detector(images, sizes)
-    print(f"{options.batch_size} images of {images.shape[2]} x {images.shape[3]}, milliseconds:")
+    batch = to_batch(list(noise))
+    inputs = detector.prepare(*batch)
+    ways = forms(detector, *batch, options.out)
+    expected = detector(*inputs)
+    height, width = inputs[0].shape[-2:]
+    print(f"{options.batch_size} images of {height} x {width}, milliseconds:")
     for name, run in ways.items():
-        difference = disagreement(run(images, sizes), expected)
+        difference = disagreement(run(*inputs), expected)
         print(
-            f"{milliseconds(run, images, sizes):9.1f}  {name}{f' ({difference})' if difference else ''}"
+            f"{milliseconds(run, *inputs):9.1f}  {name}{f' ({difference})' if difference else ''}"
         )
-    libraries = [LIBRARY, *([CUDA_LIBRARY] if images.is_cuda else [])]
+    libraries = [LIBRARY, *([CUDA_LIBRARY] if noise.is_cuda else [])]
     print(
         f"without Python: models/cpp/detect {options.out} IMAGE.ppm {' '.join(map(str, libraries))}"
     )
+    if detector.size_limits is not None:
+        least, most = detector.size_limits
+        print(
+            f"models/cpp/detect resizes images: the shorter side to {least} unless the longer one would exceed "
+            f"{most}; other callers do so before the graph, as Detector.prepare does"
+        )

@@ -7,8 +7,10 @@ import dataclasses
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, find_recipe, open_split
+from models.commands.common import add_data_arguments, find_recipe, interruptible, open_split
 from models.data import prepare_backbone_weights
+from models.outputs import claim
+from models.ranges import check, optional, whole
 from models.run_folder import CHECKPOINT
 from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
 from models.train import keep_freed_memory, train, training_stream
@@ -30,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="runs that its record holds are not repeated (default: %(default)s)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help=f"replace tables and pictures that belong to no record, and {DISTRIBUTION}'s; never a record",
+    )
     parser.add_argument("--no-pretrained", action="store_true", help="as in train")
     parser.add_argument(
         "--checkpoint", type=Path, help=f"of {DISTRIBUTION}: a trained model (default: trains one)"
@@ -39,7 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+@interruptible()
 def run(options: argparse.Namespace) -> None:
+    check("--seeds", options.seeds, whole(1))
+    check("--samples", options.samples, whole(1))
+    check("--steps", options.steps, optional(whole(1)))
     keep_freed_memory()
     recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
     data, val = (open_split(options, s) for s in (options.split, options.val_split))
@@ -49,6 +60,11 @@ def run(options: argparse.Namespace) -> None:
             recipe, steps=options.steps, warmup_steps=min(recipe.warmup_steps, options.steps // 10)
         )
     pretrained = not options.no_pretrained
+    if options.name == DISTRIBUTION:
+        outputs = [options.out / f"{DISTRIBUTION}{ending}" for ending in (".md", ".png")]
+        trained = [] if options.checkpoint is not None else [options.out / CHECKPOINT]
+        inputs = [] if options.checkpoint is None else [options.checkpoint]
+        claim([*outputs, *trained], overwrite=options.overwrite, inputs=inputs)
     if pretrained and options.checkpoint is None:
         prepare_backbone_weights(recipe.model.backbone)
     if options.name != DISTRIBUTION:
@@ -61,6 +77,7 @@ def run(options: argparse.Namespace) -> None:
             seeds=options.seeds,
             device=options.device,
             pretrained=pretrained,
+            overwrite=options.overwrite,
         )
     else:
         if options.checkpoint is not None:

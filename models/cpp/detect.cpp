@@ -2,12 +2,15 @@
 //
 //   detect MODEL.pt2 IMAGE.ppm LIBFOCALOPS.so...
 //
-// prints a line for each detection: label, score, x1, y1, x2, y2 in pixels. The libraries register
+// prints a line for each detection: label, score, x1, y1, x2, y2 in pixels of the image, which is
+// resized as the model was trained where the package says so. The libraries register
 // the ops of focalops: libfocalops.so, and for a model on a GPU libfocalops_cuda.so too.
 #include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
@@ -35,6 +38,25 @@ at::Tensor read_ppm(const std::string& path) {
   return image;
 }
 
+// [3, height, width] with its shorter side resized to min_size, unless the longer one would exceed
+// max_size: as torchvision's detectors do it.
+at::Tensor resized(const at::Tensor& image, double min_size, double max_size) {
+  const double height = image.size(1), width = image.size(2);
+  const double scale =
+      std::min(min_size / std::min(height, width), max_size / std::max(height, width));
+  const int64_t new_height = std::floor(height * scale), new_width = std::floor(width * scale);
+  if (new_height < 1 || new_width < 1) {
+    throw std::runtime_error("the image is too thin to be resized");
+  }
+  return at::upsample_bilinear2d(image.unsqueeze(0), {new_height, new_width},
+                                 /*align_corners=*/false)[0];
+}
+
+at::Tensor size_of(const at::Tensor& image) {
+  const auto height = static_cast<float>(image.size(1)), width = static_cast<float>(image.size(2));
+  return at::tensor({height, width}).unsqueeze(0);
+}
+
 void detect(const std::string& model_file, const std::string& image_file) {
   if (!std::ifstream(model_file)) {
     throw std::runtime_error(model_file + " cannot be opened");
@@ -44,15 +66,22 @@ void detect(const std::string& model_file, const std::string& image_file) {
   const auto device = metadata.find("AOTI_DEVICE_KEY");
   const at::Device on(device == metadata.end() ? "cpu" : device->second);
 
-  const at::Tensor image = read_ppm(image_file).permute({2, 0, 1}).to(at::kFloat).div(255);
+  const at::Tensor original = read_ppm(image_file).permute({2, 0, 1}).to(at::kFloat).div(255);
+  const auto min_size = metadata.find("min_size"), max_size = metadata.find("max_size");
+  const bool resizes = min_size != metadata.end() && max_size != metadata.end();
+  const at::Tensor image =
+      resizes ? resized(original, std::stod(min_size->second), std::stod(max_size->second))
+              : original;
   const int64_t height = image.size(1), width = image.size(2);
   const auto padded = [](int64_t extent) { return (extent + kDivisor - 1) / kDivisor * kDivisor; };
   at::Tensor batch = at::zeros({1, 3, padded(height), padded(width)});
   batch[0].narrow(1, 0, height).narrow(2, 0, width).copy_(image);
-  const at::Tensor sizes =
-      at::tensor({static_cast<float>(height), static_cast<float>(width)}).unsqueeze(0);
 
-  std::vector<at::Tensor> outputs = model.run({batch.to(on), sizes.to(on)});
+  std::vector<at::Tensor> inputs = {batch.to(on), size_of(image).to(on)};
+  if (resizes) {
+    inputs.push_back(size_of(original).to(on));
+  }
+  std::vector<at::Tensor> outputs = model.run(inputs);
   for (at::Tensor& output : outputs) {
     output = output[0].cpu();
   }
