@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,7 +82,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-ROOT = Path(__file__).parents[1]
 ON_THE_CPU = {
     "predict": "predict {checkpoint} {image} --out {out}",
     "evaluate": "evaluate {checkpoint} --data {data} --out {out}/results.json",
@@ -101,6 +97,9 @@ def test_a_machine_with_a_gpu_can_use_its_cpu(
     command: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    # torch's own optimizers ask the GPU that is not there.
+    check = "_accelerator_graph_capture_health_check"
+    monkeypatch.setattr(torch.optim.Optimizer, check, lambda self: None, raising=False)
     monkeypatch.setattr(
         export, "forms", lambda detector, *_: {"eager": detector}
     )  # the rest takes minutes
@@ -195,21 +194,6 @@ def test_studies_are_not_mixed(files: dict[str, Path], tmp_path: Path, capsys) -
     distribution = ON_THE_CPU["study"].format(**files, out=out).replace("seeds", "distribution", 1)
     assert main([*distribution.split(), "--images", "1", "--device", "cpu"]) == 1
     assert "checkpoint.pt exists already" in capsys.readouterr().err
-
-
-def test_a_closed_output_is_a_sentence() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    result = subprocess.run(
-        [sys.executable, "-m", "models", "configs"],
-        cwd=ROOT,
-        stdout=writer,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-    )
-    os.close(writer)
-    assert (result.returncode, result.stderr) == (1, "error: nobody reads the output any more\n")
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export", "bench"])
