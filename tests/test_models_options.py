@@ -16,7 +16,6 @@ from test_models_predict import make_checkpoint
 
 from models.__main__ import COMMANDS, main
 from models.commands import export
-from models.data import CocoDataset
 
 BASES = {
     "predict": "predict missing.pt missing.png",
@@ -32,7 +31,7 @@ WRONG = {
     ("export", "--batch-size"): ("0", "-2"),
     ("study", "--steps"): ("0", "-1"),
     ("study", "--seeds"): ("0", "-1"),
-    ("study", "--images"): ("0", "-1"),
+    ("study", "--samples"): ("0", "-1"),
     ("bench", "--size"): ("0 0", "64 -1"),
     ("bench", "--batch-size"): ("0", "-2"),
     ("bench", "--rounds"): ("0", "-1"),
@@ -147,23 +146,20 @@ def test_an_input_is_never_replaced(files: dict[str, Path], tmp_path: Path, caps
         )
 
 
-def test_results_without_a_truth(
-    files: dict[str, Path], tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_results_without_a_truth(files: dict[str, Path], tmp_path: Path, capsys) -> None:
     """Of a test set as COCO publishes it there is nothing to compare with."""
-    monkeypatch.setattr(CocoDataset, "has_annotations", False, raising=False)
-    out = tmp_path / "results.json"
-    arguments = [
-        "evaluate",
-        str(files["checkpoint"]),
-        "--data",
-        str(files["data"]),
-        "--out",
-        str(out),
-    ]
-    assert main([*arguments, "--device", "cpu"]) == 0
+    data = tmp_path / "coco"
+    shutil.copytree(files["data"] / "val2017", data / "test2017")
+    val = json.loads((files["data"] / "annotations" / "instances_val2017.json").read_text())
+    (data / "annotations").mkdir()
+    info = {"images": val["images"], "categories": val["categories"]}
+    (data / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(info))
+    out = tmp_path / "out" / "results.json"
+    arguments = f"evaluate {files['checkpoint']} --data {data} --split test-dev --out {out}"
+    assert main([*arguments.split(), "--device", "cpu"]) == 0
     assert "there is nothing to compare with" in capsys.readouterr().out
-    assert json.loads(out.read_text()) and [*tmp_path.iterdir()] == [out]
+    assert {result["image_id"] for result in json.loads(out.read_text())} == {100, 110}
+    assert [*out.parent.iterdir()] == [out]
 
 
 def test_studies_are_not_mixed(files: dict[str, Path], tmp_path: Path, capsys) -> None:
@@ -192,7 +188,7 @@ def test_studies_are_not_mixed(files: dict[str, Path], tmp_path: Path, capsys) -
     (out / "seeds.json").write_text("[1]")
     assert study(files["data"]) == 1 and "is no record of a study" in capsys.readouterr().err
     distribution = ON_THE_CPU["study"].format(**files, out=out).replace("seeds", "distribution", 1)
-    assert main([*distribution.split(), "--images", "1", "--device", "cpu"]) == 1
+    assert main([*distribution.split(), "--samples", "1", "--device", "cpu"]) == 1
     assert "checkpoint.pt exists already" in capsys.readouterr().err
 
 

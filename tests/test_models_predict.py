@@ -20,7 +20,7 @@ from test_models_commands import RECIPE
 from models.__main__ import main
 from models.checkpoint import load_model, save_checkpoint
 from models.commands import predict
-from models.data import DataError
+from models.data import DataError, read_image
 from models.draw import is_ours
 from models.evaluate import detect
 from models.retinanet import RetinaNet
@@ -150,7 +150,7 @@ def test_formats_have_the_same_numbers(checkpoint: Path, tmp_path: Path) -> None
         assert coco.imgs[result["image_id"]]["file_name"] == row[1]
         assert coco.cats[result["category_id"]]["name"] == row[5]
     model, recipe, _ = load_model(checkpoint)
-    expected = detect(model, recipe, predict.read(images[0]))
+    expected = detect(model, recipe, read_image(images[0]))
     count = int((expected["scores"] > 0.005).sum())
     scores = [row[6] for row in rows if row[0] == 1]
     assert scores == [round(s, 5) for s in expected["scores"][:count].tolist()]
