@@ -348,9 +348,9 @@ def test_matches_that_are_none():
 
 def test_boxes_of_a_batch_in_different_dtypes(device):
     """They are padded in a dtype that holds all: not the first one's, which would round."""
-    anchors = torch.tensor([[0.0, 0, 10, 10], [0.5, 0.5, 1.25, 1.25]], device=device)
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0.25, 0.25, 0.75, 0.75]], device=device)
     whole = torch.tensor([[0, 0, 10, 10]], device=device)
-    fine = torch.tensor([[0.5, 0.5, 1.25, 1.25]], device=device)
+    fine = torch.tensor([[0.25, 0.25, 0.75, 0.75]], device=device)
     assert match_anchors(anchors, [whole, fine]).tolist() == [[0, -1], [-1, 0]]
     assert count_degenerate_boxes([whole, fine]).tolist() == [0, 0]
 
