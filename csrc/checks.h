@@ -45,6 +45,18 @@ inline std::string dtype_of(const Tensor& tensor) {  // as torch prints it
       return "torch.float64";
     case ScalarType::Bool:
       return "torch.bool";
+    case ScalarType::UInt16:
+      return "torch.uint16";
+    case ScalarType::UInt32:
+      return "torch.uint32";
+    case ScalarType::UInt64:
+      return "torch.uint64";
+    case ScalarType::ComplexHalf:
+      return "torch.complex32";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
     default:
       return torch::headeronly::toString(tensor.scalar_type());
   }
@@ -123,27 +135,25 @@ inline const char* iou_name(int64_t kind) {
   return kNames[kind];
 }
 
+// Of the family, and kind 4: the intersection over the area of the first box.
 inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2, int64_t kind) {
-  const char* op = iou_name(kind);
+  const char* op = kind == 4 ? "box_iou" : iou_name(kind);
   check_coordinates(op, "boxes1", boxes1);
   const int64_t dim = boxes1.dim();
   if ((dim != 2 && dim != 3) || boxes1.size(dim - 1) != 4) {
-    fail(op, ": boxes1 must have shape (N, 4) or (B, N, 4), got ", shape_of(boxes1));
+    fail(op, ": boxes1 must have shape (..., N, 4), got ", shape_of(boxes1));
   }
   check_like(op, "boxes2", boxes2, "boxes1", boxes1);
   if (boxes2.dim() != dim || boxes2.size(dim - 1) != 4 || !same_shape(boxes1, boxes2, dim - 2)) {
-    if (dim == 2) {
-      fail(op, ": boxes2 must have shape (M, 4), got ", shape_of(boxes2));
-    }
-    fail(op, ": boxes2 must have shape (", boxes1.size(0), ", M, 4) as boxes1 is batched, got ",
-         shape_of(boxes2));
+    fail(op, ": boxes2 must have shape (..., M, 4), a batch that broadcasts with that of boxes1, ",
+         shape_of(boxes1), ", got ", shape_of(boxes2));
   }
 }
 
 inline void check_box_iou_backward(const Tensor& grad_output, const Tensor& boxes1,
                                    const Tensor& boxes2, int64_t kind) {
-  check_box_iou(boxes1, boxes2, kind);
   const char* op = iou_name(kind);
+  check_box_iou(boxes1, boxes2, kind);
   check_like(op, "grad_output", grad_output, "boxes1", boxes1);
   const int64_t dim = boxes1.dim();
   if (grad_output.dim() != dim || !same_shape(grad_output, boxes1, dim - 1) ||
@@ -165,8 +175,8 @@ inline void check_box_pair_loss(const Tensor& boxes1, const Tensor& boxes2, int6
   check_rows_of_4(op, "boxes1", boxes1);
   check_like(op, "boxes2", boxes2, "boxes1", boxes1);
   if (!same_shape(boxes1, boxes2)) {
-    fail(op, ": boxes2 must have the shape of boxes1, ", shape_of(boxes1), ", got ",
-         shape_of(boxes2));
+    fail(op, ": boxes2 must have a shape that broadcasts with that of boxes1, ", shape_of(boxes1),
+         ", got ", shape_of(boxes2));
   }
 }
 
@@ -488,6 +498,15 @@ struct HeadShape {
   int64_t rows;                      // of an image, over all levels: one an anchor
 };
 
+// The CUDA kernels number the parts of an image in 32 bits.
+inline void check_image_size(const char* op, const std::string& name, const Tensor& level,
+                             const char* what) {
+  const int64_t numbers = level.size(1) * level.size(2) * level.size(3);
+  if (numbers >= int64_t{1} << 31) {
+    fail(op, ": ", name, " must have fewer than 2^31 ", what, " an image, got ", numbers);
+  }
+}
+
 inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, const Tensor& labels,
                                         const HeadLossOptions& options,
                                         const std::optional<Tensor>& normalizer) {
@@ -507,6 +526,7 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
            " must have shape (B, A * K, H, W), B and A * K the same in all levels, got ",
            shape_of(level));
     }
+    check_image_size(op, name, level, "logits");
     positions += level.size(2) * level.size(3);
   }
   check_same_device(op, "labels", labels, "cls_logits[0]", first);
@@ -577,6 +597,7 @@ inline HeadShape check_dense_box_loss(const std::vector<Tensor>& deltas, const T
            " must have shape (B, A * 4, H, W), B and A the same in all levels, got ",
            shape_of(level));
     }
+    check_image_size(op, name, level, "deltas");
     positions += level.size(2) * level.size(3);
   }
   const int64_t images = first.size(0), of_position = first.size(1) / 4;

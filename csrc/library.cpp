@@ -47,7 +47,8 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   // scale: one number, or one for each tensor[i]
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
 
-  // boxes. kind: 0 IoU, 1 generalized, 2 distance, 3 complete; eps is added to the divisors of the
+  // boxes. kind: 0 IoU, 1 generalized, 2 distance, 3 complete, and of box_iou alone 4, the
+  // intersection over the area of the box of boxes1; eps is added to the divisors of the
   // penalties, and in the losses to the union.
   m.def("box_iou(Tensor boxes1, Tensor boxes2, int kind=0, float eps=0) -> Tensor");
   m.def(
@@ -86,10 +87,11 @@ STABLE_TORCH_LIBRARY(focalops, m) {
 
   // matching. roles: uint8 (B, M), 0 an object, 1 a crowd, 2 nothing; low_quality: 0 none, 1 the
   // anchor's own best box, 2 the last box, 3 the last box and of equal anchors the first.
+  // ignore_wrt_candidates: crowd_threshold is a share of the anchor, else of the crowd.
   m.def(
       "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor? counts, float fg_iou_threshold,"
       " float bg_iou_threshold, int low_quality, float min_pos_iou=0, Tensor? roles=None,"
-      " float crowd_threshold=0) -> Tensor");
+      " float crowd_threshold=0, bool ignore_wrt_candidates=True) -> Tensor");
 
   // nms. by_distance: by DIoU
   m.def(

@@ -76,6 +76,17 @@ void dispatch_iou(ScalarType dtype, int64_t kind, double union_eps, double outer
   });
 }
 
+// The same of a matrix, which may also be of kind 4.
+template <typename F>
+void dispatch_iou_matrix(ScalarType dtype, int64_t kind, double eps, const F& f) {
+  if (kind != static_cast<int64_t>(IouKind::kForeground)) {
+    return dispatch_iou(dtype, kind, 0, eps, f);
+  }
+  dispatch_compute(dtype, [&](auto tag) {
+    f(tag, IouFormula<IouKind::kForeground, tag_t<decltype(tag)>>{0, 0});
+  });
+}
+
 template <typename T>
 BoxCoder<T> box_coder(const std::vector<double>& weights, double clip = 0,
                       const std::vector<double>& image_size = {}) {

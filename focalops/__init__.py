@@ -30,8 +30,13 @@ from focalops.iou_aware_losses import (
     quality_focal_loss,
     varifocal_loss,
 )
-from focalops.matching import class_index_targets, count_degenerate_boxes, match_anchors
-from focalops.nms import batched_nms, matrix_nms, multiclass_nms, nms, soft_nms
+from focalops.matching import (
+    class_index_targets,
+    count_degenerate_boxes,
+    match_anchors,
+    match_iou_matrix,
+)
+from focalops.nms import batched_nms, matrix_nms, multiclass_nms, nms, nms_match, soft_nms
 from focalops.postprocess import detect
 
 __all__ = [
@@ -56,10 +61,12 @@ __all__ = [
     "generalized_box_iou_loss",
     "ia_bce_loss",
     "match_anchors",
+    "match_iou_matrix",
     "matchability_aware_loss",
     "matrix_nms",
     "multiclass_nms",
     "nms",
+    "nms_match",
     "quality_focal_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",

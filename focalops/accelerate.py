@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from focalops.box_losses import (
-    complete_box_iou_loss,
-    distance_box_iou_loss,
-    generalized_box_iou_loss,
-)
-from focalops.boxes import decode_boxes, encode_boxes
+from focalops.anchors import AnchorGenerator
+from focalops.box_losses import dense_box_loss, generalized_box_iou_loss
+from focalops.boxes import decode_boxes
 from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss
-from focalops.matching import class_index_targets, match_anchors
+from focalops.matching import class_index_targets, in_one_dtype, match_anchors
 from focalops.nms import batched_nms
 from focalops.postprocess import detect
-from focalops.reference import head_rows
 
 
 @dataclass
@@ -41,11 +37,12 @@ def accelerate(model: nn.Module) -> Accelerated:
     """Swaps parts of torchvision's RetinaNets, FCOS and SSDs in a model for focalops', in place.
 
     Of a RetinaNet the loss step (matching, focal loss, box loss), the post-processing (threshold, top-k, boxes, NMS) and, where
-    both could be swapped, the copies between the heads' convolutions and them; of FCOS the losses, without a one-hot target
+    both could be swapped, the copies between the heads' convolutions and them (not while somebody looks: where a head has
+    hooks, or is called from outside, its outputs are torchvision's); of FCOS the losses, without a one-hot target
     of the logits' size, and the post-processing, all levels at once; of an SSD the post-processing, all classes at once.
     Losses, gradients and detections stay what they were, but for the order of float32 sums and of equal scores; in a
     RetinaNet a ground-truth box that overlaps no anchor no longer makes all of them foreground. Parameters, their names and
-    the way to call the model stay too, and so do ``copy.deepcopy`` and pickling.
+    the way to call the model stay too, and so do copies, pickling and ``nn.DataParallel``.
 
     Args:
         model: a ``RetinaNet``, ``FCOS`` or ``SSD`` of ``torchvision.models.detection``, or a module that holds some. A part that
@@ -61,6 +58,8 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     >>> print(accelerate(model))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module, got {type(model).__name__}")
     try:
         from torchvision.models.detection import FCOS, RetinaNet
         from torchvision.models.detection.ssd import SSD
@@ -88,7 +87,7 @@ def accelerate(model: nn.Module) -> Accelerated:
 def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
     from torchvision.models.detection import retinanet
     from torchvision.models.detection._utils import BoxCoder, Matcher
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.anchor_utils import AnchorGenerator as Peer
 
     head, matcher = model.head, model.proposal_matcher
     classification = getattr(head, "classification_head", None)
@@ -105,8 +104,9 @@ def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
 
     generator = model.anchor_generator
     anchors = []
-    for method in ("forward", "grid_anchors"):  # which give every image the same
-        anchors += _overridden(f"{name}.anchor_generator", generator, AnchorGenerator, method)
+    if not isinstance(generator, AnchorGenerator):
+        for method in ("forward", "grid_anchors"):  # which give every image the same
+            anchors += _overridden(f"{name}.anchor_generator", generator, Peer, method)
     if not anchors and len(generator.sizes) > MAX_LEVELS:
         anchors.append(f"{name}.anchor_generator has more than {MAX_LEVELS} levels")
 
@@ -140,10 +140,8 @@ def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
         reasons = _overridden(name, model, retinanet.RetinaNet, "forward")
         for where, part, origin in heads:
             reasons += _overridden(where, part, origin, "forward")
-        for (where, part, _), forward in zip(
-            heads[1:], (_classification_forward, _regression_forward), strict=True
-        ):
-            _swap(part, "forward", forward, f"{where}: the copies", reasons, report)
+        what = f"{name}: the copies of the heads' outputs"
+        _swap(model, "forward", _forward, what, reasons, report)
 
 
 MAX_LEVELS = 8  # of dense_focal_loss and detect
@@ -180,11 +178,9 @@ def _overridden(where: str, part: Any, origin: type, method: str) -> list[str]:
     if not isinstance(part, origin):
         return [f"{where} is no {origin.__name__} but {type(part).__qualname__}"]
     if method in vars(part):
-        own = vars(part)[method]
-        is_ours = isinstance(own, functools.partial) and own.func.__module__ == __name__
-        return [
-            f"{where}.{method} is " + ("focalops' already" if is_ours else "the instance's own")
-        ]
+        return [f"{where}.{method} is the instance's own"]
+    if method in dict(_swapped(type(part))):
+        return [f"{where}.{method} is focalops' already"]
     if getattr(type(part), method) is not getattr(origin, method):
         return [f"{where}.{method} is overridden by {type(part).__qualname__}"]
     return []
@@ -196,9 +192,44 @@ def _swap(
     if reasons:
         report.kept.append(f"{what}, because {' and '.join(reasons)}")
         return False
-    setattr(part, method, functools.partial(function, part))  # unlike a method, it can be pickled
+    kind = type(part)
+    methods = (*_swapped(kind), (method, function))
+    origin: Any = getattr(kind, "accelerated_from", kind)
+    part.__class__ = _class_with(origin, methods)
     report.replaced.append(what)
     return True
+
+
+Methods = tuple[tuple[str, Callable[..., Any]], ...]
+
+
+def _swapped(kind: type) -> Methods:
+    return getattr(kind, "swapped_methods", ())
+
+
+@functools.cache
+def _class_with(origin: type, methods: Methods) -> type:
+    """A subclass in which the methods are these. The instance's class is changed, not its attributes, because these go on to
+    copies of the module, such as those of ``nn.DataParallel``, and would stay bound to the first."""
+    members = {
+        "__module__": origin.__module__,
+        "__qualname__": origin.__qualname__,
+        "__reduce_ex__": _reduce,
+        "accelerated_from": origin,
+        "swapped_methods": methods,
+    }
+    return type(origin.__name__, (origin,), members | dict(methods))
+
+
+def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
+    """The class has no name by which pickle would find it."""
+    state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+    return _blank, (type(module).accelerated_from, type(module).swapped_methods), state
+
+
+def _blank(origin: type, methods: Methods) -> Any:
+    kind: Any = _class_with(origin, methods)
+    return kind.__new__(kind)
 
 
 # ---- what is put in -----------------------------------------------------------------------------
@@ -220,12 +251,48 @@ class HeadOutputs:
         return self.levels
 
 
-def _classification_forward(head: Any, features: list[Tensor]) -> HeadOutputs:
-    return HeadOutputs([head.cls_logits(head.conv(f)) for f in features], head.num_classes)
+class _Inside:
+    """The model as its own forward sees it: its head leaves the outputs where they lie."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def head(self, features: list[Tensor]) -> dict[str, HeadOutputs]:
+        heads = self.model.head.classification_head, self.model.head.regression_head
+        logits, deltas = (head.conv for head in heads)
+        return {
+            "cls_logits": HeadOutputs(
+                [heads[0].cls_logits(logits(f)) for f in features], heads[0].num_classes
+            ),
+            "bbox_regression": HeadOutputs([heads[1].bbox_reg(deltas(f)) for f in features], 4),
+        }
 
 
-def _regression_forward(head: Any, features: list[Tensor]) -> HeadOutputs:
-    return HeadOutputs([head.bbox_reg(head.conv(f)) for f in features], 4)
+def _forward(model: Any, images: list[Tensor], targets: Any = None) -> Any:
+    head = model.head
+    is_watched = any(map(_has_hooks, (head, head.classification_head, head.regression_head)))
+    kind = type(model).accelerated_from
+    return kind.forward(model if is_watched else _Inside(model), images, targets)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    everywhere = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
+BOX_LOSSES = ("l1", "smooth_l1", "giou", "diou", "ciou")
 
 
 def _compute_loss(
@@ -238,14 +305,10 @@ def _compute_loss(
 ) -> dict[str, Tensor]:
     """Each image's losses are divided by its number of foreground anchors, then averaged."""
     matcher, regression = model.proposal_matcher, model.head.regression_head
-    cls_logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
-    num_classes = model.head.classification_head.num_classes
-    if isinstance(cls_logits, HeadOutputs):
-        cls_levels = cls_logits.levels
-        deltas = torch.cat([head_rows(level, 4) for level in deltas.levels], dim=1)
-    else:
-        cls_levels = [_level(cls_logits)]
-
+    cls_logits, deltas = (
+        x.levels if isinstance(x, HeadOutputs) else [_level(x)]
+        for x in (head_outputs["cls_logits"], head_outputs["bbox_regression"])
+    )
     boxes, labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
     matches = match_anchors(
         anchors[0],
@@ -254,44 +317,24 @@ def _compute_loss(
         matcher.low_threshold,
         matcher.allow_low_quality_matches,
     )  # (B, N)
-    classes = class_index_targets(matches, labels, num_classes)
-    foreground = matches >= 0
-    counts = foreground.sum(dim=1)
-    classification = dense_focal_loss(cls_levels, classes, normalizer=counts) / len(targets)
-
-    image, anchor = torch.where(foreground)  # (F,) each
-    gt_boxes = nn.utils.rnn.pad_sequence(boxes, batch_first=True)  # (B, M, 4)
-    losses = _box_losses(
-        regression,
-        deltas[image, anchor],
-        anchors[0][anchor],
-        gt_boxes[image, matches[image, anchor]] if len(image) else gt_boxes.new_empty((0, 4)),
-    )  # (F,)
-    bbox_regression = (losses / counts[image]).sum() / max(1, len(targets))
-    return {"classification": classification, "bbox_regression": bbox_regression}
-
-
-IOU_LOSSES = {
-    "giou": generalized_box_iou_loss,
-    "diou": distance_box_iou_loss,
-    "ciou": complete_box_iou_loss,
-}
-BOX_LOSSES = ("l1", "smooth_l1", *IOU_LOSSES)
-
-
-def _box_losses(
-    regression: Any,
-    deltas: Tensor,  # (F, 4)
-    anchors: Tensor,  # (F, 4)
-    gt_boxes: Tensor,  # (F, 4)
-) -> Tensor:  # (F,)
-    name, coder = regression._loss_type, regression.box_coder
-    if name in ("l1", "smooth_l1"):
-        loss = nn.functional.l1_loss if name == "l1" else nn.functional.smooth_l1_loss
-        return loss(deltas, encode_boxes(gt_boxes, anchors, coder.weights), reduction="none").sum(1)
-    return IOU_LOSSES[name](
-        decode_boxes(deltas, anchors, coder.weights, coder.bbox_xform_clip), gt_boxes
+    classes = class_index_targets(matches, labels, model.head.classification_head.num_classes)
+    counts = (matches >= 0).sum(dim=1)
+    classification = dense_focal_loss(cls_logits, classes, normalizer=counts)
+    bbox_regression = dense_box_loss(
+        deltas,
+        anchors[0],
+        [b.detach() for b in boxes],
+        matches,
+        loss=regression._loss_type,
+        weights=regression.box_coder.weights,
+        clip=regression.box_coder.bbox_xform_clip,
+        normalizer=counts,
     )
+    images = max(1, len(targets))
+    return {
+        "classification": classification / images,
+        "bbox_regression": bbox_regression / images,
+    }
 
 
 def _postprocess_detections(
@@ -335,7 +378,8 @@ def _fcos_loss(
     count = max(1, len(image))
     classification = sigmoid_focal_loss(cls_logits, classes, reduction="sum", normalizer=count)
 
-    gt_boxes = nn.utils.rnn.pad_sequence([t["boxes"] for t in targets], batch_first=True)
+    boxes = in_one_dtype([t["boxes"] for t in targets])
+    gt_boxes = nn.utils.rnn.pad_sequence(boxes, batch_first=True)
     gt_boxes = gt_boxes[image, matches[image, anchor]] if len(image) else gt_boxes.new_empty((0, 4))
     anchor_boxes = torch.stack(anchors)[image, anchor]
     deltas = head_outputs["bbox_regression"][image, anchor]

@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 from focalops import reference
+from focalops._arguments import (
+    check_image_size,
+    floats,
+    number,
+    require_tensors,
+)
 from focalops._ops import (
     call,
     check,
@@ -18,14 +24,17 @@ from focalops._ops import (
     compute_dtype,
     ops,
     register_vmap_as_loop,
+    require_tensor,
     runs_reference,
 )
 from focalops.boxes import (
     IOU_NAMES,
     as_coordinates,
+    broadcast,
     check_coordinates,
     check_like,
     check_rows_of_4,
+    coordinates_dtype,
     differentiable,
     gradients,
     setup_context,
@@ -47,7 +56,7 @@ def box_iou_loss(
 
     Args:
         boxes1: ``(..., 4)``.
-        boxes2: of the same shape.
+        boxes2: ``(..., 4)``; the shapes broadcast.
         reduction: ``"none"``, ``"mean"`` (0 of no boxes) or ``"sum"``.
         eps: added to the union, so that empty boxes have an IoU of 0.
 
@@ -147,7 +156,11 @@ def dense_box_loss(
     """
     if loss not in DENSE_LOSSES:
         raise ValueError(f"loss must be one of {', '.join(map(repr, DENSE_LOSSES))}, got {loss!r}")
-    deltas, weights = list(deltas), [float(weight) for weight in weights]
+    require_tensors("deltas", deltas)
+    require_tensor("anchors", anchors)
+    require_tensors("gt_boxes", gt_boxes)
+    require_tensor("matches", matches)
+    deltas, weights = list(deltas), floats("weights", weights, "4 numbers")
     _check_are_constant(anchors=anchors, normalizer=normalizer)
     for boxes in gt_boxes if not isinstance(gt_boxes, Tensor) else (gt_boxes,):
         _check_are_constant(gt_boxes=boxes)
@@ -173,7 +186,8 @@ def dense_box_loss(
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(dtype)
     if not isinstance(normalizer, Tensor):
-        min_normalizer = 1 if normalizer is None else max(normalizer, min_normalizer)
+        least = number("min_normalizer", min_normalizer)
+        min_normalizer = 1 if normalizer is None else max(number("normalizer", normalizer), least)
         normalizer = None
     compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
     value, _ = call(
@@ -184,9 +198,9 @@ def dense_box_loss(
         matches,
         DENSE_LOSSES.index(loss),
         weights,
-        clip,
-        beta,
-        eps,
+        number("clip", clip),
+        number("beta", beta),
+        number("eps", eps),
         normalizer,
         min_normalizer,
         compute_grad,
@@ -197,12 +211,15 @@ def dense_box_loss(
 def _pair_loss(kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    require_tensor("boxes1", boxes1)
+    require_tensor("boxes2", boxes2)
     if runs_reference(boxes1):
         loss = _reference_pair_loss(boxes1, boxes2, kind, eps)
     else:
-        dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
+        dtype = coordinates_dtype(boxes1, boxes2)
         boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
-        loss = call(ops.box_pair_loss, boxes1, boxes2, kind, float(eps))
+        boxes1, boxes2 = broadcast(boxes1, boxes2)
+        loss = call(ops.box_pair_loss, boxes1, boxes2, kind, number("eps", eps))
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()
@@ -223,7 +240,7 @@ def _check_pair_loss(boxes1: Tensor, boxes2: Tensor, kind: int) -> None:
     check(
         boxes2.shape == boxes1.shape,
         lambda: (
-            f"{op}: boxes2 must have the shape of boxes1, {tuple(boxes1.shape)}, "
+            f"{op}: boxes2 must have a shape that broadcasts with that of boxes1, {tuple(boxes1.shape)}, "
             f"got {tuple(boxes2.shape)}"
         ),
     )
@@ -310,6 +327,7 @@ def _check_dense(
                 f"B and A the same in all levels, got {shape}"  # noqa: B023
             ),
         )
+        check_image_size(op, name, level, "deltas")
     images = first.shape[0]
     rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in deltas)
     for name, boxes in (("anchors", anchors), ("gt_boxes", gt_boxes)):

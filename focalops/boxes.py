@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 from focalops import reference
+from focalops._arguments import (
+    as_sizes,
+    floats,
+    number,
+)
 from focalops._ops import (
     FLOATING,
     call,
@@ -21,28 +26,36 @@ from focalops._ops import (
     check_same_device,
     compute_dtype,
     ops,
+    require_tensor,
     runs_reference,
 )
 
 
-def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, mode: str = "iou") -> Tensor:
     """The intersection over union of every box of one set with every box of another.
 
-    A drop-in for ``torchvision.ops.box_iou``, except that the IoU of two empty boxes is 0, not NaN.
+    A drop-in for ``torchvision.ops.box_iou``, except that the IoU of two empty boxes is 0, not NaN, and that boxes are not
+    rotated.
 
     Args:
-        boxes1: ``(N, 4)``, or ``(B, N, 4)`` for a batch.
-        boxes2: ``(M, 4)``, or ``(B, M, 4)``.
+        boxes1: ``(..., N, 4)``.
+        boxes2: ``(..., M, 4)``; the batches broadcast.
+        fmt: ``"xyxy"``, ``"xywh"`` (a corner, width and height) or ``"cxcywh"`` (the center, width and height).
+        mode: ``"iou"``, or ``"iof"``: the intersection over the area of the box of ``boxes1``, mmdet's foreground; 0 where
+            that is 0.
 
     Returns:
-        ``(N, M)``, or ``(B, N, M)``: float64 if a set is float64, else float32, whatever the sets are, integers included.
+        ``(..., N, M)``: float64 if a set is float64, else float32, whatever the sets are, integers included.
 
     Differentiable in both sets. Nothing but the result is allocated, and its gradient is summed up without a matrix of its
-    own. Time O(N M). On one device and another, and at each SIMD width, the values have the same bits.
+    own (that of ``"iof"`` runs in plain PyTorch). Time O(N M). On one device and another, and at each SIMD width, the values
+    have the same bits.
 
     >>> box_iou(detections, gt_boxes).max(dim=1)
     """
-    return _iou_matrix(0, boxes1, boxes2)
+    if mode not in ("iou", "iof"):
+        raise ValueError(f"mode must be 'iou' or 'iof', got {mode!r}")
+    return _iou_matrix(0 if mode == "iou" else 4, boxes1, boxes2, fmt=fmt)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -82,20 +95,64 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7) -> Tenso
     return _iou_matrix(3, boxes1, boxes2, eps)
 
 
-# In the order of IouKind in csrc/math/box.h.
-IOU_NAMES = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
+# In the order of IouKind in csrc/math/box.h; the last is that of mode "iof".
+IOU_NAMES = (
+    "box_iou",
+    "generalized_box_iou",
+    "distance_box_iou",
+    "complete_box_iou",
+    "box_iou",
+)
 
 
-def _iou_matrix(kind: int, boxes1: Tensor, boxes2: Tensor, eps: float = 0) -> Tensor:
+def _iou_matrix(
+    kind: int, boxes1: Tensor, boxes2: Tensor, eps: float = 0, fmt: str = "xyxy"
+) -> Tensor:
+    require_tensor("boxes1", boxes1)
+    require_tensor("boxes2", boxes2)
+    eps = number("eps", eps)
+    dtype = coordinates_dtype(boxes1, boxes2)
+    boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
+    if fmt != "xyxy":
+        if fmt not in ("xywh", "cxcywh"):
+            raise ValueError(f"fmt must be 'xyxy', 'xywh' or 'cxcywh', got {fmt!r}")
+        boxes1, boxes2 = _corners(boxes1, fmt), _corners(boxes2, fmt)
     if runs_reference(boxes1):
         return _reference_iou(boxes1, boxes2, kind, eps)
-    dtype = compute_dtype(torch.promote_types(boxes1.dtype, boxes2.dtype))
-    boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
-    return call(ops.box_iou, boxes1, boxes2, kind, float(eps))
+    batch = None if boxes1.dim() == boxes2.dim() == 2 else _common_batch(boxes1, boxes2)
+    if batch is None:
+        return call(ops.box_iou, boxes1, boxes2, kind, eps)
+    boxes1, boxes2 = (
+        boxes.expand(*batch, -1, -1).reshape(-1, *boxes.shape[-2:]) for boxes in (boxes1, boxes2)
+    )
+    return call(ops.box_iou, boxes1, boxes2, kind, eps).unflatten(0, batch)
+
+
+def _common_batch(boxes1: Tensor, boxes2: Tensor) -> tuple[int, ...] | None:
+    """Of batches that the op does not take as they are; None where it does, or has to refuse them."""
+    if any(boxes.dim() < 2 or boxes.shape[-1] != 4 for boxes in (boxes1, boxes2)):
+        return None
+    batch1, batch2 = boxes1.shape[:-2], boxes2.shape[:-2]
+    if batch1 == batch2 and len(batch1) <= 1:
+        return None
+    if not _shapes_broadcast(batch1, batch2):
+        return None
+    return torch.broadcast_shapes(batch1, batch2)
+
+
+def _corners(boxes: Tensor, fmt: str) -> Tensor:
+    if boxes.shape[-1:] != (4,):
+        return boxes
+    place, size = boxes[..., :2], boxes[..., 2:]
+    if fmt == "cxcywh":
+        place = place - 0.5 * size
+    return torch.cat((place, place + size), dim=-1)
 
 
 def _reference_iou(boxes1: Tensor, boxes2: Tensor, kind: int, eps: float) -> Tensor:
-    options = {"eps": eps} if kind >= 2 else {}
+    options: dict[str, Any] = {"eps": eps} if kind in (2, 3) else {}
+    if kind == 4:
+        options["mode"] = "iof"
     return getattr(reference, IOU_NAMES[kind])(boxes1, boxes2, **options)
 
 
@@ -120,11 +177,13 @@ def encode_boxes(
 
     >>> encode_boxes(gt_boxes[matches[foreground]], anchors[foreground])
     """
-    weights = [float(weight) for weight in weights]
+    require_tensor("boxes", boxes)
+    require_tensor("anchors", anchors)
+    weights = floats("weights", weights, "4 numbers")
     if runs_reference(boxes):
         return reference.encode_boxes(boxes, anchors, weights)
-    dtype = compute_dtype(torch.promote_types(boxes.dtype, anchors.dtype))
-    boxes, anchors = _broadcast(as_coordinates(boxes, dtype), as_coordinates(anchors, dtype))
+    dtype = coordinates_dtype(boxes, anchors)
+    boxes, anchors = broadcast(as_coordinates(boxes, dtype), as_coordinates(anchors, dtype))
     return call(ops.encode_boxes, boxes, anchors, weights)
 
 
@@ -133,7 +192,9 @@ def decode_boxes(
     anchors: Tensor,
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     clip: float = math.log(1000 / 16),
-    image_size: Sequence[float] | None = None,
+    image_size: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    *,
+    ctr_clamp: float | None = None,
 ) -> Tensor:
     r"""The boxes to which deltas lead from anchors: the inverse of :func:`encode_boxes`.
 
@@ -143,7 +204,9 @@ def decode_boxes(
         weights: the four factors of :func:`encode_boxes`.
         clip: the largest :math:`\log(w / w_a)` and :math:`\log(h / h_a)`; larger ones are taken as this, so that the
             exponential stays finite.
-        image_size: height and width; the boxes are clipped to ``[0, width]`` and ``[0, height]``.
+        image_size: height and width; the boxes are clipped to ``[0, width]`` and ``[0, height]``. Or those of each image of
+            deltas ``(B, ..., 4)``: ``(B, 2)``, a tensor, for which the host does not wait, or pairs of numbers.
+        ctr_clamp: the largest shift of a center, in pixels and on each axis: ``add_ctr_clamp`` of mmdet's coder.
 
     Returns:
         ``(..., 4)``: float64 if an argument is float64, else float32, of half deltas too: bfloat16 above 256 has no
@@ -153,15 +216,79 @@ def decode_boxes(
 
     >>> decode_boxes(bbox_regression, anchors, image_size=images.shape[-2:])
     """
-    weights = [float(weight) for weight in weights]
-    size = [] if image_size is None else [float(extent) for extent in image_size]
+    require_tensor("deltas", deltas)
+    require_tensor("anchors", anchors)
+    weights = floats("weights", weights, "4 numbers")
+    clip = number("clip", clip)
+    size, sizes = _image_size(image_size, deltas)
     if runs_reference(deltas):
-        return reference.decode_boxes(deltas, anchors, weights, clip, size or None)
-    dtype = compute_dtype(torch.promote_types(deltas.dtype, anchors.dtype))
+        one_or_each = sizes if size is None else size
+        return reference.decode_boxes(
+            deltas, anchors, weights, clip, one_or_each, ctr_clamp=ctr_clamp
+        )
+    if ctr_clamp is not None:
+        deltas = _clamp_shifts(deltas, anchors, weights, ctr_clamp)
+    dtype = coordinates_dtype(deltas, anchors)
     if deltas.dtype not in FLOATING or dtype == torch.float64:
         deltas = as_coordinates(deltas, dtype)
-    deltas, anchors = _broadcast(deltas, as_coordinates(anchors, dtype))
-    return call(ops.decode_boxes, deltas, anchors, weights, float(clip), size)
+    deltas, anchors = broadcast(deltas, as_coordinates(anchors, dtype))
+    boxes = call(ops.decode_boxes, deltas, anchors, weights, clip, size or [])
+    return boxes if sizes is None else clip_to_images(boxes, sizes)
+
+
+def _image_size(image_size: Any, deltas: Tensor) -> tuple[list[float] | None, Tensor | None]:
+    """The size that all boxes share, or (B, 2): at most one of them."""
+    if image_size is None:
+        return None, None
+    if isinstance(image_size, Tensor) and image_size.dim() != 1:
+        sizes = image_size
+    elif isinstance(image_size, Sequence) and any(
+        isinstance(extent, (Sequence, Tensor)) for extent in image_size
+    ):
+        sizes = as_sizes("image_size", image_size, deltas.device)
+    else:
+        return floats("image_size", image_size, "2 numbers, height and width"), None
+    wanted = (deltas.shape[0] if deltas.dim() else 0, 2)
+    if deltas.dim() < 2 or sizes.shape != wanted:
+        raise ValueError(
+            f"image_size must be 2 numbers, height and width, or have shape {wanted}, those of each "
+            f"image, got shape {tuple(sizes.shape)}"
+        )
+    check_same_device("decode_boxes", "image_size", sizes, "deltas", deltas)
+    return None, sizes
+
+
+def clip_to_images(boxes: Tensor, sizes: Tensor) -> Tensor:  # (B, ..., 4), (B, 2) -> (B, ..., 4)
+    limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)  # width, height, width, height
+    limit = limit.reshape(len(sizes), *(1,) * (boxes.dim() - 2), 4)
+    # Unlike that of torch.clamp with tensors, the gradient is 0 at a bound, as in the op.
+    is_inside = (boxes > 0) & (boxes < limit)
+    return boxes.where(is_inside, boxes.detach().clamp(torch.zeros_like(limit), limit))
+
+
+def _clamp_shifts(
+    deltas: Tensor, anchors: Tensor, weights: Sequence[float], ctr_clamp: float
+) -> Tensor:
+    ctr_clamp = number("ctr_clamp", ctr_clamp)
+    if not ctr_clamp >= 0:
+        raise ValueError(f"ctr_clamp must be >= 0, got {ctr_clamp}")
+    fits = len(weights) == 4 and deltas.shape[-1:] == (4,) == anchors.shape[-1:]
+    if not fits or not _shapes_broadcast(deltas.shape, anchors.shape):
+        return deltas  # for the op to refuse
+    dtype = coordinates_dtype(deltas, anchors)
+    deltas, anchors = as_coordinates(deltas, dtype), as_coordinates(anchors, dtype)
+    x1, y1, x2, y2 = anchors.unbind(-1)
+    most_x, most_y = (abs(weight) * ctr_clamp for weight in weights[:2])
+    most = torch.stack((most_x / (x2 - x1), most_y / (y2 - y1)), dim=-1)
+    shifts, sizes = deltas[..., :2], deltas[..., 2:]
+    shifts = torch.clamp(shifts, -most, most)
+    return torch.cat((shifts, sizes.expand(*shifts.shape[:-1], 2)), dim=-1)
+
+
+def coordinates_dtype(a: Tensor, b: Tensor) -> torch.dtype:
+    """In which they are computed together."""
+    is_double = a.dtype == torch.float64 or b.dtype == torch.float64
+    return torch.float64 if is_double else torch.float32
 
 
 def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,13 +297,15 @@ def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
     return boxes.to(dtype) if holds_coordinates else boxes
 
 
-def _broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """As views. Shapes that do not fit stay, for the op to refuse."""
     if a.shape == b.shape or a.shape[-1:] != (4,) or b.shape[-1:] != (4,):
         return a, b
-    if all(m == n or 1 in (m, n) for m, n in zip(a.shape[::-1], b.shape[::-1], strict=False)):
-        return torch.broadcast_tensors(a, b)
-    return a, b
+    return torch.broadcast_tensors(a, b) if _shapes_broadcast(a.shape, b.shape) else (a, b)
+
+
+def _shapes_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
+    return all(m == n or 1 in (m, n) for m, n in zip(a[::-1], b[::-1], strict=False))
 
 
 # ---- fake kernels -------------------------------------------------------------------------------
@@ -235,18 +364,16 @@ def _check_box_iou(boxes1: Tensor, boxes2: Tensor, kind: int) -> None:
     check_coordinates(op, "boxes1", boxes1)
     check(
         boxes1.dim() in (2, 3) and boxes1.shape[-1] == 4,
-        lambda: f"{op}: boxes1 must have shape (N, 4) or (B, N, 4), got {tuple(boxes1.shape)}",
+        lambda: f"{op}: boxes1 must have shape (..., N, 4), got {tuple(boxes1.shape)}",
     )
     check_like(op, "boxes2", boxes2, "boxes1", boxes1)
-    is_batched = boxes1.dim() == 3
     check(
         boxes2.dim() == boxes1.dim()
         and boxes2.shape[-1] == 4
         and boxes2.shape[:-2] == boxes1.shape[:-2],
         lambda: (
-            f"{op}: boxes2 must have shape "
-            + (f"({boxes1.shape[0]}, M, 4) as boxes1 is batched" if is_batched else "(M, 4)")
-            + f", got {tuple(boxes2.shape)}"
+            f"{op}: boxes2 must have shape (..., M, 4), a batch that broadcasts with that of boxes1, "
+            f"{tuple(boxes1.shape)}, got {tuple(boxes2.shape)}"
         ),
     )
 
@@ -378,6 +505,9 @@ def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
         return gradients(ctx, None, None)
     if torch.is_grad_enabled():
         return differentiable(_reference_iou, ctx, grad_output)
+    if ctx.settings[0] == 4:  # "iof"
+        grads = differentiable(_reference_iou, ctx, grad_output)
+        return tuple(None if grad is None else grad.detach() for grad in grads)
     boxes1, boxes2 = ctx.saved_tensors
     needs1, needs2 = ctx.needs_input_grad[:2]
     transposed = grad_output.transpose(-1, -2)  # the family is symmetric

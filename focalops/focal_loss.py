@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from focalops import reference
+from focalops._arguments import (
+    check_image_size,
+)
 from focalops._ops import (
     call,
     check,
@@ -764,6 +767,7 @@ def _check_dense(
                 f"B and A * K the same in all levels, got {shape}"  # noqa: B023
             ),
         )
+        check_image_size(op, name, level, "logits")
     check_same_device(op, "labels", labels, "cls_logits[0]", first)
     check(
         labels.dtype in (torch.int32, torch.int64),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,8 +10,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from focalops import reference
-from focalops._ops import call, check, check_same_device, compute_dtype, ops, runs_reference
-from focalops.boxes import as_coordinates, check_coordinates, check_like
+from focalops._arguments import (
+    as_sizes,
+    host_sees,
+    number,
+    on_device,
+    require_tensors,
+)
+from focalops._ops import (
+    call,
+    check,
+    check_same_device,
+    compute_dtype,
+    ops,
+    require_tensor,
+    runs_reference,
+)
+from focalops.boxes import as_coordinates, check_coordinates, check_like, coordinates_dtype
 
 RULES = ("torchvision", "detectron2", "mmdet")
 
@@ -28,6 +44,7 @@ def match_anchors(
     gt_max_assign_all: bool = True,
     crowd: Sequence[Tensor] | Tensor | None = None,
     crowd_threshold: float = 0.5,
+    ignore_wrt_candidates: bool = True,
     image_sizes: Sequence[Sequence[float]] | Tensor | None = None,
 ) -> Tensor:
     """Matches the anchors with the ground-truth boxes of each image of a batch.
@@ -58,6 +75,7 @@ def match_anchors(
         crowd: bool, a list with ``(M_i,)`` for each image or padded to ``(B, M)``: boxes around crowds. They match nothing;
             anchors inside, and be it of an object's own, are -2 and take no part in the matching, as in mmdet.
         crowd_threshold: an anchor is inside if more than this share of its area is.
+        ignore_wrt_candidates: else, as in mmdet without it, if more than this share of the crowd's area is in the anchor.
         image_sizes: height and width of each image, ``(B, 2)`` or a sequence: boxes that lie outside match nothing.
             :func:`count_degenerate_boxes` tells how many.
 
@@ -71,12 +89,11 @@ def match_anchors(
 
     >>> matches = match_anchors(anchors, [target["boxes"] for target in targets])
     """
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
-    if rule != "mmdet" and (min_pos_iou != 0 or not gt_max_assign_all):
-        raise ValueError(
-            f"min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got {rule!r}"
-        )
+    low_quality = _low_quality(rule, allow_low_quality_matches, min_pos_iou, gt_max_assign_all)
+    require_tensor("anchors", anchors)
+    require_tensors("gt_boxes", gt_boxes)
+    if counts is not None:
+        require_tensor("counts", counts)
     if runs_reference(anchors):
         return reference.match_anchors(
             anchors,
@@ -90,37 +107,102 @@ def match_anchors(
             gt_max_assign_all=gt_max_assign_all,
             crowd=crowd,
             crowd_threshold=crowd_threshold,
+            ignore_wrt_candidates=ignore_wrt_candidates,
             image_sizes=image_sizes,
         )
+    if crowd is not None:
+        crowd = _pad_crowd(crowd, gt_boxes)
     if not isinstance(gt_boxes, Tensor):
         if counts is not None:
             raise ValueError("counts must be None unless gt_boxes is one padded tensor")
         gt_boxes, counts = pad_boxes("match_anchors", anchors, gt_boxes)
-    if crowd is not None and not isinstance(crowd, Tensor):
-        crowd = (
-            pad_sequence(list(crowd), batch_first=True)
-            if len(crowd)
-            else gt_boxes.new_empty((0, 0), dtype=torch.bool)
-        )
     roles = None
     if crowd is not None or image_sizes is not None:
+        _check_padded(gt_boxes)
         roles = _roles(gt_boxes, crowd, image_sizes)
-    low_quality = 0
-    if allow_low_quality_matches:
-        low_quality = 1 if rule != "mmdet" else 2 if gt_max_assign_all else 3
-    dtype = compute_dtype(torch.promote_types(anchors.dtype, gt_boxes.dtype))
+    dtype = coordinates_dtype(anchors, gt_boxes)
     return call(
         ops.match_anchors,
         as_coordinates(anchors.detach(), dtype),
         as_coordinates(gt_boxes.detach(), dtype),
         counts,
-        fg_iou_threshold,
-        bg_iou_threshold,
+        number("fg_iou_threshold", fg_iou_threshold),
+        number("bg_iou_threshold", bg_iou_threshold),
         low_quality,
-        min_pos_iou,
+        number("min_pos_iou", min_pos_iou),
         roles,
-        crowd_threshold,
+        number("crowd_threshold", crowd_threshold),
+        ignore_wrt_candidates,
     )
+
+
+def _low_quality(rule: str, allowed: bool, min_pos_iou: float, gt_max_assign_all: bool) -> int:
+    """As LowQuality in csrc/checks.h."""
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    if rule != "mmdet" and (min_pos_iou != 0 or not gt_max_assign_all):
+        raise ValueError(
+            f"min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got {rule!r}"
+        )
+    if not allowed:
+        return 0
+    return 1 if rule != "mmdet" else 2 if gt_max_assign_all else 3
+
+
+def match_iou_matrix(
+    iou: Tensor,
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    allow_low_quality_matches: bool = True,
+    *,
+    rule: str = "torchvision",
+    min_pos_iou: float = 0.0,
+    gt_max_assign_all: bool = True,
+) -> Tensor:
+    """Matches by a given matrix of IoUs, or of another measure of how well boxes and anchors fit.
+
+    torchvision's and detectron2's ``Matcher`` and mmdet's ``assign_wrt_overlaps``; the rules are those of
+    :func:`match_anchors`, which needs no matrix. A box whose greatest value is not above 0 matches nothing by its low quality.
+
+    Args:
+        iou: ``(..., M, A)``, floating: of each box with each anchor. A NaN and what is below 0 count as 0.
+        fg_iou_threshold: as in :func:`match_anchors`, and so are the others.
+
+    Returns:
+        int64 ``(..., A)``: the index of a box, -1 or -2.
+
+    Plain PyTorch on every device; nothing waits for the device, and no gradient is registered. Memory and time O(M A).
+
+    >>> matches = match_iou_matrix(box_iou(gt_boxes, anchors))
+    """
+    low_quality = _low_quality(rule, allow_low_quality_matches, min_pos_iou, gt_max_assign_all)
+    require_tensor("iou", iou)
+    if iou.dim() < 2 or not iou.is_floating_point():
+        raise ValueError(
+            f"iou must be floating and have shape (..., M, A), got {iou.dtype} of shape {tuple(iou.shape)}"
+        )
+    if not bg_iou_threshold <= fg_iou_threshold:
+        raise ValueError(
+            f"bg_iou_threshold must be <= fg_iou_threshold, {fg_iou_threshold:g}, "
+            f"got {bg_iou_threshold:g}"
+        )
+    num_boxes, num_anchors = iou.shape[-2:]
+    if num_boxes == 0 or num_anchors == 0:
+        return iou.new_full((*iou.shape[:-2], num_anchors), -1, dtype=torch.int64)
+    iou = iou.detach().to(compute_dtype(iou.dtype)).nan_to_num(0).clamp(min=0)
+    best, best_box = iou.max(dim=-2)  # of equal boxes the first
+    is_foreground = best >= fg_iou_threshold  # in the dtype of the IoUs, as in match_anchors
+    matches = torch.where(best < bg_iou_threshold, -1, torch.where(is_foreground, best_box, -2))
+    if low_quality == 0:
+        return matches
+    best_of_box, first_anchor = iou.max(dim=-1, keepdim=True)
+    is_best = (iou == best_of_box) & (best_of_box > 0) & (best_of_box >= min_pos_iou)
+    if low_quality == 3:
+        is_best &= torch.arange(num_anchors, device=iou.device) == first_anchor
+    claimed = best_box
+    if low_quality != 1:
+        claimed = num_boxes - 1 - is_best.flip(-2).to(torch.uint8).argmax(dim=-2)  # the last
+    return torch.where(is_best.any(dim=-2), claimed, matches)
 
 
 def count_degenerate_boxes(
@@ -141,12 +223,21 @@ def count_degenerate_boxes(
 
     >>> num_skipped += count_degenerate_boxes(gt_boxes, images.image_sizes).sum()
     """
+    require_tensors("gt_boxes", gt_boxes)
+    if counts is not None:
+        require_tensor("counts", counts)
     if not isinstance(gt_boxes, Tensor):
+        if counts is not None:
+            raise ValueError("counts must be None unless gt_boxes is one padded tensor")
         if len(gt_boxes) == 0:
             return torch.zeros(0, dtype=torch.int64)
         gt_boxes, counts = pad_boxes("count_degenerate_boxes", gt_boxes[0], gt_boxes)
+    _check_padded(gt_boxes)
     is_degenerate = _is_degenerate(gt_boxes, image_sizes)
     if counts is not None:
+        check_same_device("count_degenerate_boxes", "counts", counts, "gt_boxes", gt_boxes)
+        if counts.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"counts must be int32 or int64, got {counts.dtype}")
         if counts.shape != (len(gt_boxes),):
             raise ValueError(
                 f"counts must have shape ({len(gt_boxes)},), one for each image, "
@@ -165,15 +256,43 @@ def _is_degenerate(
     is_sound = (x2 > x1) & (y2 > y1)
     if image_sizes is not None:
         if not isinstance(image_sizes, Tensor):
-            image_sizes = on_device(torch.tensor(image_sizes), gt_boxes.device).reshape(-1, 2)
+            image_sizes = as_sizes("image_sizes", image_sizes, gt_boxes.device)
         if image_sizes.shape != (len(gt_boxes), 2):
             raise ValueError(
                 f"image_sizes must have shape ({len(gt_boxes)}, 2), one for each image, "
                 f"got {tuple(image_sizes.shape)}"
             )
+        check_same_device("match_anchors", "image_sizes", image_sizes, "gt_boxes", gt_boxes)
         height, width = image_sizes.unsqueeze(2).unbind(1)  # [B, 1] each
         is_sound = is_sound & (x1 < width) & (y1 < height) & (x2 > 0) & (y2 > 0)
     return ~is_sound
+
+
+def _check_padded(gt_boxes: Tensor) -> None:
+    if gt_boxes.dim() != 3 or gt_boxes.shape[2] != 4:
+        raise ValueError(
+            "gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), "
+            f"got {tuple(gt_boxes.shape)}"
+        )
+
+
+def _pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Tensor) -> Tensor:
+    require_tensors("crowd", crowd)
+    if isinstance(crowd, Tensor):
+        return crowd
+    if len(crowd) != len(gt_boxes):
+        raise ValueError(
+            f"crowd must have one entry for each of the {len(gt_boxes)} images, got {len(crowd)}"
+        )
+    for i, (flags, boxes) in enumerate(zip(crowd, gt_boxes, strict=True)):
+        if flags.dtype != torch.bool or flags.shape != boxes.shape[:1]:
+            raise ValueError(
+                f"crowd[{i}] must be bool of shape {tuple(boxes.shape[:1])}, one for each box, "
+                f"got {flags.dtype} of shape {tuple(flags.shape)}"
+            )
+    if len(crowd) == 0:
+        return torch.zeros((0, 0), dtype=torch.bool)
+    return pad_sequence(list(crowd), batch_first=True)
 
 
 def _roles(
@@ -185,6 +304,9 @@ def _roles(
     shape = tuple(gt_boxes.shape[:2])
     roles = torch.zeros(shape, dtype=torch.uint8, device=gt_boxes.device)
     if crowd is not None:
+        if crowd.numel() == 0:
+            crowd = crowd.to(gt_boxes.device)
+        check_same_device("match_anchors", "crowd", crowd, "gt_boxes", gt_boxes)
         if crowd.dtype != torch.bool or crowd.shape != shape:
             raise ValueError(
                 f"crowd must be bool, a list of (M_i,) or of shape {shape}, "
@@ -209,33 +331,81 @@ def class_index_targets(
         ignore_index: the target of anchors that are neither foreground nor background.
 
     Returns:
-        int64 ``(B, A)``: the label of the matched box, ``num_classes`` or ``ignore_index``.
+        int64 ``(B, A)``: the label of the matched box, ``num_classes`` or ``ignore_index``. A match whose label is no class, or
+        which has none, is an error on the CPU; on CUDA, where looking would stop the device, a target that is no class
+        either, of which the focal losses make NaN.
 
     >>> targets = class_index_targets(matches, [target["labels"] for target in targets], num_classes=80)
     """
-    if not isinstance(gt_labels, Tensor):
-        if len(gt_labels) != len(matches):
-            raise ValueError(
-                f"gt_labels must have one entry for each of the {len(matches)} images, got {len(gt_labels)}"
-            )
-        gt_labels = (
-            pad_sequence(list(gt_labels), batch_first=True)
-            if len(gt_labels)
-            else matches.new_empty((0, 0))
-        )
-    if gt_labels.dim() != 2 or gt_labels.shape[0] != matches.shape[0]:
+    require_tensor("matches", matches)
+    require_tensors("gt_labels", gt_labels)
+    if matches.dim() != 2 or matches.dtype != torch.int64:
         raise ValueError(
-            f"gt_labels must be a list of (M_i,) or have shape ({matches.shape[0]}, M), "
-            f"got {tuple(gt_labels.shape)}"
+            "matches must be torch.int64 of shape (B, A), "
+            f"got {matches.dtype} of shape {tuple(matches.shape)}"
         )
-    # Column 0 is the target of background (-1); those of the boxes follow. What is ignored (-2) takes background's first.
-    labels = torch.nn.functional.pad(gt_labels.to(torch.int64), (1, 0), value=num_classes)
-    targets = labels.gather(1, (matches + 1).clamp(min=0))
-    return targets.masked_fill(matches == -2, ignore_index)
+    num_images = len(matches)
+    if isinstance(gt_labels, Tensor):
+        _check_labels("gt_labels", gt_labels)
+        if gt_labels.dim() != 2 or gt_labels.shape[0] != num_images:
+            raise ValueError(
+                f"gt_labels must be a list of (M_i,) or have shape ({num_images}, M), "
+                f"got {tuple(gt_labels.shape)}"
+            )
+        labels = gt_labels.to(torch.int64)
+    else:
+        labels = _pad_labels(gt_labels, matches)
+    check_same_device("class_index_targets", "gt_labels", labels, "matches", matches)
+    no_class = num_classes + (2 if ignore_index == num_classes + 1 else 1)
+    is_class = (labels >= 0) & (labels < num_classes)
+    # One row an image: the targets of what is wrong, of -2 and of -1, of the boxes, of what is wrong.
+    table = torch.nn.functional.pad(labels.where(is_class, no_class), (3, 1), value=no_class)
+    table[:, 1], table[:, 2] = ignore_index, num_classes
+    targets = table.gather(1, (matches + 3).clamp_(0, table.shape[1] - 1))
+    if host_sees(targets) and (targets == no_class).any():
+        _refuse_label(matches, targets == no_class, gt_labels, num_classes)
+    return targets
+
+
+def _check_labels(name: str, labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {labels.dtype}")
+
+
+def _pad_labels(gt_labels: Sequence[Tensor], matches: Tensor) -> Tensor:
+    """int64 (B, M), -1 where an image has none."""
+    if len(gt_labels) != len(matches):
+        raise ValueError(
+            f"gt_labels must have one entry for each of the {len(matches)} images, got {len(gt_labels)}"
+        )
+    for i, labels in enumerate(gt_labels):
+        _check_labels(f"gt_labels[{i}]", labels)
+        if labels.dim() != 1:
+            raise ValueError(f"gt_labels[{i}] must have shape (M,), got {tuple(labels.shape)}")
+        check_same_device("class_index_targets", f"gt_labels[{i}]", labels, "matches", matches)
+    if len(gt_labels) == 0:
+        return matches.new_empty((0, 0))
+    in_int64 = [labels.to(torch.int64) for labels in gt_labels]
+    return pad_sequence(in_int64, batch_first=True, padding_value=-1)
+
+
+def _refuse_label(
+    matches: Tensor, is_wrong: Tensor, gt_labels: Sequence[Tensor] | Tensor, num_classes: int
+) -> None:
+    image, anchor = is_wrong.nonzero()[0].tolist()
+    match, labels = int(matches[image, anchor]), gt_labels[image]
+    if -2 <= match < len(labels):
+        raise ValueError(
+            f"gt_labels[{image}] must lie in [0, {num_classes - 1}], got {labels[match].item()}"
+        )
+    raise ValueError(
+        f"matches[{image}] must lie in [-2, {len(labels) - 1}], "
+        f"as gt_labels[{image}] has {len(labels)} labels, got {match}"
+    )
 
 
 def pad_boxes(op: str, anchors: Tensor, gt_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Padded boxes and their counts, without waiting for the device."""
+    """Padded boxes, in a dtype that holds those of all images, and their counts, without waiting for the device."""
     for i, boxes in enumerate(gt_boxes):
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"gt_boxes[{i}] must have shape (M, 4), got {tuple(boxes.shape)}")
@@ -243,14 +413,13 @@ def pad_boxes(op: str, anchors: Tensor, gt_boxes: Sequence[Tensor]) -> tuple[Ten
     if len(gt_boxes) == 0:
         return anchors.new_empty((0, 0, 4)), anchors.new_empty(0, dtype=torch.int64)
     counts = torch.tensor([len(boxes) for boxes in gt_boxes])
-    return pad_sequence(list(gt_boxes), batch_first=True), on_device(counts, anchors.device)
+    return pad_sequence(in_one_dtype(gt_boxes), batch_first=True), on_device(counts, anchors.device)
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU, copied without waiting."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+def in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """pad_sequence takes the first tensor's, to which it would round those of the others."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 # ---- fake kernels -------------------------------------------------------------------------------
@@ -267,6 +436,7 @@ def _(
     min_pos_iou: float = 0,
     roles: Tensor | None = None,
     crowd_threshold: float = 0,
+    ignore_wrt_candidates: bool = True,
 ) -> Tensor:
     op = "match_anchors"
     check_coordinates(op, "anchors", anchors)

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 from focalops import reference
+from focalops._arguments import (
+    as_sizes,
+    floats,
+    number,
+    require_tensors,
+    whole,
+)
 from focalops._ops import (
     call,
     check,
@@ -16,6 +23,7 @@ from focalops._ops import (
     check_same_device,
     ops,
     register_vmap_as_loop,
+    require_tensor,
     runs_reference,
 )
 from focalops.nms import by_distance
@@ -70,9 +78,12 @@ def detect(
 
     >>> boxes, scores, labels, counts = detect(cls_logits, box_deltas, anchors, image_sizes=sizes)
     """
+    require_tensors("cls_logits", cls_logits)
+    require_tensors("box_deltas", box_deltas)
+    require_tensor("anchors", anchors)
     cls_logits = [level.detach() for level in cls_logits]
     box_deltas = [level.detach() for level in box_deltas]
-    weights = [float(weight) for weight in weights]
+    weights = floats("weights", weights, "4 numbers")
     if cls_logits and runs_reference(cls_logits[0]):
         return reference.detect(
             cls_logits,
@@ -88,11 +99,10 @@ def detect(
             weights=weights,
             clip=clip,
         )
-    if image_sizes is not None:
-        device = (
-            cls_logits[0].device if cls_logits and not isinstance(image_sizes, Tensor) else None
-        )
-        image_sizes = torch.as_tensor(image_sizes, dtype=torch.float32, device=device)
+    if isinstance(image_sizes, Tensor):
+        image_sizes = image_sizes.to(torch.float32)
+    elif image_sizes is not None:
+        image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
     return call(
         ops.detect,
         cls_logits,
@@ -100,11 +110,11 @@ def detect(
         anchors.detach().to(torch.float32),
         image_sizes,
         weights,
-        float(clip),
-        float(score_threshold),
-        topk_per_level,
-        float(iou_threshold),
-        max_detections,
+        number("clip", clip),
+        number("score_threshold", score_threshold),
+        whole("topk_per_level", topk_per_level),
+        number("iou_threshold", iou_threshold),
+        whole("max_detections", max_detections),
         class_agnostic,
         by_distance(overlap),
     )

@@ -305,8 +305,22 @@ def box_area(boxes: Tensor) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    return _iou_matrix("iou", boxes1, boxes2, 0)
+def box_iou(
+    boxes1: Tensor,  # [..., N, 4]
+    boxes2: Tensor,  # [..., M, 4]
+    fmt: str = "xyxy",
+    *,
+    mode: str = "iou",
+) -> Tensor:
+    return _iou_matrix(mode, _corners(boxes1, fmt), _corners(boxes2, fmt), 0)
+
+
+def _corners(boxes: Tensor, fmt: str) -> Tensor:
+    place, size = boxes[..., :2], boxes[..., 2:]
+    if fmt == "xyxy":
+        return boxes
+    corner = place if fmt == "xywh" else place - 0.5 * size
+    return torch.cat((corner, corner + size), dim=-1)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -366,6 +380,8 @@ def _iou_loss(kind: str, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: fl
 def _iou(kind: str, a: Tensor, b: Tensor, union_eps: float, eps: float) -> Tensor:
     width_height = F.relu(torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2]))
     intersection = width_height[..., 0] * width_height[..., 1]
+    if kind == "iof":
+        return _divide(intersection, box_area(a))
     union = box_area(a) + box_area(b) - intersection
     overlap = _divide(intersection, union + union_eps)
     if kind == "iou":
@@ -413,21 +429,34 @@ def decode_boxes(
     anchors: Tensor,
     weights: Sequence[float] = (1, 1, 1, 1),
     clip: float = math.log(1000 / 16),
-    image_size: Sequence[float] | None = None,
+    image_size: Sequence[float] | Tensor | None = None,  # [2], or [B, 2] of [B, ..., 4]
+    *,
+    ctr_clamp: float | None = None,
 ) -> Tensor:
     dtype = compute_dtype(torch.promote_types(deltas.dtype, anchors.dtype))
     ax, ay, aw, ah = _center_size(anchors.to(dtype))
     wx, wy, ww, wh = weights
     dx, dy, dw, dh = deltas.to(dtype).unbind(-1)
-    x, y = dx / wx * aw + ax, dy / wy * ah + ay
+    shift_x, shift_y = dx / wx * aw, dy / wy * ah
+    if ctr_clamp is not None:
+        shift_x = shift_x.clamp(-ctr_clamp, ctr_clamp)
+        shift_y = shift_y.clamp(-ctr_clamp, ctr_clamp)
+    x, y = shift_x + ax, shift_y + ay
     half_w = 0.5 * (torch.exp((dw / ww).clamp(max=clip)) * aw)
     half_h = 0.5 * (torch.exp((dh / wh).clamp(max=clip)) * ah)
     x1, y1, x2, y2 = x - half_w, y - half_h, x + half_w, y + half_h
     if image_size is not None:
-        height, width = image_size
-        x1, x2 = x1.clamp(0, width), x2.clamp(0, width)
-        y1, y2 = y1.clamp(0, height), y2.clamp(0, height)
+        sizes = torch.as_tensor(image_size, dtype=dtype, device=x.device)
+        height, width = sizes.reshape(*sizes.shape[:-1], *(1,) * (x.dim() - 1), 2).unbind(-1)
+        x1, x2 = _clip(x1, width), _clip(x2, width)
+        y1, y2 = _clip(y1, height), _clip(y2, height)
     return torch.stack((x1, y1, x2, y2), dim=-1)
+
+
+def _clip(x: Tensor, limit: Tensor) -> Tensor:
+    """To [0, limit]. As torch.clamp with numbers, and unlike it with tensors, without a gradient at a bound."""
+    is_inside = (x > 0) & (x < limit)
+    return torch.where(is_inside, x, x.detach().clamp(torch.zeros_like(limit), limit))
 
 
 def _center_size(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -455,7 +484,7 @@ def dense_box_loss(
     ]  # L of [B, H * W * A, 4]
     x = torch.cat(rows, dim=1)
     x = x.to(compute_dtype(x.dtype))
-    losses = [x.new_zeros(0).sum()]
+    losses = [x[:0].sum()]  # so that no images have a gradient
     for image, match in enumerate(matches):
         foreground = match >= 0
         these, of = x[image][foreground], anchors[foreground].to(x.dtype)
@@ -488,6 +517,7 @@ def match_anchors(
     gt_max_assign_all: bool = True,
     crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
     crowd_threshold: float = 0.5,
+    ignore_wrt_candidates: bool = True,
     image_sizes: Sequence[Sequence[float]] | Tensor | None = None,  # B of height and width
 ) -> Tensor:
     matches = []
@@ -505,8 +535,8 @@ def match_anchors(
         match = _match_one_image(
             anchors,
             boxes[objects],
-            boxes[is_crowd & ~degenerate],
-            (fg_iou_threshold, bg_iou_threshold, crowd_threshold),
+            _inside(anchors, boxes[is_crowd & ~degenerate], crowd_threshold, ignore_wrt_candidates),
+            (fg_iou_threshold, bg_iou_threshold),
             allow_low_quality_matches,
             None if rule != "mmdet" else (min_pos_iou, gt_max_assign_all),
         )
@@ -523,7 +553,6 @@ def count_degenerate_boxes(
     image_sizes: Sequence[Sequence[float]] | Tensor | None = None,  # B of height and width
     *,
     counts: Tensor | None = None,  # [B]
-    overlap: str = "iou",
 ) -> Tensor:
     numbers = []
     for i, boxes in enumerate(gt_boxes):
@@ -545,17 +574,39 @@ def _is_degenerate(boxes: Tensor, image_size: Sequence[float] | Tensor | None) -
 def _match_one_image(
     anchors: Tensor,
     gt_boxes: Tensor,
-    crowds: Tensor,
-    thresholds: tuple[float, float, float],
+    ignored: Tensor,  # [A], which take no part
+    thresholds: tuple[float, float],
     allow_low_quality: bool,
     mmdet: tuple[float, bool] | None,
 ) -> Tensor:
-    fg_iou_threshold, bg_iou_threshold, crowd_threshold = thresholds
     iou = box_iou(gt_boxes, anchors).nan_to_num(0)  # [M, A]; what is not a number overlaps nothing
-    # Anchors inside a crowd take no part.
-    ignored = (_share_inside(anchors, crowds).nan_to_num(0) > crowd_threshold).any(dim=1)
     iou[:, ignored] = 0
-    matches = torch.full((len(anchors),), -1, dtype=torch.int64, device=anchors.device)
+    rule = "torchvision" if mmdet is None else "mmdet"
+    min_pos_iou, all_of_equal = mmdet or (0, True)
+    matches = match_iou_matrix(
+        iou,
+        *thresholds,
+        allow_low_quality,
+        rule=rule,
+        min_pos_iou=min_pos_iou,
+        gt_max_assign_all=all_of_equal,
+    )
+    matches[ignored] = -2
+    return matches
+
+
+def match_iou_matrix(
+    iou: Tensor,  # [M, A]
+    fg_iou_threshold: float = 0.5,
+    bg_iou_threshold: float = 0.4,
+    allow_low_quality_matches: bool = True,
+    *,
+    rule: str = "torchvision",
+    min_pos_iou: float = 0.0,
+    gt_max_assign_all: bool = True,
+) -> Tensor:
+    iou = iou.to(compute_dtype(iou.dtype)).nan_to_num(0).clamp(min=0)
+    matches = torch.full((iou.shape[1],), -1, dtype=torch.int64, device=iou.device)
     if iou.numel():
         best_iou, best_box = iou.max(dim=0)  # the first of equal boxes, as the tie rule asks
         matches = best_box.clone()
@@ -564,24 +615,25 @@ def _match_one_image(
         best_anchor_iou, best_anchor = iou.max(dim=1, keepdim=True)
         # A box that overlaps no anchor has a best IoU of 0, which every other anchor shares: it matches none of them.
         is_best = (iou == best_anchor_iou) & (best_anchor_iou > 0)
-        if allow_low_quality and mmdet is None:
+        if allow_low_quality_matches and rule != "mmdet":
             matches = torch.where(is_best.any(dim=0), best_box, matches)
-        elif allow_low_quality and mmdet is not None:
-            min_pos_iou, all_of_equal = mmdet
+        elif allow_low_quality_matches:
             is_best &= best_anchor_iou >= min_pos_iou
-            if not all_of_equal:
+            if not gt_max_assign_all:
                 is_first = torch.zeros_like(is_best).scatter_(1, best_anchor, True)
                 is_best &= is_first
             for j, claimed in enumerate(is_best):
                 matches[claimed] = j
-    matches[ignored] = -2
     return matches
 
 
-def _share_inside(boxes: Tensor, regions: Tensor) -> Tensor:  # [N, 4], [R, 4] -> [N, R]
-    a, b = boxes.unsqueeze(1), regions.unsqueeze(0)
-    sides = F.relu(torch.min(a[..., 2:], b[..., 2:]) - torch.max(a[..., :2], b[..., :2]))
-    return _divide(sides[..., 0] * sides[..., 1], box_area(a))
+def _inside(anchors: Tensor, crowds: Tensor, threshold: float, of_anchors: bool) -> Tensor:  # [A]
+    share = (
+        box_iou(anchors, crowds, mode="iof")
+        if of_anchors
+        else box_iou(crowds, anchors, mode="iof").transpose(0, 1)
+    )
+    return (share.nan_to_num(0) > threshold).any(dim=1)
 
 
 def class_index_targets(
@@ -590,12 +642,13 @@ def class_index_targets(
     num_classes: int,
     ignore_index: int = -100,
 ) -> Tensor:
+    no_class = num_classes + (2 if ignore_index == num_classes + 1 else 1)
     rows = []
     for row, labels in zip(matches, gt_labels, strict=True):
-        padded = torch.cat(
-            (labels.to(torch.int64), labels.new_full((1,), num_classes, dtype=torch.int64))
-        )
-        target = padded[torch.where(row < 0, len(labels), row)]
+        labels, count = labels.to(torch.int64), len(labels)
+        labels = torch.where((labels >= 0) & (labels < num_classes), labels, no_class)
+        target = torch.cat((labels, labels.new_full((1,), no_class)))[row.clamp(0, count)]
+        target = torch.where(row == -1, num_classes, torch.where(row < -2, no_class, target))
         rows.append(torch.where(row == -2, ignore_index, target))
     return torch.stack(rows) if rows else torch.empty_like(matches, dtype=torch.int64)
 
@@ -608,7 +661,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "
 def batched_nms(
     boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float, *, overlap: str = "iou"
 ) -> Tensor:
-    overlap_of = {"iou": box_iou, "diou": distance_box_iou}[overlap]
+    overlap_of: Any = {"iou": box_iou, "diou": distance_box_iou}[overlap]
     boxes = boxes.to(compute_dtype(boxes.dtype))
     scores = scores.to(compute_dtype(scores.dtype))
     order = torch.sort(scores, descending=True, stable=True).indices

@@ -28,8 +28,12 @@ def config_of(model: Any) -> RetinaNetConfig:
     _require(classification, peer.RetinaNetClassificationHead, "model.head.classification_head")
     _require(regression, peer.RetinaNetRegressionHead, "model.head.regression_head")
     _require(transform, GeneralizedRCNNTransform, "model.transform")
-    _require(model.anchor_generator, AnchorGenerator, "model.anchor_generator")
-    ratios = set(model.anchor_generator.aspect_ratios)
+    generator = model.anchor_generator
+    if (
+        getattr(generator, "convention", None) != "torchvision"
+    ):  # focalops' with torchvision's anchors
+        _require(generator, AnchorGenerator, "model.anchor_generator")
+    ratios = set(generator.aspect_ratios)
     for what, value, known in (
         ("model.transform.size_divisible", transform.size_divisible, 32),
         ("model.transform.fixed_size", transform.fixed_size, None),
@@ -49,7 +53,7 @@ def config_of(model: Any) -> RetinaNetConfig:
         pyramid_channels=model.backbone.out_channels,
         head_depth=len(classification.conv),
         head_norm_groups=_norm_groups(head),
-        anchor_sizes=tuple(tuple(sizes) for sizes in model.anchor_generator.sizes),
+        anchor_sizes=tuple(tuple(sizes) for sizes in generator.sizes),
         aspect_ratios=tuple(ratios.pop()),
         fg_iou_threshold=matcher.high_threshold,
         bg_iou_threshold=matcher.low_threshold,
@@ -68,7 +72,10 @@ def config_of(model: Any) -> RetinaNetConfig:
 
 
 def _require(part: Any, known: type, name: str) -> None:
-    if type(part) is not known:
+    kind = getattr(
+        type(part), "accelerated_from", type(part)
+    )  # what focalops.accelerate swaps is the same
+    if kind is not known:
         raise ValueError(
             f"{name} must be torchvision's {known.__name__} itself, "
             f"got {type(part).__module__}.{type(part).__qualname__}"

@@ -50,7 +50,7 @@ __all__ = [
     "octave_sizes",
 ]
 
-# "boxes" (M, 4) xyxy in pixels, "labels" (M,) int64 and, where some are crowds, "iscrowd" (M,) bool
+# "boxes" (M, 4) xyxy in pixels, "labels" (M,) integers and, where some are crowds, "iscrowd" (M,)
 Target = dict[str, Tensor]
 Detections = dict[str, Tensor]  # "boxes" (D, 4), "scores" (D,), "labels" (D,), best first
 
@@ -92,13 +92,15 @@ class RetinaNet(nn.Module):
     ) -> dict[str, Tensor] | list[Detections]:
         """The losses in training mode, the detections of each image in evaluation mode."""
         if self.training:
-            check_targets(images, targets)
+            check_targets(images, targets, self.config.num_classes)
         original_sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch, targets = self.transform(images, targets)
         features = self.backbone(batch.tensors)  # L of (B, C, H, W)
         cls_logits, bbox_regression = self.head(features)
         # The batch is padded to one size, so that every image has the same anchors.
-        anchors = self.anchor_generator(batch, features)[0]  # (N, 4)
+        anchors = self.anchor_generator.grid(
+            batch.tensors.shape[-2:], [feature.shape[-2:] for feature in features], images[0].device
+        )  # (N, 4)
         if self.training:
             assert targets is not None
             return self.compute_loss(cls_logits, bbox_regression, anchors, targets)
@@ -112,7 +114,9 @@ class RetinaNet(nn.Module):
         crowd = None
         if any("iscrowd" in t for t in targets):
             crowd = [
-                t["iscrowd"] if "iscrowd" in t else torch.zeros_like(t["labels"], dtype=torch.bool)
+                t["iscrowd"].bool()
+                if "iscrowd" in t
+                else torch.zeros_like(t["labels"], dtype=torch.bool)
                 for t in targets
             ]
         return match_anchors(
@@ -219,14 +223,20 @@ def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
     return (total[0] / total[1]).expand(len(counts))
 
 
-def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:
+def check_targets(images: list[Tensor], targets: list[Target] | None, num_classes: int) -> None:
+    """Labels on a GPU are not looked at: where one is no class the loss is NaN."""
     if targets is None or len(targets) != len(images):
         got = "none" if targets is None else f"{len(targets)}"
         raise ValueError(
             f"training needs one target for each of the {len(images)} images, got {got}"
         )
     for index, target in enumerate(targets):
-        boxes = target["boxes"]
+        for name in ("boxes", "labels"):
+            value = target.get(name)
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+                raise TypeError(f"targets[{index}][{name!r}] must be a Tensor, got {got}")
+        boxes, labels = target["boxes"], target["labels"]
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise ValueError(
                 f"targets[{index}]['boxes'] must have shape (M, 4), got {tuple(boxes.shape)}"
@@ -237,6 +247,19 @@ def check_targets(images: list[Tensor], targets: list[Target] | None) -> None:
                 f"targets[{index}]['boxes'] must have positive width and height, "
                 f"got {boxes[degenerate][0].tolist()}"
             )
+        is_integer = not (labels.is_floating_point() or labels.is_complex())
+        if labels.shape != boxes.shape[:1] or not is_integer or labels.dtype == torch.bool:
+            raise ValueError(
+                f"targets[{index}]['labels'] must be integers of shape ({len(boxes)},), one for each "
+                f"box, got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if labels.device.type == "cpu":
+            wrong = labels[(labels < 0) | (labels >= num_classes)]
+            if len(wrong):
+                raise ValueError(
+                    f"targets[{index}]['labels'] must lie in [0, {num_classes - 1}], "
+                    f"got {wrong[0].item()}"
+                )
 
 
 # ---- Backbone and pyramid -----------------------------------------------------------------------

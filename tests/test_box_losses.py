@@ -53,6 +53,17 @@ def test_pairs_are_torchvisions(loss, reduction, device):
             )
 
 
+@pytest.mark.parametrize("shapes", [((6, 4), (4,)), ((6, 4), (1, 4)), ((2, 6, 4), (6, 4))], ids=str)
+def test_pairs_broadcast_as_torchvisions(shapes, device):
+    boxes1, boxes2 = (random_boxes(*shape[:-1], device=device) for shape in shapes)
+    loss, grads = gradients(generalized_box_iou_loss, boxes1, boxes2)
+    expected, expected_grads = gradients(torchvision.ops.generalized_box_iou_loss, boxes1, boxes2)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-6)
+    swapped = generalized_box_iou_loss(boxes2, boxes1)  # which torchvision does not take
+    torch.testing.assert_close(swapped, loss, rtol=1e-5, atol=1e-6)
+
+
 def test_box_iou_loss_is_one_minus_iou(device):
     boxes1, boxes2 = random_boxes(50, device=device), random_boxes(50, device=device)
     expected = 1 - torchvision.ops.box_iou(boxes1, boxes2).diagonal()

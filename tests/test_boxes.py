@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
 
+import focalops
 from focalops import (
     box_iou,
     complete_box_iou,
@@ -24,6 +25,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # One pair, fewer columns than a 16-byte vector, rows that begin at 16-byte boundaries and rows that do not, more columns
 # than a tile, more rows than a block, more columns than one partial gradient sums over.
 SHAPES = ((1, 1), (3, 2), (7, 4), (33, 8), (300, 17), (5, 1030), (2, 4100), (270, 1))
+IOU_FUNCTIONS = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 
 
@@ -259,7 +261,7 @@ def test_decode_boxes(n, dtype, weights, image_size, device):
     )
 
 
-@pytest.mark.parametrize("image_size", [None, (50, 100)])
+@pytest.mark.parametrize("image_size", [None, (50, 100), [(50, 100)] * 4])
 def test_decode_boxes_gradient_at_the_bounds(image_size, device):
     """A coordinate on the image's border, or a NaN, is where torch.clamp ends."""
     anchors = torch.tensor([[0.0, 0, 10, 10], [90, 40, 100, 50], [5, 5, 6, 6], [0, 0, 100, 50]])
@@ -268,7 +270,10 @@ def test_decode_boxes_gradient_at_the_bounds(image_size, device):
         deltas = torch.zeros(4, 4, device=where)
         deltas[2, 0] = float("nan")
         deltas.requires_grad_()
-        boxes = decode(deltas, anchors.to(where), image_size=image_size)
+        size = image_size
+        if isinstance(size, list):  # that of each image
+            size = torch.tensor(size, device=where)
+        boxes = decode(deltas, anchors.to(where), image_size=size)
         weights = torch.arange(1.0, 5, device=where)
         grads.append(torch.autograd.grad((boxes * weights).sum(), deltas)[0].cpu())
     assert torch.equal(*grads)
@@ -432,3 +437,98 @@ def test_compiles_whole(device):
     (grad,) = torch.autograd.grad(compiled(deltas, anchors, boxes), deltas)
     (expected,) = torch.autograd.grad(f(deltas, anchors, boxes), deltas)
     torch.testing.assert_close(grad, expected)
+
+
+# ---- formats, batches that broadcast, the intersection over one area ------------------------------
+
+
+@pytest.mark.parametrize("fmt", ["xyxy", "xywh", "cxcywh"])
+def test_formats_are_torchvisions(fmt, device):
+    boxes1, boxes2 = (
+        torchvision.ops.box_convert(random_boxes(n, device=device), "xyxy", fmt) for n in (40, 30)
+    )
+    iou, grads = gradients(lambda a, b: box_iou(a, b, fmt), boxes1, boxes2)
+    expected, expected_grads = gradients(
+        lambda a, b: torchvision.ops.box_iou(a, b, fmt), boxes1, boxes2
+    )
+    # torchvision has the area from width and height, here it is that of the corners: an ulp of 160 in a side of 1.
+    torch.testing.assert_close(iou, expected, rtol=4e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(iou, reference.box_iou(boxes1, boxes2, fmt), rtol=0, atol=0)
+    whole = (boxes1 * 2).long()
+    expected = torchvision.ops.box_iou(whole, whole, fmt=fmt)
+    torch.testing.assert_close(box_iou(whole, whole, fmt=fmt), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", IOU_FUNCTIONS)
+@pytest.mark.parametrize(
+    "shapes", [((7,), (3, 5)), ((2, 1, 4), (3, 5)), ((1, 4), (3, 5)), ((2, 0, 4), (1, 5)), ((2, 3, 4), (2, 3, 5))], ids=str
+)  # fmt: skip
+def test_batches_broadcast_as_torchvisions(name, shapes, device):
+    ours, theirs = getattr(focalops, name), getattr(torchvision.ops, name)
+    boxes1, boxes2 = (random_boxes(*shape, device=device) for shape in shapes)
+    iou, grads = gradients(ours, boxes1, boxes2)
+    expected, expected_grads = gradients(theirs, boxes1, boxes2)
+    assert iou.shape == expected.shape
+    # Complete IoU has an arctangent of its own, within 3 ulp.
+    torch.testing.assert_close(iou, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 4), (33, 8), (3, 300)], ids=str)
+def test_iof_is_the_references(shape, dtype, device):
+    def iof(function):
+        return lambda a, b: function(a, b, mode="iof")
+
+    boxes1, boxes2 = (random_boxes(n, device=device, dtype=dtype) for n in shape)
+    assert torch.equal(iof(box_iou)(boxes1, boxes2), iof(reference.box_iou)(boxes1, boxes2))
+    assert_close_to_float64(iof(box_iou), iof(reference.box_iou), boxes1, boxes2)
+    empty = torch.tensor([[3.0, 3, 3, 9]], device=device)
+    assert iof(box_iou)(empty, empty).item() == 0
+    leaf = boxes1.clone().requires_grad_()
+    assert not torch.autograd.grad(iof(box_iou)(leaf, boxes2).sum(), leaf)[0].requires_grad
+
+
+def test_iof_gradcheck(device):
+    boxes1, boxes2 = (random_boxes(n, device=device, dtype=torch.float64) for n in (3, 4))
+    inputs = (boxes1.requires_grad_(), boxes2.requires_grad_())
+    torch.autograd.gradcheck(lambda a, b: box_iou(a, b, mode="iof"), inputs)
+    torch.library.opcheck(torch.ops.focalops.box_iou, (boxes1.detach(), boxes2.detach(), 4))
+
+
+# ---- decoding: sizes of each image, a bound of the shift ------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 300), (3, 1), (2, 3, 5), (2, 0)], ids=str)
+def test_decode_to_each_images_size(shape, dtype, device):
+    deltas = torch.randn(*shape, 4, device=device).to(dtype)
+    anchors = random_boxes(*shape[1:], device=device)
+    sizes = [(40.0 + 20 * i, 70.0 - 10 * i) for i in range(shape[0])]
+    tensor = torch.tensor(sizes, device=device)
+    boxes = decode_boxes(deltas, anchors, image_size=tensor)
+    assert torch.equal(boxes, decode_boxes(deltas, anchors, image_size=sizes))
+    for i, size in enumerate(sizes):
+        assert torch.equal(boxes[i], decode_boxes(deltas[i], anchors, image_size=size))
+
+    def decode(function):
+        return lambda d, a: function(d, a, image_size=tensor.to(d.device))
+
+    if dtype == torch.float64:
+        anchors = anchors.double()
+    assert_close_to_float64(decode(decode_boxes), decode(reference.decode_boxes), deltas, anchors)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), WEIGHTS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_ctr_clamp(weights, dtype, device):
+    deltas = (torch.randn(3, 50, 4, device=device) * torch.tensor(weights, device=device)).to(dtype)
+    anchors = random_boxes(50, device=device).to(torch.promote_types(dtype, torch.float32))
+
+    def decode(function):
+        return lambda d, a: function(d, a, weights, image_size=(90, 80), ctr_clamp=8.0)
+
+    assert_close_to_float64(decode(decode_boxes), decode(reference.decode_boxes), deltas, anchors)
+    unclamped = decode_boxes(deltas, anchors, weights, image_size=(90, 80))
+    assert not torch.equal(decode(decode_boxes)(deltas, anchors), unclamped)

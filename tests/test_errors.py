@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +60,7 @@ def right_arguments() -> dict[str, Arguments]:
         },
         "encode_boxes": {"boxes": boxes, "anchors": boxes},
         "match_anchors": {"anchors": boxes, "gt_boxes": torch.zeros(2, 3, 4)},
+        "match_iou_matrix": {"iou": boxes},
         "multiclass_nms": {
             "boxes": torch.zeros(2, 3, 4),
             "scores": torch.zeros(2, 3),
@@ -65,6 +68,7 @@ def right_arguments() -> dict[str, Arguments]:
             "iou_threshold": 0.5,
         },
         "nms": {"boxes": boxes, "scores": scores, "iou_threshold": 0.5},
+        "nms_match": {"boxes": boxes, "scores": scores, "iou_threshold": 0.5},
         "matrix_nms": {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3)},
         "soft_nms": {"boxes": torch.zeros(2, 3, 4), "scores": torch.zeros(2, 3)},
         "sigmoid_focal_loss": focal,
@@ -167,18 +171,23 @@ def row_loss_of(exponent: str) -> list[tuple[str, Callable, str]]:
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "batched_nms": [
         *nms_of("(N, 4)", "(6,)"),
-        ("idxs", Tensor.float, "idxs must be int32 or int64, got torch.float32"),
+        ("idxs", lambda i: i.to(torch.complex64), "idxs must be real numbers, got torch.complex64"),
         ("idxs", lambda i: i[:2], "idxs must have shape (6,), one for each box, got (2,)"),
         ("idxs", elsewhere, "idxs " + ELSEWHERE.format("boxes")),
     ],
     **{
         f"{kind}box_iou": [
-            ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (N, 4) or (B, N, 4), got (6, 3)"),
+            ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (..., N, 4), got (6, 3)"),
+            ("boxes1", lambda b: b[0, 0], "boxes1 must have shape (..., N, 4), got ()"),
             ("boxes1", to_bool, "boxes1 must be float32 or float64, got torch.bool"),
             ("boxes2", to_bool, "boxes2 must be torch.float32 like boxes1, got torch.bool"),
-            ("boxes2", lambda b: b[0], "boxes2 must have shape (M, 4), got (4,)"),
-            ("boxes2", lambda b: b[None], "boxes2 must have shape (M, 4), got (1, 6, 4)"),
+            ("boxes2", lambda b: b[0], "boxes2 must have shape (..., M, 4), a batch that broadcasts with that of boxes1, (6, 4), got (4,)"),
+            ("boxes2", lambda b: b[0, 0], "boxes2 must have shape (..., M, 4), a batch that broadcasts with that of boxes1, (6, 4), got ()"),
             ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
+            *([] if kind else [
+                ("fmt", always("xywhr"), "fmt must be 'xyxy', 'xywh' or 'cxcywh', got 'xywhr'"),
+                ("mode", always("giou"), "mode must be 'iou' or 'iof', got 'giou'"),
+            ]),
         ]
         for kind in IOU_KINDS
     },
@@ -187,20 +196,30 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
             ("boxes1", lambda b: b[:, :3], "boxes1 must have shape (..., 4), got (6, 3)"),
             ("boxes1", to_bool, "boxes1 must be float32 or float64, got torch.bool"),
             ("boxes2", to_bool, "boxes2 must be torch.float32 like boxes1, got torch.bool"),
-            ("boxes2", lambda b: b[:5], "boxes2 must have the shape of boxes1, (6, 4), got (5, 4)"),
+            ("boxes2", lambda b: b[:5], "boxes2 must have a shape that broadcasts with that of boxes1, (6, 4), got (5, 4)"),
+            ("boxes2", lambda b: b[0, 0], "boxes2 must have a shape that broadcasts with that of boxes1, (6, 4), got ()"),
             ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
             ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ]
         for kind in IOU_KINDS
     },
     "class_index_targets": [
+        ("matches", Tensor.int, "matches must be torch.int64 of shape (B, A), got torch.int32 of shape (2, 3)"),
+        ("matches", lambda m: m[0, 0], "matches must be torch.int64 of shape (B, A), got torch.int64 of shape ()"),
+        ("gt_labels", Tensor.float, "gt_labels must be integers, got torch.float32"),
+        ("gt_labels", lambda x: [x[0], x[1].bool()], "gt_labels[1] must be integers, got torch.bool"),
+        ("gt_labels", lambda x: [x[0], x[1, 0]], "gt_labels[1] must have shape (M,), got ()"),
+        ("gt_labels", elsewhere, "gt_labels " + ELSEWHERE.format("matches")),
         ("gt_labels", lambda x: [x[0]], "gt_labels must have one entry for each of the 2 images, got 1"),
         ("gt_labels", lambda x: x[0], "gt_labels must be a list of (M_i,) or have shape (2, M), got (3,)"),
     ],
     "count_degenerate_boxes": [
         ("gt_boxes", lambda g: [g[0], g[0, 0]], "gt_boxes[1] must have shape (M, 4), got (4,)"),
+        ("gt_boxes", lambda g: g[0], "gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), got (3, 4)"),
         ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), one for each image, got (3, 2)"),
+        ("image_sizes", always([(3, 4), (5,)]), "image_sizes must be a Tensor or pairs of numbers, height and width of each image, got [(3, 4), (5,)]"),
         ("counts", always(torch.ones(3).int()), "counts must have shape (2,), one for each image, got (3,)"),
+        ("counts", always(torch.ones(2)), "counts must be int32 or int64, got torch.float32"),
     ],
     "decode_boxes": [
         ("deltas", to_bool, f"deltas must be {FLOATING}, got torch.bool"),
@@ -211,12 +230,16 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("anchors", elsewhere, "anchors " + ELSEWHERE.format("deltas")),
         ("weights", always((1,)), "weights must be 4 numbers, got 1"),
         ("image_size", always((3, 4, 5)), "image_size must be 2 numbers, height and width, got 3"),
+        ("image_size", always(5), "image_size must be 2 numbers, height and width, got 5"),
+        ("image_size", always(torch.ones(3, 2)), "image_size must be 2 numbers, height and width, or have shape (6, 2), those of each image, got shape (3, 2)"),
+        ("ctr_clamp", always(-1), "ctr_clamp must be >= 0, got -1"),
     ],
     "dense_box_loss": [
         ("deltas", always([]), "deltas must be 1 to 8 levels, got 0"),
         ("deltas", lambda d: [d[0].long(), d[1]], f"deltas[0] must be {FLOATING}, got torch.int64"),
         ("deltas", lambda d: [d[0], d[1].double()], "deltas[1] must be torch.float32 like deltas[0], got torch.float64"),
         ("deltas", lambda d: [d[0], d[1][:, 1:]], "deltas[1] must have shape (B, A * 4, H, W), B and A the same in all levels, got (2, 11, 2, 2)"),
+        ("deltas", always([torch.zeros(1).expand(1, 2**15, 2**8, 2**8)]), "deltas[0] must have fewer than 2^31 deltas an image, got 2147483648"),
         ("deltas", lambda d: [d[0], elsewhere(d[1])], "deltas[1] " + ELSEWHERE.format("deltas[0]")),
         ("anchors", lambda a: a[1:], "anchors must have shape (57, 4), one for every 4 channels at each position, got (56, 4)"),
         ("anchors", lambda a: a.clone().requires_grad_(), "anchors must not require grad"),
@@ -237,6 +260,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("cls_logits", lambda c: [c[0], c[1].double()], "cls_logits[1] must be torch.float32 like cls_logits[0], got torch.float64"),
         ("cls_logits", lambda c: [c[0], c[1][0]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (15, 2, 2)"),
         ("cls_logits", lambda c: [c[0], c[1][:, 1:]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (2, 14, 2, 2)"),
+        ("cls_logits", always([torch.zeros(1).expand(1, 2**15, 2**8, 2**8)]), "cls_logits[0] must have fewer than 2^31 logits an image, got 2147483648"),
         ("cls_logits", lambda c: [c[0], elsewhere(c[1])], "cls_logits[1] " + ELSEWHERE.format("cls_logits[0]")),
         ("labels", Tensor.float, "labels must be int32 or int64, got torch.float32"),
         ("labels", lambda x: x[:1], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (1, 57)"),
@@ -291,9 +315,20 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("min_pos_iou", always(0.2), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
         ("gt_max_assign_all", always(False), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
         ("crowd", always(torch.zeros(2, 3)), "crowd must be bool, a list of (M_i,) or of shape (2, 3), got torch.float32 of shape (2, 3)"),
+        ("crowd", always([torch.zeros(3).bool(), torch.zeros(2).bool()]), "crowd[1] must be bool of shape (3,), one for each box, got torch.bool of shape (2,)"),
+        ("crowd", always([torch.zeros(3).bool()]), "crowd must have one entry for each of the 2 images, got 1"),
         ("crowd_threshold", always(-0.5), "crowd_threshold must be >= 0, got -0.5"),
         ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), one for each image, got (3, 2)"),
         ("bg_iou_threshold", always(math.nan), "bg_iou_threshold must be <= fg_iou_threshold, 0.5, got nan"),
+    ],
+    "match_iou_matrix": [
+        ("iou", Tensor.long, "iou must be floating and have shape (..., M, A), got torch.int64 of shape (6, 4)"),
+        ("iou", lambda i: i[0], "iou must be floating and have shape (..., M, A), got torch.float32 of shape (4,)"),
+        ("fg_iou_threshold", always(0.25), "bg_iou_threshold must be <= fg_iou_threshold, 0.25, got 0.4"),
+        ("bg_iou_threshold", always(math.nan), "bg_iou_threshold must be <= fg_iou_threshold, 0.5, got nan"),
+        ("rule", always("mmcv"), "rule must be one of 'torchvision', 'detectron2', 'mmdet', got 'mmcv'"),
+        ("min_pos_iou", always(0.2), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
+        ("gt_max_assign_all", always(False), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
     ],
     "matrix_nms": DECAYING_NMS,
     "multiclass_nms": [
@@ -306,6 +341,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
     ],
     "nms": nms_of("(N, 4)", "(6,)"),
+    "nms_match": nms_of("(N, 4)", "(6,)")[:-1],
     "soft_nms": DECAYING_NMS,
     "sigmoid_focal_loss": [
         *focal_of("inputs"),
@@ -342,10 +378,10 @@ ANY_VALUE = {
     "clip",
     "eps",
     "ignore_index",
+    "ignore_wrt_candidates",
     "iou_weighted",
     "inplace_backward",
     "iou_threshold",
-    "matches",
     "min_normalizer",
     "num_classes",
     "score_threshold",
@@ -370,7 +406,7 @@ def function_of(op: str) -> Callable[..., Any]:
 
 
 def sentence_of(op: str, arguments: Arguments) -> str:
-    with pytest.raises((RuntimeError, ValueError)) as raised:
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
         function_of(op)(**arguments)
     return str(raised.value)
 
@@ -389,6 +425,30 @@ def test_says_what_is_wrong(op, argument, wrong, sentence, device):
     with FakeTensorMode() as mode:
         fake = pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
         assert sentence in sentence_of(op, fake)
+
+
+BOX_OPS = sorted(op for op in WRONG if "focal" not in op and op not in ROW_LOSSES)
+TENSORS = {
+    name: [argument for argument, value in arguments.items() if isinstance(value, (Tensor, list))]
+    for name, arguments in right_arguments().items()
+}
+
+
+@pytest.mark.parametrize("op", BOX_OPS)
+def test_says_what_is_no_tensor(op):
+    for argument in TENSORS[op]:
+        for wrong in (None, np.zeros((6, 4)), [np.zeros((6, 4))], "boxes", 3):
+            arguments = right_arguments()[op]
+            is_optional = inspect.signature(function_of(op)).parameters[argument].default is None
+            takes_lists = isinstance(arguments[argument], list) or argument.startswith("gt_")
+            if wrong is None and (is_optional or (op, argument) == ("multiclass_nms", "labels")):
+                continue
+            arguments[argument] = wrong
+            name, got = argument, type(wrong).__name__
+            if isinstance(wrong, list) and takes_lists:
+                name, got = f"{argument}[0]", "ndarray"
+            with pytest.raises(TypeError, match=re.escape(f"{name} must be a Tensor, got {got}")):
+                function_of(op)(**arguments)
 
 
 @pytest.mark.parametrize("op", WRONG)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import Matcher
 
-from focalops import class_index_targets, count_degenerate_boxes, match_anchors, reference
+from focalops import (
+    box_iou,
+    class_index_targets,
+    count_degenerate_boxes,
+    match_anchors,
+    match_iou_matrix,
+    matching,
+    reference,
+)
 
 
 def anchor_grid(height: int, width: int, device: str = "cpu", stride: int = 16) -> Tensor:
@@ -294,6 +303,115 @@ def test_class_index_targets_are_the_references(device):
     labels = [torch.randint(0, 5, (n,), device=device) for n in counts]
     targets = class_index_targets(matches, labels, 5)
     assert torch.equal(targets, reference.class_index_targets(matches, labels, 5))
+
+
+LABELS = "gt_labels[1] must lie in [0, 2], got "
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        ([[0], [3, 0]], LABELS + "3"),
+        ([[0], [-100, 1]], LABELS + "-100"),
+        ([[0], [-1, 1]], LABELS + "-1"),
+        ([[0], [1]], "matches[1] must lie in [-2, 0], as gt_labels[1] has 1 labels, got 1"),
+        ([[], [1, 1]], "matches[0] must lie in [-2, -1], as gt_labels[0] has 0 labels, got 0"),
+    ],
+)
+def test_a_label_that_is_no_class(labels, sentence, monkeypatch):
+    """An error where the host sees it; elsewhere a target that is no class, of which the losses make NaN."""
+    matches = torch.tensor([[-1, 0, -2, -1], [0, 1, -2, -1]])
+    tensors = [torch.tensor(of_image, dtype=torch.int64) for of_image in labels]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        class_index_targets(matches, tensors, num_classes=3)
+    monkeypatch.setattr(matching, "host_sees", lambda tensor: False)
+    for ignore_index, no_class in ((-100, 4), (4, 5)):
+        targets = class_index_targets(matches, tensors, 3, ignore_index)
+        assert (targets == no_class).any()
+        assert torch.equal(
+            targets, reference.class_index_targets(matches, tensors, 3, ignore_index)
+        )
+        if ignore_index == -100:
+            padded = torch.full((2, 2), -1)
+            for i, of_image in enumerate(tensors):
+                padded[i, : len(of_image)] = of_image
+            assert torch.equal(class_index_targets(matches, padded, 3), targets)
+
+
+def test_matches_that_are_none():
+    labels = [torch.tensor([0]), torch.tensor([1])]
+    for match in (-3, 1, 2**40):
+        matches = torch.tensor([[0, -1], [-2, match]])
+        with pytest.raises(ValueError, match=re.escape("matches[1] must lie in [-2, 0]")):
+            class_index_targets(matches, labels, 2)
+
+
+def test_boxes_of_a_batch_in_different_dtypes(device):
+    """They are padded in a dtype that holds all: not the first one's, which would round."""
+    anchors = torch.tensor([[0.0, 0, 10, 10], [0.25, 0.25, 0.75, 0.75]], device=device)
+    whole = torch.tensor([[0, 0, 10, 10]], device=device)
+    fine = torch.tensor([[0.25, 0.25, 0.75, 0.75]], device=device)
+    assert match_anchors(anchors, [whole, fine]).tolist() == [[0, -1], [-1, 0]]
+    assert count_degenerate_boxes([whole, fine]).tolist() == [0, 0]
+
+
+# ---- crowds by their own area, given IoUs -------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_crowds_by_their_own_area(threshold, dtype, device):
+    anchors = anchor_grid(9, 11, device).to(dtype)
+    gt_boxes = [random_boxes(n, 144, 176, device).to(dtype) for n in (40, 0, 300)]
+    crowd = [torch.rand(len(boxes), device=device) < 0.3 for boxes in gt_boxes]
+    options = {"crowd": crowd, "crowd_threshold": threshold}
+    matches = check_is_the_references(anchors, gt_boxes, **options, ignore_wrt_candidates=False)
+    if threshold:
+        assert not torch.equal(matches, match_anchors(anchors, gt_boxes, **options))
+
+
+def test_a_crowd_smaller_than_the_anchor(device):
+    anchors = torch.tensor([[0.0, 0, 10, 10]], device=device)
+    boxes, crowd = (
+        torch.tensor([[[0.0, 0, 2, 2]]], device=device),
+        torch.tensor([[True]], device=device),
+    )
+    assert match_anchors(anchors, boxes, crowd=crowd).tolist() == [[-1]]
+    assert match_anchors(anchors, boxes, crowd=crowd, ignore_wrt_candidates=False).tolist() == [
+        [-2]
+    ]
+
+
+@pytest.mark.parametrize("rule", ["torchvision", "detectron2", "mmdet"])
+@pytest.mark.parametrize("thresholds", [(0.5, 0.4), (0.0, 0.0), (2.0, 1.5)], ids=str)
+def test_match_iou_matrix_is_match_anchors(rule, thresholds, device):
+    anchors = anchor_grid(9, 11, device)
+    boxes = torch.stack([random_boxes(33, 144, 176, device) for _ in range(2)])
+    for allow in (True, False):
+        for min_pos_iou, take_all in ((0.0, True), (0.3, True), (0.3, False)):
+            if rule != "mmdet" and (min_pos_iou or not take_all):
+                continue
+            options = {"rule": rule, "min_pos_iou": min_pos_iou, "gt_max_assign_all": take_all}
+            matches = match_iou_matrix(box_iou(boxes, anchors), *thresholds, allow, **options)
+            assert torch.equal(
+                matches, match_anchors(anchors, boxes, *thresholds, allow, **options)
+            )
+            for match, of_image in zip(matches, boxes, strict=True):
+                iou = box_iou(of_image, anchors)
+                expected = reference.match_iou_matrix(iou, *thresholds, allow, **options)
+                assert torch.equal(match, expected)
+
+
+def test_match_iou_matrix_of_any_measure(device):
+    iou = torch.tensor([[0.9, math.nan, 0.3, -1.0], [0.9, 0.2, 0.2, 0.0]], device=device)
+    assert match_iou_matrix(iou).tolist() == [0, -1, -1, -1]
+    assert match_iou_matrix(iou, rule="mmdet").tolist() == [1, -1, -1, -1]
+    assert match_iou_matrix(iou.double(), 0.3, 0.25).tolist() == [0, -1, 0, -1]
+    for tenth in range(1, 10):  # thresholds compare in the dtype of the IoUs, as in match_anchors
+        value = torch.full((1, 1), tenth / 10, device=device)
+        assert match_iou_matrix(value, tenth / 10, tenth / 10, False).item() == 0
+    assert match_iou_matrix(iou[:0]).tolist() == [-1] * 4
+    assert match_iou_matrix(iou[:, :0]).shape == (0,)
 
 
 # ---- the compiler, errors -----------------------------------------------------------------------

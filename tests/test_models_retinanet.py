@@ -216,3 +216,36 @@ def test_target_errors() -> None:
         model([image], [{"boxes": torch.zeros(4), "labels": torch.zeros(1)}])
     with pytest.raises(ValueError, match=r"positive width and height, got .5.0, 5.0, 5.0, 9.0"):
         model([image], [target([[5, 5, 5, 9]], [0])])
+
+
+IN_0_1 = r"targets\[1\]\['labels'\] must lie in \[0, 1\], got "
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (torch.tensor([0, 2]), IN_0_1 + "2"),
+        (torch.tensor([-100, 0]), IN_0_1 + "-100"),
+        (torch.tensor([0]), r"targets\[1\]\['labels'\] must be integers of shape \(2,\)"),
+        (torch.tensor([0.0, 1]), "must be integers of shape .* got torch.float32 of shape"),
+        (torch.tensor([[0], [1]]), r"must be integers of shape \(2,\).* of shape \(2, 1\)"),
+        ([0, 1], r"targets\[1\]\['labels'\] must be a Tensor, got list"),
+        (None, r"targets\[1\]\['labels'\] must be a Tensor, got NoneType"),
+    ],
+)
+def test_labels_that_are_no_classes(labels, sentence: str) -> None:
+    model = RetinaNet(TINY).train()
+    images = [torch.rand(3, 64, 64)] * 2
+    wrong = target([[1, 1, 9, 9], [5, 5, 30, 30]], [0, 1]) | {"labels": labels}
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        model(images, [target([[1, 1, 9, 9]], [0]), wrong])
+
+
+def test_crowds_may_be_integers() -> None:
+    """As torchvision's own references and tutorials have them."""
+    model = RetinaNet(TINY).train()
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 40, 40]])
+    truth = target([[0, 0, 10, 10], [20, 20, 40, 40]], [0, 1])
+    for dtype in (torch.bool, torch.int64, torch.uint8):
+        truth["iscrowd"] = torch.tensor([0, 1]).to(dtype)
+        assert model.match(anchors, [truth]).tolist() == [[0, -2]]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from focalops import batched_nms, multiclass_nms, nms, reference
+from focalops import batched_nms, box_iou, multiclass_nms, nms, nms_match, reference
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # No box, one, more than 64 (a block of the CPU), a chunk of 512 (CUDA) and its neighbours, more.
@@ -284,6 +284,47 @@ def test_opcheck(device):
     idxs = torch.randint(0, 3, (50,), device=device)
     for arguments in ((boxes, scores, None, 0.5), (boxes, scores, idxs, 0.5)):
         torch.library.opcheck(torch.ops.focalops.nms, arguments)
+
+
+@pytest.mark.parametrize("n", [300, 1500])
+def test_float_classes_are_torchvisions(n, device):
+    """YOLOX passes them. Beyond 1,000 boxes torchvision goes class by class, as here."""
+    boxes, scores = random_boxes(n, device) / 4, distinct_scores(n, device)
+    idxs = torch.randint(0, 3, (n,), device=device)
+    expected = batched_nms(boxes, scores, idxs, 0.5)
+    for floats in (idxs.float(), idxs.half(), idxs.double() / 8 - 0.125):
+        assert torch.equal(batched_nms(boxes, scores, floats, 0.5), expected)
+    theirs = torchvision.ops.batched_nms(boxes.cpu(), scores.cpu(), idxs.cpu().float(), 0.5)
+    assert torch.equal(expected.cpu(), theirs)
+    zero = torch.where(idxs == 1, -0.0, 0.0)
+    assert torch.equal(batched_nms(boxes, scores, zero, 0.5), nms(boxes, scores, 0.5))
+
+
+def test_no_boxes_without_columns(device):
+    """Whoever makes boxes from an empty list passes these."""
+    nothing = torch.zeros(0, device=device)
+    assert nms(nothing, nothing, 0.5).shape == (0,)
+    assert batched_nms(nothing, nothing, nothing.long(), 0.5).shape == (0,)
+    assert nms_match(nothing, nothing, 0.5).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 1 / 3, 0.5, 1.0])
+def test_nms_match(threshold, dtype, device):
+    boxes, scores = random_boxes(200, device).to(dtype) / 4, distinct_scores(200, device)
+    boxes[3, 1], scores[5] = torch.nan, torch.nan
+    boxes[7] = boxes[8] = torch.tensor([0.0, 0, 20, 10])
+    boxes[9] = torch.tensor([10.0, 0, 30, 10])  # its IoU with them is 1/3, rounded up
+    group = nms_match(boxes, scores, threshold)
+    keep = nms(boxes, scores, threshold)
+    assert torch.equal(group[keep], keep)
+    assert group[3] == group[5] == -1
+    iou = box_iou(boxes, boxes).double()
+    for i in range(len(boxes)):
+        if i in keep.tolist() or i in (3, 5):
+            continue
+        overlapping = [k for k in keep.tolist() if iou[k, i] > threshold]
+        assert group[i] == overlapping[0]
 
 
 # ---- multiclass_nms -----------------------------------------------------------------------------

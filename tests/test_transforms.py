@@ -21,9 +21,11 @@ from focalops import (
     detect,
     encode_boxes,
     match_anchors,
+    match_iou_matrix,
     matrix_nms,
     multiclass_nms,
     nms,
+    nms_match,
     sigmoid_focal_loss,
     sigmoid_focal_loss_star,
     soft_nms,
@@ -109,6 +111,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda a, g, c: match_anchors(a, g, counts=c),
         lambda n: (boxes(n), boxes(2, 4), torch.tensor([4, 1])),
     ),
+    "match_iou_matrix": (match_iou_matrix, lambda n: (torch.rand(5, n),)),
     "multiclass_nms": (lambda b, s, i, c: multiclass_nms(b, s, i, 0.5, 7, counts=c), padded),
     "matrix_nms": (
         lambda b, s: matrix_nms(b, s, max_detections=7),
@@ -119,6 +122,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda n: (boxes(2, n), torch.rand(2, n)),
     ),
     "nms": (lambda b, s: nms(b, s, 0.5), lambda n: (boxes(n), torch.rand(n))),
+    "nms_match": (lambda b, s: nms_match(b, s, 0.5), lambda n: (boxes(n), torch.rand(n))),
     **{
         name: (
             functools.partial(row_loss, getattr(focalops, name)),
@@ -139,14 +143,15 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     "sigmoid_focal_loss_star": (lambda x, t: sigmoid_focal_loss_star(x, t, beta=1.0), focal),
 }
 
-# Their results are as many as are kept.
-DYNAMIC = {"batched_nms", "nms"}
+# Their results, or what they are made of, are as many as are kept.
+DYNAMIC = {"batched_nms", "nms", "nms_match"}
 # Matching, its targets, NMS and detection choose: there is nothing to differentiate.
 CHOICES = {
     "class_index_targets",
     "count_degenerate_boxes",
     "detect",
     "match_anchors",
+    "match_iou_matrix",
     "matrix_nms",
     "multiclass_nms",
     "soft_nms",

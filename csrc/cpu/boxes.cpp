@@ -117,7 +117,7 @@ Tensor box_iou_cpu(const Tensor& boxes1_, const Tensor& boxes2_, int64_t kind, d
   Tensor output =
       on_huge_pages(new_matrix(boxes1, boxes2), boxes1.scalar_type() == ScalarType::Double ? 8 : 4);
 
-  dispatch_iou(boxes1.scalar_type(), kind, 0, eps, [&](auto tag, const auto& formula) {
+  dispatch_iou_matrix(boxes1.scalar_type(), kind, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     const auto* rows = static_cast<const T*>(boxes1.const_data_ptr());
     const auto* columns = static_cast<const T*>(boxes2.const_data_ptr());

@@ -96,11 +96,14 @@ FOCALOPS_SIMD void claim_best(const Box<T>& box, typename AnchorTile<T>::Index i
 }
 
 template <typename T>
-FOCALOPS_SIMD void ignore_inside(const Box<T>& crowd, T threshold, AnchorTile<T>& tile) {
+FOCALOPS_SIMD void ignore_inside(const Box<T>& crowd, T threshold, bool of_anchor,
+                                 AnchorTile<T>& tile) {
+  const T crowd_area = area(crowd);
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < kTile; ++i) {
     const Box<T> anchor{tile.x1[i], tile.y1[i], tile.x2[i], tile.y2[i]};
-    tile.is_ignored[i] |= share_inside(anchor, crowd, tile.area[i]) > threshold;
+    const T of = of_anchor ? tile.area[i] : crowd_area;
+    tile.is_ignored[i] |= share_inside(anchor, crowd, of) > threshold;
   }
 }
 
@@ -135,6 +138,7 @@ struct GroundTruth {
   int64_t count;
   const uint8_t* roles;  // [M], null: all are objects
   T crowd_threshold;
+  bool ignore_wrt_candidates;
 
   Box<T> box(int64_t j) const { return load_box(boxes + 4 * j); }
   Role role(int64_t j) const { return roles == nullptr ? kObject : static_cast<Role>(roles[j]); }
@@ -244,7 +248,7 @@ class ImageMatcher {
     bool any = false;
     for (int64_t j = 0; truth_.roles != nullptr && j < truth_.count; ++j) {
       if (truth_.role(j) == kCrowd && intersects(truth_.box(j), tile.range)) {
-        ignore_inside(truth_.box(j), truth_.crowd_threshold, tile);
+        ignore_inside(truth_.box(j), truth_.crowd_threshold, truth_.ignore_wrt_candidates, tile);
         any = true;
       }
     }
@@ -296,7 +300,8 @@ std::vector<int64_t> read_counts(const Tensor& gt_boxes, const std::optional<Ten
 Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
                          const std::optional<Tensor>& counts_, double fg_iou_threshold,
                          double bg_iou_threshold, int64_t low_quality, double min_pos_iou,
-                         const std::optional<Tensor>& roles_, double crowd_threshold) {
+                         const std::optional<Tensor>& roles_, double crowd_threshold,
+                         bool ignore_wrt_candidates) {
   check_match_anchors(
       anchors_, gt_boxes_, counts_, roles_,
       {fg_iou_threshold, bg_iou_threshold, low_quality, min_pos_iou, crowd_threshold});
@@ -323,7 +328,7 @@ Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
     const auto image = [&](int64_t b) {
       const GroundTruth<T> truth{box_data + 4 * b * max_boxes, counts[b],
                                  role_data == nullptr ? nullptr : role_data + b * max_boxes,
-                                 T(crowd_threshold)};
+                                 T(crowd_threshold), ignore_wrt_candidates};
       return ImageMatcher<T>(anchor_data, num_anchors, truth, match_data + b * num_anchors);
     };
 

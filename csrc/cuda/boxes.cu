@@ -315,7 +315,7 @@ Tensor box_iou_cuda(const Tensor& boxes1_, const Tensor& boxes2_, int64_t kind, 
   }
   const int64_t dim = boxes1.dim();
   const int64_t num_images = dim == 3 ? boxes1.size(0) : 1;
-  dispatch_iou(boxes1.scalar_type(), kind, 0, eps, [&](auto tag, const auto& formula) {
+  dispatch_iou_matrix(boxes1.scalar_type(), kind, eps, [&](auto tag, const auto& formula) {
     using T = tag_t<decltype(tag)>;
     constexpr int N = kVectorSize<T>;
     Matrix matrix{boxes1.size(dim - 2), boxes2.size(dim - 2), 1, 0, 0};

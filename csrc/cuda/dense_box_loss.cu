@@ -229,10 +229,6 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cuda(
       to.has_rows = from.has_rows;
       const int64_t vectors = ceil_div(from.positions, kVectorSize<scalar_t>);
       const int64_t units = shape.anchors * (from.has_rows ? from.positions : vectors);
-      if (units + kThreads >= int64_t{1} << 31) {
-        fail("dense_box_loss: an image of deltas[", l, "] is too large, got shape ",
-             shape_of(from.logits));
-      }
       to.vectors_of_plane = FastDivisor(vectors > 0 ? vectors : 1);
       to.items_of_image = ceil_div(units, kThreads);
       head.num_items += shape.images * to.items_of_image;

@@ -279,10 +279,6 @@ Head make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape, con
     } else {
       const int64_t vectors = ceil_div(from.positions, kVectorSize<scalar_t>);
       const int64_t units = vectors * slices * shape.anchors;
-      if (units + kThreads >= int64_t{1} << 31) {
-        fail("dense_focal_loss: an image of cls_logits[", l, "] is too large, got shape ",
-             shape_of(from.logits));
-      }
       to.vectors_of_plane = FastDivisor(vectors > 0 ? vectors : 1);
       to.items_of_image = ceil_div(units, kThreads);
     }

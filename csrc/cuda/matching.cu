@@ -124,6 +124,7 @@ struct Matching {
   Counts counts;             // [B]
   const uint8_t* roles;      // [B, M], null: all are objects
   int64_t num_anchors, tiles;
+  bool ignore_wrt_candidates;
   T fg_iou_threshold, bg_iou_threshold, crowd_threshold;
   Bits<T> least_best;                  // of a box that shares in low-quality matches
   Bits<T>* best_of_boxes;              // [B, M], null: not wanted
@@ -158,7 +159,8 @@ __global__ void __launch_bounds__(kThreads)
       const bool visit = mine < n && intersects(boxes[mine < n ? mine : 0], range);
       for (unsigned mask = __ballot_sync(kFullWarp, visit); mask != 0; mask &= mask - 1) {
         const int j = group + __ffs(mask) - 1;
-        ignored |= share_inside(anchor, boxes[j], anchor_area) > m.crowd_threshold;
+        const T of = m.ignore_wrt_candidates ? anchor_area : area(boxes[j]);
+        ignored |= share_inside(anchor, boxes[j], of) > m.crowd_threshold;
       }
     }
     __syncthreads();
@@ -266,7 +268,8 @@ Bits<T> least_bits(T value) {
 Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
                           const std::optional<Tensor>& counts_, double fg_iou_threshold,
                           double bg_iou_threshold, int64_t low_quality, double min_pos_iou,
-                          const std::optional<Tensor>& roles_, double crowd_threshold) {
+                          const std::optional<Tensor>& roles_, double crowd_threshold,
+                          bool ignore_wrt_candidates) {
   check_match_anchors(
       anchors_, gt_boxes_, counts_, roles_,
       {fg_iou_threshold, bg_iou_threshold, low_quality, min_pos_iou, crowd_threshold});
@@ -307,6 +310,7 @@ Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
         roles.has_value() ? static_cast<const uint8_t*>(roles->const_data_ptr()) : nullptr,
         num_anchors,
         tiles,
+        ignore_wrt_candidates,
         T(fg_iou_threshold),
         T(bg_iou_threshold),
         T(crowd_threshold),

@@ -94,10 +94,10 @@ FOCALOPS_HOST_DEVICE T iou(const Box<T>& a, const Box<T>& b) {
   return iou(a, b, area(a), area(b));
 }
 
-// How much of a lies in b, 0 .. 1.
+// How much of the box with this area, which is one of the two, lies in the other, 0 .. 1.
 template <typename T>
-FOCALOPS_HOST_DEVICE T share_inside(const Box<T>& a, const Box<T>& b, T area_a) {
-  return div(intersection(a, b), divisor(area_a));
+FOCALOPS_HOST_DEVICE T share_inside(const Box<T>& a, const Box<T>& b, T area) {
+  return div(intersection(a, b), divisor(area));
 }
 
 // Whether the boxes overlap by more than an edge. Where they do not, or a coordinate is NaN, their
@@ -115,9 +115,10 @@ FOCALOPS_HOST_DEVICE T share_of_greater(T a, T b) {
 }
 
 // ---- the IoU family: IoU, generalized IoU (Rezatofighi et al., 2019), distance and complete IoU
-// (Zheng et al., 2020)
+// (Zheng et al., 2020); and the intersection over the area of the first box alone, which has no
+// gradient here
 
-enum class IouKind { kPlain, kGeneralized, kDistance, kComplete };
+enum class IouKind { kPlain, kGeneralized, kDistance, kComplete, kForeground };
 
 template <IouKind Kind>
 constexpr bool kHasDistance = Kind == IouKind::kDistance || Kind == IouKind::kComplete;
@@ -170,6 +171,9 @@ struct IouFormula {
   FOCALOPS_HOST_DEVICE T value(const Box<T>& a, const Box<T>& b, const IouTerms<T>& of_a,
                                const IouTerms<T>& of_b) const {
     const T both = intersection(a, b);
+    if constexpr (Kind == IouKind::kForeground) {
+      return div(both, divisor(of_a.area));
+    }
     const T either = sub(add(of_a.area, of_b.area), both);
     T value = div(both, divisor(add(either, union_eps)));
     if constexpr (Kind != IouKind::kPlain) {
