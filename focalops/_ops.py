@@ -76,6 +76,12 @@ def register_vmap_as_loop(name: str) -> None:
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def require_tensor(name: str, value: Any) -> None:
+    """For the public functions: what is no tensor has none of the attributes that the other checks ask for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
