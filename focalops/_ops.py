@@ -152,6 +152,8 @@ def check_are_constant(**values: Any) -> None:
 
 def number(name: str, value: Any) -> float:
     """A number that the host needs, which may come as a 0-d tensor of the host."""
+    if type(value) in (float, int):
+        return value
     if isinstance(value, Tensor):
         shape, device = tuple(value.shape), value.device
         if shape != () or device.type != "cpu":

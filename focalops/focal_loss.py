@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -157,9 +157,9 @@ def softmax_focal_loss(
 
     Args:
         inputs: logits ``(..., K)``, float16, bfloat16, float32 or float64.
-        targets: class indices, int32 or int64, of shape ``inputs.shape[:-1]``: ``0..K-1`` or ``ignore_index``. Background, where
-            there is one, is a class of its own. Another index is an error on the CPU and makes the loss NaN on CUDA.
-        alpha: a factor, the same for all classes; a negative number is none.
+        targets: class indices, int32 or int64, of shape ``inputs.shape[:-1]``: ``0..K-1`` (K >= 1) or ``ignore_index``. Background,
+            where there is one, is a class of its own. Another index is an error on the CPU and makes the loss NaN on CUDA.
+        alpha: a factor, the same for all classes, of any size; a negative number is none.
         gamma: exponent of the modulating factor, >= 0; at 0 the loss is alpha times the cross entropy.
         reduction: ``"none"``, one loss a row; ``"sum"``; or ``"mean"``, over the rows that are not ignored.
         ignore_index: as in :func:`sigmoid_focal_loss`.
@@ -173,6 +173,9 @@ def softmax_focal_loss(
     Returns:
         ``"none"``: the losses, ``inputs.shape[:-1]``, in the dtype of ``inputs``, composed of PyTorch's own ops. Otherwise a 0-d
         tensor, float64 for float64 inputs, else float32; the gradient is written by the same kernel.
+
+    Where the true class's logit is -inf the loss is infinite and the gradient that of the cross entropy; a row with +inf, or of
+    -inf alone, is NaN, as in ``torch.nn.functional.cross_entropy``.
 
     Time O(inputs). Source: ``mmcv.ops.softmax_focal_loss(input, target, gamma, alpha, weight, reduction)``, on CUDA alone,
     whose ``weight`` is ``class_weight`` here.
@@ -236,6 +239,9 @@ def dense_focal_loss(
 
     >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
     """
+    if isinstance(cls_logits, Tensor) or not isinstance(cls_logits, Iterable):
+        given = type(cls_logits).__name__
+        raise TypeError(f"cls_logits must be a list of Tensors, got {given}")
     cls_logits = list(cls_logits)
     for i, level in enumerate(cls_logits):
         require_tensor(f"cls_logits[{i}]", level)
@@ -292,10 +298,14 @@ def dense_focal_loss(
 
 
 def _require_tensors(required: dict[str, Any], **optional: Any) -> None:
-    given = required | {name: value for name, value in optional.items() if value is not None}
-    for name, value in given.items():
+    for name, value in required.items():
         require_tensor(name, value)
-    _check_are_constant(**{name: value for name, value in given.items() if name != "inputs"})
+        if value.requires_grad and name != "inputs":
+            _check_are_constant(**{name: value})
+    for name, value in optional.items():
+        if value is not None:
+            require_tensor(name, value)
+            _check_are_constant(**{name: value})
 
 
 def _checked_normalizer(
@@ -612,7 +622,8 @@ def _quality_loss(
         )
         raise TypeError(f"targets must be (labels, scores){dense}, got {given}")
     labels, scores = targets
-    _require_tensors({"inputs": inputs, "labels": labels, "scores": scores})
+    require_tensor("labels", labels)
+    require_tensor("scores", scores)
     return _row_loss(
         loss_id,
         inputs,

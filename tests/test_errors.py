@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -498,6 +499,42 @@ def check_says(op: str, arguments: Arguments, sentence: str, backend: str, devic
     with FakeTensorMode() as mode:
         fake = pytree.tree_map_only(Tensor, mode.from_tensor, arguments)
         assert sentence in sentence_of(op, fake)
+
+
+LOSS_TENSORS = {
+    **{op: ["inputs", "weight", "class_weight"] for op in ROW_LOSSES},
+    "dense_focal_loss": ["labels", "weight", "class_weight"],
+    "sigmoid_focal_loss": ["inputs", "targets", "weight", "class_weight"],
+    "sigmoid_focal_loss_star": ["inputs", "targets"],
+    "softmax_focal_loss": ["inputs", "targets", "weight", "class_weight"],
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("op", LOSS_TENSORS)
+def test_losses_take_tensors(op, reduction):
+    options = {} if op == "dense_focal_loss" else {"reduction": reduction}
+    wrongs = {"ndarray": numpy.zeros(6), "list": [0.0] * 6, "float": 0.5, "NoneType": None}
+
+    def says(sentence: str, **wrong: Any) -> None:
+        with pytest.raises(TypeError) as raised:
+            function_of(op)(**(right_arguments()[op] | options | wrong))
+        assert str(raised.value) == sentence
+
+    for kind, value in wrongs.items():
+        for name in LOSS_TENSORS[op]:
+            if value is not None or "weight" not in name:
+                says(f"{name} must be a Tensor, got {kind}", **{name: value})
+        if op in ROW_LOSSES:
+            labels, scores = right_arguments()[op]["targets"]
+            says(f"labels must be a Tensor, got {kind}", targets=(value, scores))
+            says(f"scores must be a Tensor, got {kind}", targets=(labels, value))
+        if op == "dense_focal_loss":
+            says(f"cls_logits[0] must be a Tensor, got {kind}", cls_logits=[value])
+    if op == "dense_focal_loss":
+        for value in (None, torch.zeros(6)):
+            given = type(value).__name__
+            says(f"cls_logits must be a list of Tensors, got {given}", cls_logits=value)
 
 
 @pytest.mark.parametrize("op", WRONG)

@@ -373,6 +373,29 @@ def test_compiles_whole(device):
     torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(eager, x))
 
 
+@pytest.mark.parametrize("name", ["quality", "varifocal", "ia_bce"])
+def test_unreduced_losses_under_transforms(name, backend, device):
+    """They look at the class indices there too."""
+    function, _ = LOSSES[name]
+    x, labels, scores = make(6, 5, device)
+
+    def f(x: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+        return function(x, (labels, scores))
+
+    expected = f(x, labels, scores)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, labels, scores), expected)
+    rows = [t.unflatten(0, (2, 3)) for t in (x, labels, scores)]
+    torch.testing.assert_close(torch.vmap(f)(*rows), expected.unflatten(0, (2, 3)))
+    shared = torch.vmap(f, in_dims=(0, None, None))(torch.stack((x, 2 * x)), labels, scores)
+    torch.testing.assert_close(shared[0], expected)
+    labels[2] = 7
+    if backend == "cpu":
+        for g in (compiled, lambda *rows: torch.vmap(f)(*(t.unsqueeze(0) for t in rows))):
+            with pytest.raises(RuntimeError, match=r"\[0, 5\] or equal ignore_index, -100, got 7"):
+                g(x, labels, scores)
+
+
 # ---- dense targets -------------------------------------------------------------------------------
 
 

@@ -1,25 +1,40 @@
 // Sigmoid focal loss on the CPU: one pass over the logits, vectorised over elements, parallel over
 // chunks.
+#include <cstring>
+
 #include "focal_loss.h"
 
 namespace focalops {
 namespace {
 
-// Returns whether all targets are such.
 template <bool WithGrad, typename T, typename Loss>
-FOCALOPS_SIMD bool evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n,
+FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64_t n,
                                  Loss formula) {
-  int num_wrong = 0;
-#pragma omp simd reduction(+ : num_wrong)
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const LossAndGrad<T> value = formula.soft(x[i], t[i]);
     loss[i] = value.loss;
     if (WithGrad) {
       grad[i] = value.grad;
     }
-    num_wrong += is_dense_target(t[i]) ? 0 : 1;
   }
-  return num_wrong == 0;
+}
+
+// Whether all lie in [0, 1], told by one comparison each: as unsigned numbers the bits of what does
+// not are larger than those of 1. So are those of -0.
+template <typename T>
+FOCALOPS_SIMD bool all_in_unit_interval(const T* t, int64_t n) {
+  using Bits = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
+  const T one = 1;
+  Bits bits_of_one, largest = 0;
+  std::memcpy(&bits_of_one, &one, sizeof one);
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, t + i, sizeof bits);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest <= bits_of_one;
 }
 
 template <typename T, typename To>
@@ -43,9 +58,13 @@ struct DenseTargets {
   void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
     const T* x = as_computed(inputs + begin, block.logits, n);
     const T* y = as_computed(targets + begin, block.targets, n);
-    if (!evaluate_soft<WithGrad>(x, y, block.loss, block.grad, n, formula)) {
-      wrong.store(*std::find_if_not(y, y + n, is_dense_target<T>), std::memory_order_relaxed);
-      are_targets.store(false, std::memory_order_relaxed);
+    evaluate_soft<WithGrad>(x, y, block.loss, block.grad, n, formula);
+    if (!all_in_unit_interval(y, n)) {
+      const T* first = std::find_if_not(y, y + n, is_dense_target<T>);
+      if (first != y + n) {
+        wrong.store(*first, std::memory_order_relaxed);
+        are_targets.store(false, std::memory_order_relaxed);
+      }
     }
   }
 
