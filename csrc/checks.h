@@ -341,6 +341,9 @@ inline void check_targets(const char* op, const Tensor& inputs, const Tensor& ta
   check_floating(op, "inputs", inputs);
   check_same_device(op, "targets", targets, "inputs", inputs);
   const bool dense = may_be_dense && targets_are_dense(inputs, targets);
+  if (!may_be_dense && inputs.dim() == 0) {
+    fail(op, ": inputs must have shape (..., K), got ()");
+  }
   if (!(dense || targets.dim() + 1 == inputs.dim()) ||
       !same_shape(inputs, targets, targets.dim())) {
     if (may_be_dense) {
@@ -363,9 +366,22 @@ inline void check_targets(const char* op, const Tensor& inputs, const Tensor& ta
   }
 }
 
+inline void check_classes(const char* op, const Tensor& inputs) {
+  if (inputs.size(inputs.dim() - 1) == 0) {
+    fail(op, ": inputs must have at least one class, got shape ", shape_of(inputs));
+  }
+}
+
 inline void check_gamma(const char* op, const char* name, double gamma) {
   if (!(gamma >= 0)) {
     fail(op, ": ", name, " must be >= 0, got ", gamma);
+  }
+}
+
+// alpha weights the positives, 1 - alpha the negatives; a negative alpha neither.
+inline void check_alpha(const char* op, double alpha) {
+  if (!(alpha <= 1)) {
+    fail(op, ": alpha must lie in [0, 1], or be negative for none, got ", alpha);
   }
 }
 
@@ -377,6 +393,7 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets,
     fail(op, ": gamma must be > 0, got ", params.gamma);
   }
   check_gamma(op, "gamma", params.gamma);
+  check_alpha(op, params.alpha);
 }
 
 inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs,
@@ -455,6 +472,22 @@ inline void check_class_weight(const char* op, const std::optional<Tensor>& give
   }
 }
 
+inline void check_weight_of_negatives(const char* op, double alpha) {
+  if (!(alpha >= 0)) {
+    fail(op, ": alpha must be >= 0, got ", alpha);
+  }
+}
+
+inline void check_class_indices(const Tensor& targets, int64_t loss) {
+  if (loss < 0 || loss >= kNumRowLosses) {
+    fail("_class_indices: loss must be one of those in csrc/math/focal.h, got ", loss);
+  }
+  if (!is_index(targets.scalar_type())) {
+    fail(row_loss_name(loss), ": class-index targets must be int32 or int64, got ",
+         dtype_of(targets));
+  }
+}
+
 inline void check_row_loss(const Tensor& inputs, const Tensor& targets,
                            const std::optional<Tensor>& scores, int64_t loss,
                            const std::vector<double>& parameters,
@@ -467,6 +500,9 @@ inline void check_row_loss(const Tensor& inputs, const Tensor& targets,
   }
   const char* op = row_loss_name(loss);
   check_targets(op, inputs, targets, false);
+  if (static_cast<RowLoss>(loss) == RowLoss::softmax) {
+    check_classes(op, inputs);
+  }
   const ScalarType dtype = compute_dtype(inputs.scalar_type());
   check_row_numbers(op, "scores", scores, "targets", targets, dtype);
   check_row_numbers(op, "weight", weight, "targets", targets, dtype);
@@ -475,11 +511,21 @@ inline void check_row_loss(const Tensor& inputs, const Tensor& targets,
   switch (static_cast<RowLoss>(loss)) {
     case RowLoss::focal:
       check_gamma(op, "gamma", parameters[1]);
+      check_alpha(op, parameters[0]);
       return check_smoothing(op, parameters[2]);
     case RowLoss::quality:
       return check_gamma(op, "beta", parameters[0]);
     case RowLoss::matchability:
+      check_weight_of_negatives(op, parameters[1]);
       return check_gamma(op, "gamma", parameters[0]);
+    case RowLoss::varifocal:
+      check_weight_of_negatives(op, parameters[0]);
+      return check_gamma(op, "gamma", parameters[1]);
+    case RowLoss::iou_aware:
+      if (!(parameters[0] >= 0 && parameters[0] <= 1)) {
+        fail(op, ": alpha must lie in [0, 1], got ", parameters[0]);
+      }
+      return check_gamma(op, "gamma", parameters[1]);
     default:
       return check_gamma(op, "gamma", parameters[1]);
   }
@@ -550,6 +596,7 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
     fail(op, ": cls_logits must have fewer than 2^30 classes, got ", classes);
   }
   check_gamma(op, "gamma", options.gamma);
+  check_alpha(op, options.alpha);
   check_smoothing(op, options.label_smoothing);
   const ScalarType dtype = compute_dtype(first.scalar_type());
   check_row_numbers(op, "weight", options.weight, "labels", labels, dtype);

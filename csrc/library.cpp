@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "_row_loss_sum_(Tensor(a!) inputs, Tensor targets, Tensor? scores, int loss, float[] "
       "parameters, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, "
       "float min_normalizer) -> Tensor loss");
+  // A copy of class indices that row_loss_sum would take; on the CPU another index is an error, as
+  // there.
+  m.def("_class_indices(Tensor targets, int loss, int num_classes, int ignore_index) -> Tensor");
   // cls_logits: up to 8 levels (B, A * K, H, W); labels, weight: (B, N); class_weight: (K,);
   // normalizer: 0-d or (B,); grads: one a level, none unless compute_grad.
   m.def(

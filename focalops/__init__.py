@@ -1,5 +1,6 @@
 """CUDA and C++ kernels for the parts of dense object detection that are not convolutions."""
 
+from focalops._ops import refuse_scripting
 from focalops._version import __version__
 from focalops.accelerate import accelerate
 from focalops.anchors import AnchorGenerator
@@ -74,3 +75,5 @@ __all__ = [
     "softmax_focal_loss",
     "varifocal_loss",
 ]
+
+refuse_scripting(__all__, globals())

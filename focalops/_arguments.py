@@ -60,13 +60,25 @@ def host_sees(tensor: Tensor) -> bool:
     )
 
 
+def check_are_constant(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+
+
 def number(name: str, value: Any) -> float:
-    """A number that the host needs."""
-    if type(value) is float:  # the usual one, without asking what else it may be
+    """A number that the host needs, which may come as a 0-d tensor of the host."""
+    if type(value) in (float, int):
         return value
-    if isinstance(value, Tensor) and value.dim() == 0 and host_sees(value):
-        value = value.item()
-    if not isinstance(value, (float, int, Real, torch.SymInt, torch.SymFloat)):
+    if isinstance(value, Tensor):
+        shape, device = tuple(value.shape), value.device
+        if shape != () or device.type != "cpu":
+            raise ValueError(
+                f"{name} must be a number or a 0-d CPU tensor, got shape {shape} on {device}"
+            )
+        check_are_constant(**{name: value})
+        return value.item()
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return float(value) if isinstance(value, Real) else value  # type: ignore[return-value]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
 
 from focalops._library import no_cuda_reason
 
@@ -37,16 +40,74 @@ def _say_once(sentence: str) -> None:
         warnings.warn(sentence, stacklevel=4)
 
 
+class ArgumentError(RuntimeError, ValueError):
+    """A wrong argument: the RuntimeError of native checks, and the ValueError that torch and torchvision raise for it."""
+
+
 def call(op: Callable[..., Any], *args: Any) -> Any:
-    """Calls an op. Its allocation failures cross the stable ABI as RuntimeError; torch's own type is what users catch."""
+    """Calls an op. Its failures cross the stable ABI as RuntimeError; what users catch is torch's own type or ArgumentError."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, args)
     if torch.compiler.is_compiling():
         return op(*args)
     try:
         return op(*args)
     except RuntimeError as error:
-        if "out of memory" in str(error) and not isinstance(error, torch.OutOfMemoryError):
-            raise torch.OutOfMemoryError(str(error)) from None
+        if type(error) is not RuntimeError:
+            raise
+        sentence = str(error)
+        if "out of memory" in sentence:
+            raise torch.OutOfMemoryError(sentence) from None
+        if _IS_ABOUT_AN_ARGUMENT.match(sentence):
+            raise ArgumentError(sentence) from None
         raise
+
+
+# What csrc/checks.h says: "sigmoid_focal_loss: gamma must be >= 0, got -1".
+_IS_ABOUT_AN_ARGUMENT = re.compile(r"[a-z_]+: .*\b(must|needs)\b")
+
+# These choose: there is nothing to differentiate.
+_CHOICES = frozenset(
+    f"focalops::{name}"
+    for name in ("detect", "match_anchors", "matrix_nms", "multiclass_nms", "nms", "soft_nms")
+)
+
+
+def _refuse_tangents(op: Any, args: tuple[Any, ...]) -> None:
+    """Autograd that is registered from Python knows no forward mode, and would give tangents of 0 without a word."""
+    if op._qualified_op_name in _CHOICES:
+        return
+    if any(isinstance(leaf, Tensor) and _has_tangent(leaf) for leaf in tree_leaves(args)):
+        raise NotImplementedError(
+            f"{op._qualified_op_name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian): "
+            "the function of that name in focalops.reference has one"
+        )
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if not functorch.is_batchedtensor(tensor) and _is_dual(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return _is_dual(tensor)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def refuse_scripting(names: Iterable[str], namespace: dict[str, Any]) -> None:
+    """For torch.jit.script, which asks what it compiles, or what that calls, how to prepare it."""
+    for name in names:
+        if callable(namespace[name]):
+            namespace[name].__prepare_scriptable__ = partial(_say_no_script, name)
+
+
+def _say_no_script(name: str, *_: Any) -> None:
+    raise NotImplementedError(
+        f"focalops.{name} has no TorchScript: use torch.compile or torch.export instead of torch.jit.script"
+    )
 
 
 def register_vmap_as_loop(name: str) -> None:
@@ -88,7 +149,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def check(condition: bool, sentence: Callable[[], str]) -> None:
     if not condition:
-        raise RuntimeError(sentence())
+        raise ArgumentError(sentence())
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:

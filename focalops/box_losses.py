@@ -11,6 +11,7 @@ from torch import Tensor
 
 from focalops import reference
 from focalops._arguments import (
+    check_are_constant,
     check_image_size,
     floats,
     number,
@@ -40,7 +41,6 @@ from focalops.boxes import (
     setup_context,
 )
 from focalops.focal_loss import (
-    _check_are_constant,
     _contiguous_like,
     _divisor,
     _is_channels_last,
@@ -161,9 +161,9 @@ def dense_box_loss(
     require_tensors("gt_boxes", gt_boxes)
     require_tensor("matches", matches)
     deltas, weights = list(deltas), floats("weights", weights, "4 numbers")
-    _check_are_constant(anchors=anchors, normalizer=normalizer)
+    check_are_constant(anchors=anchors, normalizer=normalizer)
     for boxes in gt_boxes if not isinstance(gt_boxes, Tensor) else (gt_boxes,):
-        _check_are_constant(gt_boxes=boxes)
+        check_are_constant(gt_boxes=boxes)
     if deltas and runs_reference(deltas[0]):
         return reference.dense_box_loss(
             deltas,

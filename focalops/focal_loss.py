@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import (
-    check_image_size,
-)
+from focalops._arguments import check_are_constant, check_image_size, number
 from focalops._ops import (
+    NATIVE_DEVICES,
     call,
     check,
     check_floating,
@@ -20,6 +19,7 @@ from focalops._ops import (
     compute_dtype,
     ops,
     register_vmap_as_loop,
+    require_tensor,
     runs_reference,
 )
 
@@ -49,13 +49,13 @@ def sigmoid_focal_loss(
         inputs: logits, float16, bfloat16, float32 or float64, of any shape, ``(..., K)`` with class indices.
         targets: either dense, of the shape of ``inputs``, with values in [0, 1]; or class indices, int32 or int64, of
             shape ``inputs.shape[:-1]``: ``0..K-1`` a class, ``K`` background, ``ignore_index`` neither loss nor gradient.
-            An index that is none of these is an error on the CPU; on CUDA, where looking would stop the device, the
-            losses of its row are NaN.
-        alpha: weight of the positives, ``1 - alpha`` that of the negatives; a negative number weights nothing.
-        gamma: exponent of the modulating factor, >= 0.
+            An index or dense target that is none of these is an error on the CPU; on CUDA, where looking would stop the
+            device, the losses of its row, or its own, are NaN. (Dense targets up to 0.01 beyond [0, 1] are taken for roundings.)
+        alpha: weight of the positives, ``1 - alpha`` that of the negatives, in [0, 1]; any negative number weights nothing.
+        gamma: exponent of the modulating factor, >= 0. Like alpha a number, or a 0-d tensor of the CPU.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``. ``"mean"`` divides by the number of elements that are not ignored
             (the mean of none is 0).
-        ignore_index: class index of rows to leave out.
+        ignore_index: class index of rows to leave out; with class indices only.
         normalizer: with ``"sum"``, a number or 0-d tensor that divides the sum, such as the number of positive anchors;
             as a tensor it is read on the device.
         min_normalizer: least value of the divisor.
@@ -63,16 +63,21 @@ def sigmoid_focal_loss(
             class-balanced loss is ``weight_of_class[targets]``. ``"mean"`` does not divide by the weights.
         class_weight: ``(K,)``, multiplies the losses of a class's logits, be they positive or negative, as ``weight`` of
             ``torch.nn.functional.binary_cross_entropy_with_logits`` does; with class indices only.
-        label_smoothing: moves the targets of 1 and 0 to ``1 - label_smoothing / 2`` and ``label_smoothing / 2``: each logit
-            is a question of two answers; with class indices only.
+        label_smoothing: moves the targets of the cross entropy from 1 and 0 to ``1 - label_smoothing / 2`` and
+            ``label_smoothing / 2``: each logit is a question of two answers. :math:`\alpha_t` and :math:`(1 - p_t)^\gamma` keep the
+            hard target, as in EfficientDet's loss and apex's. With class indices only.
         inplace_backward: with ``"sum"`` and ``"mean"``, write the gradient over ``inputs``: no extra memory. Where a
             gradient is computed, whatever reads ``inputs`` after this call reads the gradient; autograd refuses a backward
             that needs the logits. Eager mode only, one backward, once differentiable; ``inputs`` must be contiguous,
             and neither a leaf nor a view.
 
     Returns:
-        ``"none"``: the losses, in the shape and dtype of ``inputs``. Otherwise a 0-d tensor, float64 for float64 inputs,
-        else float32.
+        ``"none"``: the losses, in the shape and dtype of ``inputs``, and with dense targets in its memory layout. Otherwise a
+        0-d tensor, float64 for float64 inputs, else float32.
+
+    With dense targets ``weight``, ``class_weight``, ``label_smoothing`` and ``ignore_index`` are refused: multiply the losses of
+    ``reduction="none"`` instead. The ``pos_weight`` of ``binary_cross_entropy_with_logits`` is ``alpha``: that of w is
+    ``alpha = w / (1 + w)``, times ``1 + w``.
 
     With ``"sum"`` and ``"mean"`` the logits are read once: where they require a gradient, it is written in the same pass,
     and takes the only extra memory, one tensor of the size of ``inputs`` (none with ``inplace_backward``). Computed in float32 (float64 for float64), two
@@ -122,7 +127,7 @@ def sigmoid_focal_loss_star(
         targets,
         alpha,
         gamma,
-        beta,
+        number("beta", beta),
         reduction,
         ignore_index,
         normalizer,
@@ -149,9 +154,9 @@ def softmax_focal_loss(
 
     Args:
         inputs: logits ``(..., K)``, float16, bfloat16, float32 or float64.
-        targets: class indices, int32 or int64, of shape ``inputs.shape[:-1]``: ``0..K-1`` or ``ignore_index``. Background, where
-            there is one, is a class of its own. Another index is an error on the CPU and makes the loss NaN on CUDA.
-        alpha: a factor, the same for all classes; a negative number is none.
+        targets: class indices, int32 or int64, of shape ``inputs.shape[:-1]``: ``0..K-1`` (K >= 1) or ``ignore_index``. Background,
+            where there is one, is a class of its own. Another index is an error on the CPU and makes the loss NaN on CUDA.
+        alpha: a factor, the same for all classes, of any size; a negative number is none.
         gamma: exponent of the modulating factor, >= 0; at 0 the loss is alpha times the cross entropy.
         reduction: ``"none"``, one loss a row; ``"sum"``; or ``"mean"``, over the rows that are not ignored.
         ignore_index: as in :func:`sigmoid_focal_loss`.
@@ -166,6 +171,9 @@ def softmax_focal_loss(
         ``"none"``: the losses, ``inputs.shape[:-1]``, in the dtype of ``inputs``, composed of PyTorch's own ops. Otherwise a 0-d
         tensor, float64 for float64 inputs, else float32; the gradient is written by the same kernel.
 
+    Where the true class's logit is -inf the loss is infinite and the gradient that of the cross entropy; a row with +inf, or of
+    -inf alone, is NaN, as in ``torch.nn.functional.cross_entropy``.
+
     Time O(inputs). Source: ``mmcv.ops.softmax_focal_loss(input, target, gamma, alpha, weight, reduction)``, on CUDA alone,
     whose ``weight`` is ``class_weight`` here.
 
@@ -175,7 +183,7 @@ def softmax_focal_loss(
         SOFTMAX,
         inputs,
         (targets, None),
-        (alpha, gamma),
+        {"alpha": alpha, "gamma": gamma},
         reduction,
         ignore_index=ignore_index,
         normalizer=normalizer,
@@ -228,11 +236,21 @@ def dense_focal_loss(
 
     >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
     """
+    if isinstance(cls_logits, Tensor) or not isinstance(cls_logits, Iterable):
+        given = type(cls_logits).__name__
+        raise TypeError(f"cls_logits must be a list of Tensors, got {given}")
     cls_logits = list(cls_logits)
-    _check_are_constant(
-        labels=labels, normalizer=normalizer, weight=weight, class_weight=class_weight
-    )
+    for i, level in enumerate(cls_logits):
+        require_tensor(f"cls_logits[{i}]", level)
+    alpha, gamma = number("alpha", alpha), number("gamma", gamma)
+    label_smoothing = number("label_smoothing", label_smoothing)
+    _require_tensors({"labels": labels}, weight=weight, class_weight=class_weight)
+    normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
     if cls_logits and runs_reference(cls_logits[0]):
+        dtype = compute_dtype(cls_logits[0].dtype)
+        given = normalizer.to(dtype) if isinstance(normalizer, Tensor) else None
+        weights = _to(dtype, weight), _to(dtype, class_weight)
+        _check_dense(cls_logits, labels, alpha, gamma, label_smoothing, *weights, given)
         return reference.dense_focal_loss(
             cls_logits,
             labels,
@@ -276,10 +294,25 @@ def dense_focal_loss(
     return loss
 
 
-def _check_are_constant(**values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"{name} must not require grad: the loss is not differentiated by it")
+def _require_tensors(required: dict[str, Any], **optional: Any) -> None:
+    for name, value in required.items():
+        require_tensor(name, value)
+        if value.requires_grad and name != "inputs":
+            check_are_constant(**{name: value})
+    for name, value in optional.items():
+        if value is not None:
+            require_tensor(name, value)
+            check_are_constant(**{name: value})
+
+
+def _checked_normalizer(
+    normalizer: Any, min_normalizer: Any
+) -> tuple[Tensor | float | None, float]:
+    if isinstance(normalizer, Tensor):
+        check_are_constant(normalizer=normalizer)
+    elif normalizer is not None:
+        normalizer = number("normalizer", normalizer)
+    return normalizer, number("min_normalizer", min_normalizer)
 
 
 def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
@@ -302,19 +335,25 @@ def _focal_loss(
     label_smoothing: float = 0,
 ) -> Tensor:
     _check_reduction(reduction, normalizer, inplace_backward)
-    _check_are_constant(
-        targets=targets, normalizer=normalizer, weight=weight, class_weight=class_weight
+    _require_tensors(
+        {"inputs": inputs, "targets": targets}, weight=weight, class_weight=class_weight
     )
+    normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
+    alpha, gamma = number("alpha", alpha), number("gamma", gamma)
+    label_smoothing = number("label_smoothing", label_smoothing)
     is_dense = targets.dim() == inputs.dim()
     has_extras = weight is not None or class_weight is not None or label_smoothing != 0
-    if is_dense and has_extras:
-        raise ValueError("weight, class_weight and label_smoothing need class-index targets")
+    if is_dense and (has_extras or ignore_index != -100):
+        raise ValueError(
+            "weight, class_weight, label_smoothing and ignore_index need class-index targets: "
+            "with dense ones multiply the losses of reduction 'none'"
+        )
     if has_extras:
         return _row_loss(
             FOCAL,
             inputs,
             (targets, None),
-            (alpha, gamma, label_smoothing),
+            {"alpha": alpha, "gamma": gamma, "label_smoothing": label_smoothing},
             reduction,
             ignore_index=ignore_index,
             normalizer=normalizer,
@@ -323,7 +362,13 @@ def _focal_loss(
             class_weight=class_weight,
             inplace_backward=inplace_backward,
         )
+    dtype = compute_dtype(inputs.dtype)
+    if is_dense and targets.dtype not in (inputs.dtype, dtype):
+        targets = targets.to(dtype if targets.is_floating_point() else inputs.dtype)
     if runs_reference(inputs):
+        _check(inputs, targets, alpha, gamma, beta)
+        if reduction == "sum":
+            _check_normalizer(_name(beta), inputs, _divisor_of_sum(inputs, normalizer, 1)[0])
         return _reference(
             inputs,
             targets,
@@ -336,17 +381,18 @@ def _focal_loss(
             min_normalizer=min_normalizer,
         )
 
-    dtype = compute_dtype(inputs.dtype)
-    if is_dense and targets.dtype not in (inputs.dtype, dtype):
-        targets = targets.to(dtype if targets.is_floating_point() else inputs.dtype)
+    order = _memory_order(inputs, targets) if is_dense and not inplace_backward else None
+    if order is not None:
+        inputs, targets = inputs.permute(order), targets.permute(order)
     arguments = (inputs, targets, alpha, gamma, beta, ignore_index)
     if reduction == "none":
-        return call(ops.sigmoid_focal_loss, *arguments)
+        losses = call(ops.sigmoid_focal_loss, *arguments)
+        return losses if order is None else losses.permute(*map(order.index, range(len(order))))
     if reduction == "mean":
         min_normalizer = 1
         normalizer = inputs.numel()
         if not is_dense:
-            normalizer = (targets != ignore_index).sum() * inputs.shape[-1]
+            normalizer = (targets != ignore_index).sum() * _num_classes(inputs)
     divisor = _divisor_of_sum(inputs, normalizer, min_normalizer)
     return _sum(
         ops.sigmoid_focal_loss_sum,
@@ -354,6 +400,20 @@ def _focal_loss(
         (*arguments, *divisor),
         inplace_backward,
     )
+
+
+def _memory_order(inputs: Tensor, targets: Tensor) -> list[int] | None:
+    """The order of dimensions in which both are contiguous, if it is not their own."""
+    if inputs.shape != targets.shape or inputs.is_contiguous():
+        return None
+    order = sorted(range(inputs.dim()), key=inputs.stride, reverse=True)
+    if inputs.permute(order).is_contiguous() and targets.permute(order).is_contiguous():
+        return order
+    return None
+
+
+def _num_classes(inputs: Tensor) -> int:
+    return inputs.shape[-1] if inputs.dim() else 1  # 0-d logits are refused later
 
 
 def _check_reduction(
@@ -423,10 +483,32 @@ def _softmax_row_reference(
     return reference.softmax_focal_loss(inputs, targets[0], alpha, gamma, reduction, **options)
 
 
+def _varifocal_row_reference(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor],
+    alpha: float,
+    gamma: float,
+    iou_weighted: bool,
+    detach_weight: bool,
+    reduction: str,
+    **options: Any,
+) -> Tensor:
+    return reference.varifocal_loss(
+        inputs,
+        targets,
+        alpha,
+        gamma,
+        iou_weighted,
+        reduction,
+        detach_weight=detach_weight,
+        **options,
+    )
+
+
 ROW_REFERENCES: tuple[Callable[..., Tensor], ...] = (
     _focal_row_reference,
     reference.quality_focal_loss,
-    reference.varifocal_loss,
+    _varifocal_row_reference,
     reference.matchability_aware_loss,
     reference.ia_bce_loss,
     _softmax_row_reference,
@@ -437,7 +519,7 @@ def _row_loss(
     loss_id: int,
     inputs: Tensor,
     targets: tuple[Tensor, Tensor | None],  # labels, scores
-    parameters: Sequence[float],
+    parameters: dict[str, Any],
     reduction: str,
     *,
     ignore_index: int,
@@ -449,18 +531,22 @@ def _row_loss(
 ) -> Tensor:
     _check_reduction(reduction, normalizer, inplace_backward)
     labels, scores = targets
-    _check_are_constant(
-        targets=labels,
-        scores=scores,
-        normalizer=normalizer,
-        weight=weight,
-        class_weight=class_weight,
-    )
+    required = {"inputs": inputs, "targets": labels}
+    _require_tensors(required, scores=scores, weight=weight, class_weight=class_weight)
+    normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
+    numbers = [float(number(name, value)) for name, value in parameters.items()]
+    dtype = compute_dtype(inputs.dtype)
+    scores, weight, class_weight = (_to(dtype, given) for given in (scores, weight, class_weight))
     if runs_reference(inputs) or reduction == "none":
+        divisor, _ = _divisor_of_sum(inputs, normalizer, min_normalizer)
+        _check_row_loss(inputs, labels, scores, loss_id, numbers, weight, class_weight, divisor)
+        if inputs.device.type in NATIVE_DEVICES:
+            num_classes = inputs.shape[-1]
+            labels = call(ops._class_indices, labels, loss_id, num_classes, ignore_index)
         return ROW_REFERENCES[loss_id](
             inputs,
-            targets,
-            *parameters,
+            (labels, scores),
+            *numbers,
             reduction,
             ignore_index=ignore_index,
             normalizer=normalizer,
@@ -468,18 +554,84 @@ def _row_loss(
             weight=weight,
             class_weight=class_weight,
         )
-    dtype = compute_dtype(inputs.dtype)
-    extras = _to(dtype, weight), _to(dtype, class_weight)
-    parameters = [float(parameter) for parameter in parameters]
     if reduction == "mean":
-        losses_of_row = 1 if loss_id == SOFTMAX else inputs.shape[-1]
+        losses_of_row = 1 if loss_id == SOFTMAX else _num_classes(inputs)
         normalizer, min_normalizer = (labels != ignore_index).sum() * losses_of_row, 1
-    divisor = _divisor_of_sum(inputs, normalizer, min_normalizer)
+    divisors = _divisor_of_sum(inputs, normalizer, min_normalizer)
     return _sum(
         ops.row_loss_sum,
         ops._row_loss_sum_,
-        (inputs, labels, _to(dtype, scores), loss_id, parameters, *extras, ignore_index, *divisor),
+        (
+            *(inputs, labels, scores, loss_id, numbers, weight, class_weight),
+            *(ignore_index, *divisors),
+        ),
         inplace_backward,
+    )
+
+
+def _quality_loss(
+    loss_id: int,
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor] | Tensor,
+    parameters: dict[str, Any],
+    reduction: str,
+    *,
+    ignore_index: int,
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    inplace_backward: bool,
+    **divisor: Any,
+) -> Tensor:
+    """The loss of rows that have a score; or of dense targets, if that loss knows those: each logit is a row of its own then."""
+    if isinstance(targets, Tensor) and loss_id in (QUALITY, VARIFOCAL):
+        if ignore_index != -100 or inplace_backward:
+            raise ValueError(
+                "ignore_index and inplace_backward need targets (labels, scores), got dense targets"
+            )
+        _require_tensors(
+            {"inputs": inputs, "targets": targets}, weight=weight, class_weight=class_weight
+        )
+        _check_dense_scores(ROW_NAMES[loss_id], inputs, targets, weight, class_weight)
+        weight, class_weight = (
+            _to(compute_dtype(inputs.dtype), given) for given in (weight, class_weight)
+        )
+        if class_weight is not None:
+            weight = class_weight.expand(inputs.shape) * (1 if weight is None else weight)
+        losses = _row_loss(
+            loss_id,
+            inputs.reshape(-1, 1),
+            (torch.zeros_like(targets, dtype=torch.int32).flatten(), targets.flatten()),
+            parameters,
+            reduction,
+            ignore_index=-100,
+            weight=None if weight is None else weight.flatten(),
+            class_weight=None,
+            inplace_backward=False,
+            **divisor,
+        )
+        return losses.view(inputs.shape) if reduction == "none" else losses
+    if not isinstance(targets, (tuple, list)) or len(targets) != 2:
+        dense = " or a Tensor of the shape of inputs" if loss_id in (QUALITY, VARIFOCAL) else ""
+        given = (
+            f"{len(targets)} of them"
+            if isinstance(targets, (tuple, list))
+            else type(targets).__name__
+        )
+        raise TypeError(f"targets must be (labels, scores){dense}, got {given}")
+    labels, scores = targets
+    require_tensor("labels", labels)
+    require_tensor("scores", scores)
+    return _row_loss(
+        loss_id,
+        inputs,
+        (labels, scores),
+        parameters,
+        reduction,
+        ignore_index=ignore_index,
+        weight=weight,
+        class_weight=class_weight,
+        inplace_backward=inplace_backward,
+        **divisor,
     )
 
 
@@ -506,7 +658,7 @@ def _name(beta: float | None) -> str:
     return "sigmoid_focal_loss" if beta is None else "sigmoid_focal_loss_star"
 
 
-def _check(inputs: Tensor, targets: Tensor, gamma: float, beta: float | None) -> None:
+def _check(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, beta: float | None) -> None:
     op = _name(beta)
     _check_targets(op, inputs, targets, may_be_dense=True)
     check(
@@ -514,11 +666,15 @@ def _check(inputs: Tensor, targets: Tensor, gamma: float, beta: float | None) ->
         lambda: f"{op}: gamma must be > 0, got {gamma:g}",
     )
     _check_gamma(op, "gamma", gamma)
+    _check_alpha(op, alpha)
 
 
 def _check_targets(op: str, inputs: Tensor, targets: Tensor, may_be_dense: bool) -> None:
     check_floating(op, "inputs", inputs)
     check_same_device(op, "targets", targets, "inputs", inputs)
+    check(
+        may_be_dense or inputs.dim() > 0, lambda: f"{op}: inputs must have shape (..., K), got ()"
+    )
     is_dense = may_be_dense and targets.dim() == inputs.dim()
     has_shape = targets.shape == inputs.shape[: targets.dim()]
     check(
@@ -545,6 +701,13 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor, may_be_dense: bool)
     check(
         is_dense or inputs.shape[-1] < 2**30,
         lambda: f"{op}: inputs must have fewer than 2^30 classes, got {inputs.shape[-1]}",
+    )
+
+
+def _check_alpha(op: str, alpha: float) -> None:
+    check(
+        alpha <= 1,
+        lambda: f"{op}: alpha must lie in [0, 1], or be negative for none, got {alpha:g}",
     )
 
 
@@ -614,6 +777,64 @@ ROW_NAMES = (
 )
 
 
+def _check_row_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    scores: Tensor | None,
+    loss: int,
+    parameters: list[float],
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    normalizer: Tensor | None,
+) -> None:
+    op = ROW_NAMES[loss]
+    _check_targets(op, inputs, targets, may_be_dense=False)
+    check(
+        loss != SOFTMAX or inputs.shape[-1] > 0,
+        lambda: f"{op}: inputs must have at least one class, got shape {tuple(inputs.shape)}",
+    )
+    dtype = compute_dtype(inputs.dtype)
+    _check_row_numbers(op, "scores", scores, "targets", targets, dtype)
+    _check_row_numbers(op, "weight", weight, "targets", targets, dtype)
+    _check_class_weight(op, class_weight, inputs, inputs.shape[-1])
+    _check_normalizer(op, inputs, normalizer)
+    exponent = parameters[0 if loss in (QUALITY, MATCHABILITY) else 1]
+    _check_gamma(op, "beta" if loss == QUALITY else "gamma", exponent)
+    alpha = parameters[1 if loss == MATCHABILITY else 0]
+    if loss == FOCAL:
+        _check_alpha(op, alpha)
+        _check_smoothing(op, parameters[2])
+    elif loss in (VARIFOCAL, MATCHABILITY):
+        check(alpha >= 0, lambda: f"{op}: alpha must be >= 0, got {alpha:g}")
+    elif loss == IA_BCE:
+        check(0 <= alpha <= 1, lambda: f"{op}: alpha must lie in [0, 1], got {alpha:g}")
+
+
+def _check_dense_scores(
+    op: str, inputs: Tensor, targets: Tensor, weight: Tensor | None, class_weight: Tensor | None
+) -> None:
+    check_floating(op, "inputs", inputs)
+    check_floating(op, "dense targets", targets)
+    for name, given in (("dense targets", targets), ("weight", weight)):
+        if given is None:
+            continue
+        check_same_device(op, name, given, "inputs", inputs)
+        shape = tuple(given.shape)
+        check(
+            given.shape == inputs.shape,
+            lambda: (
+                f"{op}: {name} must have the shape of inputs, {tuple(inputs.shape)}, got {shape}"  # noqa: B023
+            ),
+        )
+    dtype = compute_dtype(inputs.dtype)
+    _check_class_weight(op, _to(dtype, class_weight), inputs, _num_classes(inputs))
+
+
+@torch.library.register_fake("focalops::_class_indices")
+def _(targets: Tensor, loss: int, num_classes: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(targets)
+
+
 @torch.library.register_fake("focalops::row_loss_sum")
 def _(
     inputs: Tensor,
@@ -628,18 +849,8 @@ def _(
     min_normalizer: float,
     compute_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    op = ROW_NAMES[loss]
-    _check_targets(op, inputs, targets, may_be_dense=False)
-    dtype = compute_dtype(inputs.dtype)
-    _check_row_numbers(op, "scores", scores, "targets", targets, dtype)
-    _check_row_numbers(op, "weight", weight, "targets", targets, dtype)
-    _check_class_weight(op, class_weight, inputs, inputs.shape[-1])
-    _check_normalizer(op, inputs, normalizer)
-    exponent = parameters[0 if loss in (QUALITY, MATCHABILITY) else 1]
-    _check_gamma(op, "beta" if loss == QUALITY else "gamma", exponent)
-    if loss == FOCAL:
-        _check_smoothing(op, parameters[2])
-    total = inputs.new_empty((), dtype=dtype)
+    _check_row_loss(inputs, targets, scores, loss, parameters, weight, class_weight, normalizer)
+    total = inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
     return total, _contiguous_like(inputs) if compute_grad else inputs.new_empty(0)
 
 
@@ -661,7 +872,7 @@ def _(
     beta: float | None,
     ignore_index: int,
 ) -> Tensor:
-    _check(inputs, targets, gamma, beta)
+    _check(inputs, targets, alpha, gamma, beta)
     return _contiguous_like(inputs)
 
 
@@ -676,7 +887,7 @@ def _(
     ignore_index: int,
 ) -> Tensor:
     op = _name(beta)
-    _check(inputs, targets, gamma, beta)
+    _check(inputs, targets, alpha, gamma, beta)
     check_same_device(op, "grad_output", grad_output, "inputs", inputs)
     check(
         grad_output.shape == inputs.shape and grad_output.dtype == inputs.dtype,
@@ -702,7 +913,7 @@ def _(
     compute_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     op = _name(beta)
-    _check(inputs, targets, gamma, beta)
+    _check(inputs, targets, alpha, gamma, beta)
     _check_normalizer(op, inputs, normalizer)
     loss = inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
     return loss, _contiguous_like(inputs) if compute_grad else inputs.new_empty(0)
@@ -722,7 +933,9 @@ def _(
     min_normalizer: float,
     compute_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    _check_dense(cls_logits, labels, gamma, label_smoothing, weight, class_weight, normalizer)
+    _check_dense(
+        cls_logits, labels, alpha, gamma, label_smoothing, weight, class_weight, normalizer
+    )
     dtype = compute_dtype(cls_logits[0].dtype)
     loss = cls_logits[0].new_empty((), dtype=dtype)
     if not compute_grad:
@@ -740,6 +953,7 @@ def _is_channels_last(level: Tensor) -> bool:
 def _check_dense(
     cls_logits: list[Tensor],
     labels: Tensor,
+    alpha: float,
     gamma: float,
     label_smoothing: float,
     weight: Tensor | None,
@@ -797,6 +1011,7 @@ def _check_dense(
         lambda: f"{op}: cls_logits must have fewer than 2^30 classes, got {channels // anchors}",
     )
     _check_gamma(op, "gamma", gamma)
+    _check_alpha(op, alpha)
     _check_smoothing(op, label_smoothing)
     _check_row_numbers(op, "weight", weight, "labels", labels, compute_dtype(first.dtype))
     if anchors > 0:
@@ -1152,6 +1367,13 @@ def _(
             divisor = divisor.reshape(-1, *[1] * (grad.dim() - 1))
         grad = grad / divisor
     return (loss, grad.to(x.dtype)), (0, 0)
+
+
+@torch.library.register_vmap("focalops::_class_indices")
+def _(
+    info: Any, in_dims: tuple[Any, ...], targets: Tensor, *options: Any
+) -> tuple[Tensor, int | None]:
+    return ops._class_indices(targets, *options), in_dims[0]
 
 
 register_vmap_as_loop("dense_focal_loss")

@@ -2,20 +2,21 @@
 
 All take ``targets=(labels, scores)``, both of shape ``inputs.shape[:-1]``: the class index of a row as in
 :func:`focalops.sigmoid_focal_loss`, and the score of the true class (read where there is one). With ``reduction="sum"`` and ``"mean"`` the logits are
-read once and the gradient is written in the same pass, as there; ``"none"`` is composed of PyTorch's own ops. The options are those of
-:func:`focalops.sigmoid_focal_loss`. No loss is differentiated by the scores. Time O(inputs).
+read once and the gradient is written in the same pass, as there; ``"none"`` is composed of PyTorch's own ops. The options, and what is
+refused, are those of :func:`focalops.sigmoid_focal_loss`; scores are taken as they are, also beyond [0, 1]. No loss is differentiated
+by the scores. Time O(inputs).
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from focalops.focal_loss import IA_BCE, MATCHABILITY, QUALITY, VARIFOCAL, _row_loss
+from focalops.focal_loss import IA_BCE, MATCHABILITY, QUALITY, VARIFOCAL, _quality_loss
 
 
 def quality_focal_loss(
     inputs: Tensor,
-    targets: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor] | Tensor,
     beta: float = 2.0,
     reduction: str = "none",
     *,
@@ -28,13 +29,17 @@ def quality_focal_loss(
 ) -> Tensor:
     r"""QFL of Generalized Focal Loss (arXiv 2006.04388): :math:`|y - p|^\beta \, \mathrm{BCE}(p, y)`, y the score of the true class, else 0.
 
+    ``targets`` may also be a tensor of scores in [0, 1] of the shape of ``inputs``, one for each logit; ``weight`` then has that
+    shape too, and ``ignore_index`` and ``inplace_backward`` are refused. Each logit is a row of its own then, with a class index
+    of 4 bytes.
+
     >>> quality_focal_loss(logits, (labels, ious), reduction="sum", normalizer=num_positives)  # (N, K), (N,), (N,)
     """
-    return _row_loss(
+    return _quality_loss(
         QUALITY,
         inputs,
         targets,
-        (beta,),
+        {"beta": beta},
         reduction,
         ignore_index=ignore_index,
         normalizer=normalizer,
@@ -47,7 +52,7 @@ def quality_focal_loss(
 
 def varifocal_loss(
     inputs: Tensor,
-    targets: tuple[Tensor, Tensor],
+    targets: tuple[Tensor, Tensor] | Tensor,
     alpha: float = 0.75,
     gamma: float = 2.0,
     iou_weighted: bool = True,
@@ -59,17 +64,25 @@ def varifocal_loss(
     weight: Tensor | None = None,
     class_weight: Tensor | None = None,
     inplace_backward: bool = False,
+    detach_weight: bool = False,
 ) -> Tensor:
     r"""VFL of VarifocalNet (arXiv 2008.13367): :math:`q \, \mathrm{BCE}(p, q)` for the true class of a score q > 0,
     :math:`\alpha p^\gamma \, \mathrm{BCE}(p, 0)` for all else.
 
-    ``iou_weighted=False`` leaves the factor q out.
+    ``iou_weighted=False`` leaves the factor q out. With ``detach_weight`` the weight :math:`\alpha p^\gamma` is a constant to the
+    gradient, as in RT-DETR, where a true class of score 0 has no loss; here it is a negative, as in VarifocalNet. ``alpha`` must
+    be >= 0. Dense targets as in :func:`quality_focal_loss`; a target of 0 is a negative.
     """
-    return _row_loss(
+    return _quality_loss(
         VARIFOCAL,
         inputs,
         targets,
-        (alpha, gamma, iou_weighted),
+        {
+            "alpha": alpha,
+            "gamma": gamma,
+            "iou_weighted": bool(iou_weighted),
+            "detach_weight": bool(detach_weight),
+        },
         reduction,
         ignore_index=ignore_index,
         normalizer=normalizer,
@@ -95,13 +108,13 @@ def matchability_aware_loss(
     inplace_backward: bool = False,
 ) -> Tensor:
     r"""MAL of DEIM (arXiv 2412.04234): :math:`\mathrm{BCE}(p, q^\gamma)` for the true class of score q,
-    :math:`\alpha p^\gamma \, \mathrm{BCE}(p, 0)` for the others, :math:`p^\gamma` being a constant to the gradient.
+    :math:`\alpha p^\gamma \, \mathrm{BCE}(p, 0)` for the others, :math:`p^\gamma` being a constant to the gradient. ``alpha`` must be >= 0.
     """
-    return _row_loss(
+    return _quality_loss(
         MATCHABILITY,
         inputs,
         targets,
-        (gamma, alpha),
+        {"gamma": gamma, "alpha": alpha},
         reduction,
         ignore_index=ignore_index,
         normalizer=normalizer,
@@ -128,13 +141,13 @@ def ia_bce_loss(
 ) -> Tensor:
     r"""IA-BCE of Align-DETR (arXiv 2304.07527): :math:`\mathrm{BCE}(p, t)` for the true class of score q, with
     :math:`t = \max(p^\alpha q^{1 - \alpha}, 0.01)` a constant to the gradient, and :math:`p^\gamma \, \mathrm{BCE}(p, 0)` for
-    the others.
+    the others. ``alpha`` must lie in [0, 1].
     """
-    return _row_loss(
+    return _quality_loss(
         IA_BCE,
         inputs,
         targets,
-        (alpha, gamma),
+        {"alpha": alpha, "gamma": gamma},
         reduction,
         ignore_index=ignore_index,
         normalizer=normalizer,

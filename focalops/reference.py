@@ -8,7 +8,7 @@ functions check them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,15 +38,10 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     x = inputs.to(compute_dtype(inputs.dtype))
     if targets.shape == inputs.shape:
-        loss = _balance(_focal_dense(x, targets.to(x.dtype), gamma), targets, alpha)
-    elif label_smoothing:
-        t = one_hot(targets, inputs.shape[-1]).to(x.dtype)
-        t = t * (1 - label_smoothing) + label_smoothing / 2
-        loss = _balance(_focal_dense(x, t, gamma), t, alpha)
+        loss = _focal_dense(x, targets.to(x.dtype), gamma)
     else:
-        loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), gamma)
-        loss = _balance(loss, targets, alpha)
-    loss = _weigh(loss, weight, class_weight)
+        loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), gamma, label_smoothing)
+    loss = _weigh(_balance(loss, targets, alpha), weight, class_weight)
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
 
@@ -68,6 +63,7 @@ def sigmoid_focal_loss_star(
     t = targets.to(x.dtype) if is_dense else one_hot(targets, inputs.shape[-1]).to(x.dtype)
     sign = 2 * t - 1
     x_t = torch.where(sign == 0, 0, sign * torch.where(sign == 0, 0, x))
+    x_t = torch.where(_is_dense_target(t), x_t, math.nan)
     loss = _balance(-F.logsigmoid(gamma * x_t + beta) / gamma, targets, alpha)
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
@@ -115,36 +111,48 @@ def dense_focal_loss(
 
 def quality_focal_loss(
     inputs: Tensor,  # [..., K]
-    targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]
+    targets: tuple[Tensor, Tensor] | Tensor,  # labels and scores, [...] = inputs.shape[:-1]; dense
     beta: float = 2.0,
     reduction: str = "none",
     **options: Any,
 ) -> Tensor:
-    x = inputs.to(compute_dtype(inputs.dtype))
-    positive, score = _positives_and_scores(x, targets)
+    positive, score = _positives_and_scores(inputs, targets)
     y = torch.where(positive, score, 0)
-    difference = torch.where(positive, (y - torch.sigmoid(x)).abs(), 0.5)
-    negative = torch.exp(beta * F.logsigmoid(x)) * _cross_entropy(x, 0)
-    loss = torch.where(positive, difference.pow(beta) * _cross_entropy(x, y), negative)
-    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+
+    def loss_of(x: Tensor) -> Tensor:
+        difference = torch.where(positive, (y - torch.sigmoid(x)).abs(), 0.5)
+        negative = torch.exp(beta * F.logsigmoid(x)) * _cross_entropy(x, 0)
+        return torch.where(positive, difference.pow(beta) * _cross_entropy(x, y), negative)
+
+    slopes = (1 - y).pow(beta + 1), y.pow(beta + 1)
+    loss = _with_limits(inputs.to(score.dtype), loss_of, *slopes)
+    return _reduce_rows(loss, inputs, targets, reduction, **options)
 
 
 def varifocal_loss(
     inputs: Tensor,  # [..., K]
-    targets: tuple[Tensor, Tensor],  # labels and scores, both [...] = inputs.shape[:-1]
+    targets: tuple[Tensor, Tensor] | Tensor,  # labels and scores, [...] = inputs.shape[:-1]; dense
     alpha: float = 0.75,
     gamma: float = 2.0,
     iou_weighted: bool = True,
     reduction: str = "none",
+    *,
+    detach_weight: bool = False,
     **options: Any,
 ) -> Tensor:
-    x = inputs.to(compute_dtype(inputs.dtype))
-    positive, score = _positives_and_scores(x, targets)
+    positive, score = _positives_and_scores(inputs, targets)
     positive = positive & (score > 0)
-    negative = alpha * torch.exp(gamma * F.logsigmoid(x)) * _cross_entropy(x, 0)
-    loss = (score if iou_weighted else 1) * _cross_entropy(x, torch.where(positive, score, 0))
-    loss = torch.where(positive, loss, negative)
-    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+    score = torch.where(positive, score, 0)
+    weight = score if iou_weighted else torch.ones_like(score)
+
+    def loss_of(x: Tensor) -> Tensor:
+        modulation = torch.exp(gamma * F.logsigmoid(x.detach() if detach_weight else x))
+        negative = alpha * modulation * _cross_entropy(x, 0)
+        return torch.where(positive, weight * _cross_entropy(x, score), negative)
+
+    slopes = torch.where(positive, weight * (1 - score), alpha), weight * score
+    loss = _with_limits(inputs.to(score.dtype), loss_of, *slopes)
+    return _reduce_rows(loss, inputs, targets, reduction, **options)
 
 
 def softmax_focal_loss(
@@ -168,7 +176,11 @@ def softmax_focal_loss(
     log_p = F.log_softmax(x, dim=-1).gather(-1, label.unsqueeze(-1)).squeeze(-1)
     # Where p rounds to 1, q = 1 - p must not be 0, of which a power has no gradient.
     log_p = log_p.clamp(max=-torch.finfo(x.dtype).tiny)
-    loss = -torch.exp(gamma * torch.log(-torch.expm1(log_p))) * log_p
+    # Where p = 0 the loss is -log(p), and the gradient of q^gamma log(p) would be 0 * inf.
+    is_lost = log_p == -math.inf
+    finite = torch.where(is_lost, -1, log_p)
+    loss = -torch.exp(gamma * torch.log(-torch.expm1(finite))) * finite
+    loss = torch.where(is_lost, -log_p, loss)
     loss = loss if alpha < 0 else alpha * loss
     loss = loss if weight is None else loss * weight.to(loss.dtype)
     loss = loss if class_weight is None else loss * class_weight.to(loss.dtype)[label]
@@ -191,11 +203,16 @@ def matchability_aware_loss(
     reduction: str = "none",
     **options: Any,
 ) -> Tensor:
-    x = inputs.to(compute_dtype(inputs.dtype))
-    positive, score = _positives_and_scores(x, targets)
-    negative = alpha * torch.exp(gamma * F.logsigmoid(x.detach())) * _cross_entropy(x, 0)
-    loss = torch.where(positive, _cross_entropy(x, score.pow(gamma)), negative)
-    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+    positive, score = _positives_and_scores(inputs, targets)
+    t = torch.where(positive, score.pow(gamma), 0)
+
+    def loss_of(x: Tensor) -> Tensor:
+        negative = alpha * torch.exp(gamma * F.logsigmoid(x.detach())) * _cross_entropy(x, 0)
+        return torch.where(positive, _cross_entropy(x, t), negative)
+
+    slopes = torch.where(positive, 1 - t, alpha), t
+    loss = _with_limits(inputs.to(score.dtype), loss_of, *slopes)
+    return _reduce_rows(loss, inputs, targets, reduction, **options)
 
 
 def ia_bce_loss(
@@ -206,17 +223,41 @@ def ia_bce_loss(
     reduction: str = "none",
     **options: Any,
 ) -> Tensor:
-    x = inputs.to(compute_dtype(inputs.dtype))
-    positive, score = _positives_and_scores(x, targets)
+    positive, score = _positives_and_scores(inputs, targets)
+    x = inputs.to(score.dtype)
     quality = torch.sigmoid(x.detach()).pow(alpha) * score.pow(1 - alpha)
-    negative = torch.exp(gamma * F.logsigmoid(x)) * _cross_entropy(x, 0)
-    loss = torch.where(positive, _cross_entropy(x, quality.clamp(min=0.01)), negative)
-    return _reduce_rows(loss, inputs, targets[0], reduction, **options)
+    t = torch.where(positive, quality.clamp(min=0.01), 0)
+
+    def loss_of(x: Tensor) -> Tensor:
+        negative = torch.exp(gamma * F.logsigmoid(x)) * _cross_entropy(x, 0)
+        return torch.where(positive, _cross_entropy(x, t), negative)
+
+    loss = _with_limits(x, loss_of, 1 - t, t)
+    return _reduce_rows(loss, inputs, targets, reduction, **options)
 
 
-def _positives_and_scores(x: Tensor, targets: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _positives_and_scores(
+    inputs: Tensor, targets: tuple[Tensor, Tensor] | Tensor
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(inputs.dtype)
+    if isinstance(targets, Tensor):
+        return torch.ones_like(targets, dtype=torch.bool), targets.to(dtype)
     labels, scores = targets
-    return one_hot(labels, x.shape[-1]), scores.to(x.dtype).unsqueeze(-1)
+    return one_hot(labels, inputs.shape[-1]), scores.to(dtype).unsqueeze(-1)
+
+
+def _with_limits(
+    x: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    slope: Tensor | float,
+    slope_below: Tensor | float,
+) -> Tensor:
+    """The loss, and its limit at infinite logits, where it grows by a slope >= 0 times |x|: 0, or infinite with that gradient."""
+    infinite = x.isinf()
+    loss = loss_of(torch.where(infinite, 0, x))
+    slope = torch.where(x > 0, slope, slope_below)
+    limit = torch.where(infinite & (slope > 0), slope * x.abs(), 0)
+    return torch.where(infinite, limit, loss)
 
 
 def _cross_entropy(x: Tensor, t: Tensor | float) -> Tensor:
@@ -232,17 +273,23 @@ def _weigh(loss: Tensor, weight: Tensor | None, class_weight: Tensor | None) -> 
 def _reduce_rows(
     loss: Tensor,
     inputs: Tensor,
-    labels: Tensor,
+    targets: tuple[Tensor, Tensor] | Tensor,
     reduction: str,
     *,
     ignore_index: int = -100,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
-    weight: Tensor | None = None,  # [...] = inputs.shape[:-1]
+    weight: Tensor | None = None,  # [...] = inputs.shape[:-1], or of dense targets inputs.shape
     class_weight: Tensor | None = None,  # [K]
     inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
-    loss = _weigh(loss, weight, class_weight)
+    if isinstance(targets, Tensor):
+        labels = targets
+        loss = loss if weight is None else loss * weight.to(loss.dtype)
+        loss = _weigh(loss, None, class_weight)
+    else:
+        labels, _ = targets
+        loss = _weigh(loss, weight, class_weight)
     return _reduce(loss, inputs, labels, reduction, ignore_index, normalizer, min_normalizer)
 
 
@@ -250,20 +297,43 @@ def one_hot(targets: Tensor, num_classes: int) -> Tensor:  # [...] -> bool [...,
     return targets.unsqueeze(-1) == torch.arange(num_classes, device=targets.device)
 
 
-def _focal_hard(x: Tensor, positive: Tensor, gamma: float) -> Tensor:
+# Beyond it sigmoid(x) is 1 in float64 too, and has no gradient that an infinite loss could be multiplied by.
+SATURATED = 100.0
+
+
+def _focal_hard(x: Tensor, positive: Tensor, gamma: float, smoothing: float = 0) -> Tensor:
     s = torch.where(positive, -x, x)
-    cross_entropy = -F.logsigmoid(-s)
-    return torch.exp(gamma * F.logsigmoid(s)) * cross_entropy if gamma else cross_entropy
+    half = smoothing / 2
+
+    def modulated(s: Tensor, cross_entropy: Tensor) -> Tensor:
+        if not gamma:
+            return cross_entropy
+        return torch.exp(gamma * F.logsigmoid(s.clamp(max=SATURATED))) * cross_entropy
+
+    if not smoothing:
+        return modulated(s, -F.logsigmoid(-s))
+
+    def loss_of(s: Tensor) -> Tensor:
+        return modulated(s, -F.logsigmoid(-s) * (1 - half) - F.logsigmoid(s) * half)
+
+    return _with_limits(s, loss_of, 1 - half, 0 if gamma else half)
+
+
+def _is_dense_target(t: Tensor) -> Tensor:
+    """A rounding of half precision beyond [0, 1] is one, a NaN is not."""
+    return (t >= -0.01) & (t <= 1.01)
 
 
 def _focal_dense(x: Tensor, t: Tensor, gamma: float) -> Tensor:
+    x = torch.where(_is_dense_target(t), x, math.nan)
     hard = _focal_hard(x, t == 1, gamma)
     # Where t is 0 or 1 the other branch is not taken; 0.5 keeps the gradient of its power finite there.
     is_soft = (t != 0) & (t != 1)
     t = torch.where(is_soft, t, 0.5)
-    q = t * torch.sigmoid(-x) + (1 - t) * torch.sigmoid(x)  # 1 - p_t
-    cross_entropy = -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
-    return torch.where(is_soft, q.pow(gamma) * cross_entropy, hard)
+    inner = x.clamp(-SATURATED, SATURATED)
+    q = t * torch.sigmoid(-inner) + (1 - t) * torch.sigmoid(inner)  # 1 - p_t
+    modulation = q.clamp(min=torch.finfo(q.dtype).tiny).pow(gamma)
+    return torch.where(is_soft, modulation * _cross_entropy(x, t), hard)
 
 
 def _balance(loss: Tensor, targets: Tensor, alpha: float) -> Tensor:

@@ -25,6 +25,12 @@ ROW_LOSSES = {
     "quality_focal_loss": "beta",
     "varifocal_loss": "gamma",
 }
+REDUCED_LOSSES = (
+    *ROW_LOSSES,
+    "sigmoid_focal_loss, sum",
+    "sigmoid_focal_loss_star",
+    "softmax_focal_loss",
+)
 
 
 def right_arguments() -> dict[str, Arguments]:
@@ -144,6 +150,31 @@ def focal_of(inputs: str) -> list[tuple[str, Callable, str]]:
     ]  # fmt: skip
 
 
+TOO_LARGE_ALPHA = "alpha must lie in [0, 1], or be negative for none, got "
+
+
+def numbers_of(*more: str) -> list[tuple[str, Callable, str]]:
+    """What is said of the numbers of a loss that balances by alpha."""
+    return [
+        ("alpha", always(1.5), f"{TOO_LARGE_ALPHA}1.5"),
+        ("alpha", always(math.nan), f"{TOO_LARGE_ALPHA}nan"),
+        *numbers_that_the_host_needs("alpha", "gamma", *more),
+    ]
+
+
+def numbers_that_the_host_needs(*names: str) -> list[tuple[str, Callable, str]]:
+    return [
+        case
+        for name in names
+        for case in (
+            (name, always("2"), f"{name} must be a number, got str"),
+            (name, always(None), f"{name} must be a number, got NoneType"),
+            (name, always(torch.ones(2)), f"{name} must be a number or a 0-d CPU tensor, got shape (2,) on "),
+            (name, always(torch.ones((), device="meta")), f"{name} must be a number or a 0-d CPU tensor, got shape () on meta"),
+        )
+    ]  # fmt: skip
+
+
 def weights_of(weight: str, shape: str) -> list[tuple[str, Callable, str]]:
     dtype = "float32 (float64 for float64 logits)"
     return [
@@ -160,6 +191,10 @@ def row_loss_of(exponent: str) -> list[tuple[str, Callable, str]]:
         ("targets", lambda t: (t[0].float(), t[1]), "class-index targets must be int32 or int64, got torch.float32"),
         ("targets", lambda t: (t[0], t[1][:3]), "scores must have the shape of targets, (6,), and be float32 (float64 for float64 logits), got (3,) and torch.float32"),
         ("targets", lambda t: (t[0], torch.zeros(6, requires_grad=True)), "scores must not require grad"),
+        ("targets", always(None), "targets must be (labels, scores)"),
+        ("targets", lambda t: t[:1], ", got 1 of them"),
+        ("inputs", lambda x: x[0, 0], "inputs must have shape (..., K), got ()"),
+        *numbers_that_the_host_needs(exponent),
         (exponent, always(-1), f"{exponent} must be >= 0, got -1"),
         ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
@@ -273,6 +308,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
         ("label_smoothing", always(1.5), "label_smoothing must lie in [0, 1], got 1.5"),
         *weights_of("weight", "labels, (2, 57)"),
+        *numbers_of("label_smoothing", "min_normalizer"),
     ],
     "detect": [
         ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
@@ -347,18 +383,37 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         *focal_of("inputs"),
         ("gamma", always(-1), "gamma must be >= 0, got -1"),
         ("gamma", always(math.nan), "gamma must be >= 0, got nan"),
+        *numbers_of("label_smoothing"),
+        ("targets", lambda _: torch.zeros(6, 5).where(torch.arange(5) != 3, -0.5), "dense targets must lie in [0, 1], got -0.5"),
+        ("targets", lambda _: torch.full((6, 5), 255), "dense targets must lie in [0, 1], got 255"),
     ],
     "sigmoid_focal_loss, sum": [
+        ("alpha", always(1.5), f"{TOO_LARGE_ALPHA}1.5"),
+        ("gamma", always(-1), "gamma must be >= 0, got -1"),
+        ("targets", Tensor.float, "class-index targets must be int32 or int64, got torch.float32"),
+        ("targets", lambda t: t + 7, "class-index targets must lie in [0, 5] or equal ignore_index, -100, got 7"),
+        ("normalizer", always([2]), "normalizer must be a number, got list"),
         ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
         ("label_smoothing", always(1.5), "label_smoothing must lie in [0, 1], got 1.5"),
         *weights_of("weight", "targets, (6,)"),
     ],
-    **{op: row_loss_of(exponent) for op, exponent in ROW_LOSSES.items()},
+    **{
+        op: [
+            *row_loss_of(exponent),
+            ("targets", lambda t: (t[0] + 7, t[1]), "class-index targets must lie in [0, 5] or equal ignore_index, -100, got 7"),
+            *([] if op == "quality_focal_loss" else numbers_that_the_host_needs("alpha")),
+        ]
+        for op, exponent in ROW_LOSSES.items()
+    },
     "softmax_focal_loss": [
         ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),
         ("targets", lambda t: t[:3], "class-index targets must have the shape of inputs, (6, 5), without its last dimension, got (3,)"),
         ("targets", Tensor.float, "class-index targets must be int32 or int64, got torch.float32"),
+        ("targets", lambda t: t + 5, "class-index targets must lie in [0, 4] or equal ignore_index, -100, got 5"),
+        ("inputs", lambda x: x[:, :0], "inputs must have at least one class, got shape (6, 0)"),
+        ("inputs", lambda x: x[0, 0], "inputs must have shape (..., K), got ()"),
         ("gamma", always(-1), "gamma must be >= 0, got -1"),
+        *numbers_that_the_host_needs("alpha", "gamma"),
         ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
         *weights_of("weight", "targets, (6,)"),
@@ -366,8 +421,15 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "sigmoid_focal_loss_star": [
         *focal_of("inputs"),
         ("gamma", always(0), "gamma must be > 0, got 0"),
+        *numbers_of("beta"),
+        ("targets", lambda t: t + 7, "class-index targets must lie in [0, 5] or equal ignore_index, -100, got 7"),
+        ("targets", lambda _: torch.full((6, 5), 1.5), "dense targets must lie in [0, 1], got 1.5"),
     ],
 }  # fmt: skip
+WRONG["ia_bce_loss"].append(("alpha", always(1.5), "alpha must lie in [0, 1], got 1.5"))
+for op in ("varifocal_loss", "matchability_aware_loss"):
+    WRONG[op].append(("alpha", always(-0.5), "alpha must be >= 0, got -0.5"))
+
 
 # Any value does; what `inplace_backward` needs of a graph is in test_inplace_backward.py.
 ANY_VALUE = {
@@ -376,6 +438,7 @@ ANY_VALUE = {
     "beta",
     "class_agnostic",
     "clip",
+    "detach_weight",
     "eps",
     "ignore_index",
     "ignore_wrt_candidates",
@@ -406,15 +469,61 @@ def function_of(op: str) -> Callable[..., Any]:
 
 
 def sentence_of(op: str, arguments: Arguments) -> str:
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as raised:
+    with pytest.raises((ValueError, TypeError)) as raised:
         function_of(op)(**arguments)
     return str(raised.value)
 
 
 @pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), CASES)
-def test_says_what_is_wrong(op, argument, wrong, sentence, device):
+def test_says_what_is_wrong(op, argument, wrong, sentence, backend, device):
     arguments = right_arguments()[op]
     arguments[argument] = wrong(arguments.get(argument))
+    check_says(op, arguments, sentence, backend, device)
+
+
+# What does not depend on the reduction.
+LOSS_CASES = [
+    case
+    for case in CASES
+    if case[0] in REDUCED_LOSSES and case[1] not in ("reduction", "normalizer", "inplace_backward")
+]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), LOSS_CASES)
+def test_every_reduction_says_the_same(op, argument, wrong, sentence, reduction, backend, device):
+    arguments = right_arguments()[op] | {"reduction": reduction}
+    arguments[argument] = wrong(arguments.get(argument))
+    check_says(op, arguments, sentence, backend, device)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), LOSS_CASES)
+def test_devices_without_kernels_say_the_same(
+    op, argument, wrong, sentence, reduction, monkeypatch
+):
+    monkeypatch.setattr(focalops.focal_loss, "runs_reference", lambda _: True)
+    monkeypatch.setattr(focalops.focal_loss, "NATIVE_DEVICES", ())
+    arguments = right_arguments()[op] | {"reduction": reduction}
+    arguments[argument] = wrong(arguments.get(argument))
+    if is_of_values(sentence):
+        assert function_of(op)(**arguments).isnan().any()
+    else:
+        assert sentence in sentence_of(op, arguments)
+
+
+def is_of_values(sentence: str) -> bool:
+    """Only the values show it: on CUDA, where looking would stop the device, the loss is NaN."""
+    return "targets must lie in" in sentence
+
+
+def check_says(op: str, arguments: Arguments, sentence: str, backend: str, device: str) -> None:
+    if is_of_values(sentence):
+        if backend == "cpu":
+            assert sentence in sentence_of(op, moved(arguments, device))
+        else:
+            assert function_of(op)(**moved(arguments, device)).isnan().any()
+        return
     in_words = sentence.replace("on cpu", f"on {torch.zeros(0, device=device).device}")
     said = sentence_of(op, moved(arguments, device))
     assert in_words in said and "\n" not in said.strip()
@@ -449,6 +558,42 @@ def test_says_what_is_no_tensor(op):
                 name, got = f"{argument}[0]", "ndarray"
             with pytest.raises(TypeError, match=re.escape(f"{name} must be a Tensor, got {got}")):
                 function_of(op)(**arguments)
+
+
+LOSS_TENSORS = {
+    **{op: ["inputs", "weight", "class_weight"] for op in ROW_LOSSES},
+    "dense_focal_loss": ["labels", "weight", "class_weight"],
+    "sigmoid_focal_loss": ["inputs", "targets", "weight", "class_weight"],
+    "sigmoid_focal_loss_star": ["inputs", "targets"],
+    "softmax_focal_loss": ["inputs", "targets", "weight", "class_weight"],
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("op", LOSS_TENSORS)
+def test_losses_take_tensors(op, reduction):
+    options = {} if op == "dense_focal_loss" else {"reduction": reduction}
+    wrongs = {"ndarray": np.zeros(6), "list": [0.0] * 6, "float": 0.5, "NoneType": None}
+
+    def says(sentence: str, **wrong: Any) -> None:
+        with pytest.raises(TypeError) as raised:
+            function_of(op)(**(right_arguments()[op] | options | wrong))
+        assert str(raised.value) == sentence
+
+    for kind, value in wrongs.items():
+        for name in LOSS_TENSORS[op]:
+            if value is not None or "weight" not in name:
+                says(f"{name} must be a Tensor, got {kind}", **{name: value})
+        if op in ROW_LOSSES:
+            labels, scores = right_arguments()[op]["targets"]
+            says(f"labels must be a Tensor, got {kind}", targets=(value, scores))
+            says(f"scores must be a Tensor, got {kind}", targets=(labels, value))
+        if op == "dense_focal_loss":
+            says(f"cls_logits[0] must be a Tensor, got {kind}", cls_logits=[value])
+    if op == "dense_focal_loss":
+        for value in (None, torch.zeros(6)):
+            given = type(value).__name__
+            says(f"cls_logits must be a list of Tensors, got {given}", cls_logits=value)
 
 
 @pytest.mark.parametrize("op", WRONG)

@@ -255,6 +255,18 @@ def test_all_rows_ignored(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(dtype, device):
     """Transposed, strided, expanded inputs, and views that begin off a 16-byte boundary."""
+
+    def assert_same(actual: Tensor, expected: Tensor, in_memory_order: bool) -> None:
+        if not in_memory_order:
+            assert torch.equal(actual, expected)
+            return
+        # An element lies in another lane, or in the loop's remainder, where its products are rounded once more; the
+        # terms of a soft target's gradient, of up to gamma times the loss, cancel.
+        unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        torch.testing.assert_close(
+            actual, expected, rtol=2 * torch.finfo(dtype).eps, atol=32 * unit
+        )
+
     base = logits(14, 66, dtype=dtype, device=device)
     flat = logits(1 + 12 * 11, dtype=dtype, device=device)
     for x in (base.t(), base[:, ::2], base[1:, 3:], base[:1].expand(5, -1), flat[1:].view(12, 11)):
@@ -262,7 +274,8 @@ def test_layouts(dtype, device):
         soft = soft_targets(*x.shape[::-1], device=device).to(dtype).t()
         for t in (targets, soft):
             expected = sigmoid_focal_loss(x.clone(memory_format=torch.contiguous_format), t.clone())
-            assert torch.equal(sigmoid_focal_loss(x, t), expected)
+            in_memory_order = x.t().is_contiguous() and t is soft
+            assert_same(sigmoid_focal_loss(x, t), expected, in_memory_order)
             x_grad = x.detach().requires_grad_()
             upstream = torch.rand(x.shape[::-1], device=device).to(dtype).t()
             (grad,) = torch.autograd.grad(sigmoid_focal_loss(x_grad, t), x_grad, upstream)
@@ -270,7 +283,53 @@ def test_layouts(dtype, device):
             (expected,) = torch.autograd.grad(
                 sigmoid_focal_loss(copy, t.clone()), copy, upstream.contiguous()
             )
-            assert torch.equal(grad, expected)
+            assert_same(grad, expected, in_memory_order)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_dense_losses_keep_the_memory_layout(reduction, device):
+    """As elementwise ops of torch do; no copy is made of logits that are dense in some order of dimensions."""
+    x = logits(2, 5, 3, 4, dtype=torch.float32, device=device)
+    targets = soft_targets(2, 5, 3, 4, device=device)
+    expected = sigmoid_focal_loss(x, targets, reduction=reduction)
+    (grad,) = torch.autograd.grad(
+        sigmoid_focal_loss(x.requires_grad_(), targets, reduction=reduction).sum(), x
+    )
+    for reorder in (
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    ):
+        other = reorder(x.detach()).requires_grad_()
+        loss = sigmoid_focal_loss(other, reorder(targets), reduction=reduction)
+        torch.testing.assert_close(loss, expected)
+        (other_grad,) = torch.autograd.grad(loss.sum(), other)
+        torch.testing.assert_close(other_grad, grad)
+        assert other_grad.stride() == other.stride()
+        if reduction == "none":
+            assert loss.stride() == other.stride()
+
+
+def test_alpha_and_gamma_may_be_tensors_of_the_host(device):
+    x, targets = logits(4, 3, dtype=torch.float32, device=device), class_indices(4, 3, device)
+    for reduction in ("none", "sum"):
+        torch.testing.assert_close(
+            sigmoid_focal_loss(x, targets, torch.tensor(0.75), torch.tensor(3), reduction),
+            sigmoid_focal_loss(x, targets, 0.75, 3, reduction),
+            rtol=0, atol=0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="gamma must not require grad"):
+        sigmoid_focal_loss(x, targets, gamma=torch.tensor(2.0, requires_grad=True))
+
+
+def test_roundings_of_dense_targets_are_taken(device):
+    x = torch.tensor([-8.0, 0, 8], device=device)
+    for dtype, gamma in ((torch.float32, 2.0), (torch.bfloat16, 1.5)):
+        above = torch.nextafter(
+            torch.ones(3, device=device, dtype=dtype),
+            torch.full((3,), 2, device=device, dtype=dtype),
+        )
+        for targets in (above, 1 - above):
+            assert sigmoid_focal_loss(x.to(dtype), targets, gamma=gamma).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

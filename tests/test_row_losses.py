@@ -25,6 +25,7 @@ LOSSES = {
     "quality, beta 1.5": (quality_focal_loss, {"beta": 1.5}),
     "varifocal": (varifocal_loss, {}),
     "varifocal, gamma 1": (varifocal_loss, {"gamma": 1.0, "iou_weighted": False}),
+    "varifocal, detached": (varifocal_loss, {"detach_weight": True}),
     "matchability": (matchability_aware_loss, {}),
     "matchability, alpha": (matchability_aware_loss, {"gamma": 2.0, "alpha": 0.6}),
     "ia_bce": (ia_bce_loss, {}),
@@ -96,14 +97,17 @@ def test_focal_loss_with_extras(shape, dtype, kind, device):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 3.0])
 @pytest.mark.parametrize("alpha", [-1.0, 0.25])
 def test_focal_loss_with_extras_is_plain_arithmetic(alpha, gamma, device):
-    """The weights multiply, and smoothing is a dense target."""
+    """The weights multiply, and the cross entropy alone is smoothed."""
     x, labels, _ = make(37, 13, device, torch.float64)
     labels[labels < 0] = 13
     options = options_of("row, class, smoothed", 37, 13, device)
-    one_hot = F.one_hot(labels, 14)[:, :13]
-    smooth = one_hot * 0.9 + 0.05
+    one_hot = F.one_hot(labels, 14)[:, :13].double()
     factor = options["weight"].unsqueeze(1) * options["class_weight"]
-    exact = (sigmoid_focal_loss(x, smooth, alpha, gamma) * factor).sum() / 5
+    p = torch.sigmoid(x)
+    modulation = torch.where(one_hot == 1, 1 - p, p) ** gamma
+    balance = 1 if alpha < 0 else alpha * one_hot + (1 - alpha) * (1 - one_hot)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, one_hot * 0.9 + 0.05, reduction="none")
+    exact = (balance * modulation * cross_entropy * factor).sum() / 5
     actual = sigmoid_focal_loss(x, labels, alpha, gamma, "sum", normalizer=5, **options)
     torch.testing.assert_close(actual, exact)
     torch.testing.assert_close(torch.autograd.grad(actual, x), torch.autograd.grad(exact, x))
@@ -269,6 +273,56 @@ def test_extreme_logits(name, dtype, device):
                 assert loss.isfinite() or values is not finite
 
 
+AT_INFINITY = {
+    **LOSSES,
+    "quality, beta 0": (quality_focal_loss, {"beta": 0.0}),
+    "varifocal, gamma 1.5, detached": (varifocal_loss, {"detach_weight": True, "gamma": 1.5}),
+    "matchability, gamma 0": (matchability_aware_loss, {"gamma": 0.0}),
+    "ia_bce, alpha 0": (ia_bce_loss, {"alpha": 0.0}),
+    **{
+        f"focal, gamma {gamma}, smoothed by {smoothing}": (
+            lambda x, targets, gamma=gamma, smoothing=smoothing, **options: sigmoid_focal_loss(
+                x, targets[0], gamma=gamma, label_smoothing=smoothing, **options
+            ),
+            {},
+        )
+        for gamma in (0.0, 0.5, 2.0)
+        for smoothing in (0.0, 0.1, 1.0)
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", AT_INFINITY)
+def test_infinite_logits_have_one_limit_in_every_path(name, dtype, device):
+    """The loss of a large logit and its limit differ only by the size of the logit: 0, or the same gradient."""
+    function, options = AT_INFINITY[name]
+    x = torch.tensor([math.inf, -math.inf], dtype=dtype).repeat(8).unsqueeze(1).to(device)
+    scores = torch.tensor([0.0, 0.25, 0.5, 1.0]).repeat_interleave(4).to(device)
+    labels = torch.tensor([0, 0, 1, 1]).repeat(4).to(device)
+    x.requires_grad_()
+    large = x.detach().nan_to_num(posinf=2e4, neginf=-2e4).requires_grad_()
+
+    def losses_and_grads(x: Tensor) -> tuple[Tensor, Tensor]:
+        loss = function(x, (labels, scores), **options)
+        return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+    losses, grad = losses_and_grads(x)
+    expected, expected_grad = losses_and_grads(large)
+    grows = expected > 1
+    assert (losses[grows] == math.inf).all() and (losses[~grows] == 0).all()
+    torch.testing.assert_close(grad, expected_grad)
+    for row in range(len(x)):
+        these = labels[row : row + 1], scores[row : row + 1]
+        one = x[row : row + 1]
+        total = function(one, these, reduction="sum", **options)
+        assert total == losses[row].float()
+        (of_sum,) = torch.autograd.grad(total, one, retain_graph=True)
+        torch.testing.assert_close(of_sum, grad[row : row + 1])
+        (twice,) = torch.autograd.grad(total, one, create_graph=True)
+        torch.testing.assert_close(twice.detach(), of_sum)
+
+
 @pytest.mark.parametrize("name", ["quality", "ia_bce"])
 def test_kept_graphs_and_memory(name, device):
     function, _ = LOSSES[name]
@@ -297,10 +351,11 @@ def test_opcheck(device):
     weight, class_weight = torch.rand(9, device=device), torch.rand(5, device=device)
     op = torch.ops.focalops.row_loss_sum.default
     for loss, parameters in enumerate(
-        ([0.25, 2.0, 0.1], [2.0], [0.75, 2.0, 1.0], [1.5, 1.0], [0.25, 2.0], [0.25, 2.0])
+        ([0.25, 2.0, 0.1], [2.0], [0.75, 2.0, 1.0, 0.0], [1.5, 1.0], [0.25, 2.0], [0.25, 2.0])
     ):
         arguments = (x, labels, scores, loss, parameters, weight, class_weight, -100, None, 1.0)
         torch.library.opcheck(op, (*arguments, loss > 0))
+    torch.library.opcheck(torch.ops.focalops._class_indices.default, (labels, 1, 5, -100))
     inplace = torch.ops.focalops._row_loss_sum_.default
     torch.library.opcheck(inplace, (x.detach().clone(), *arguments[1:]))
 
@@ -318,12 +373,86 @@ def test_compiles_whole(device):
     torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(eager, x))
 
 
+@pytest.mark.parametrize("name", ["quality", "varifocal", "ia_bce"])
+def test_unreduced_losses_under_transforms(name, backend, device):
+    """They look at the class indices there too."""
+    function, _ = LOSSES[name]
+    x, labels, scores = make(6, 5, device)
+
+    def f(x: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+        return function(x, (labels, scores))
+
+    expected = f(x, labels, scores)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, labels, scores), expected)
+    rows = [t.unflatten(0, (2, 3)) for t in (x, labels, scores)]
+    torch.testing.assert_close(torch.vmap(f)(*rows), expected.unflatten(0, (2, 3)))
+    shared = torch.vmap(f, in_dims=(0, None, None))(torch.stack((x, 2 * x)), labels, scores)
+    torch.testing.assert_close(shared[0], expected)
+    labels[2] = 7
+    if backend == "cpu":
+        for g in (compiled, lambda *rows: torch.vmap(f)(*(t.unsqueeze(0) for t in rows))):
+            with pytest.raises(RuntimeError, match=r"\[0, 5\] or equal ignore_index, -100, got 7"):
+                g(x, labels, scores)
+
+
+# ---- dense targets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "name", ["quality", "quality, beta 1.5", "varifocal", "varifocal, detached"]
+)
+def test_dense_scores(name, dtype, device):
+    """Those of one true class a row are those of labels and scores; others are the reference's."""
+    function, options = LOSSES[name]
+    x, labels, scores = make(20, 5, device, dtype)
+    labels[labels < 0] = 5
+    scores[scores == 0] = 0.5
+    dense = F.one_hot(labels, 6)[:, :5] * scores.unsqueeze(1)
+    several = torch.rand(20, 5, device=device)
+    weight = torch.rand(20, 5, device=device)
+    class_weight = torch.rand(5, device=device)
+    exact = getattr(reference, function.__name__)
+    for reduction in ("none", "mean", "sum"):
+        ours = function(x, dense, reduction=reduction, **options)
+        rows = function(x, (labels, scores), reduction=reduction, **options)
+        # float32 sums in another order
+        torch.testing.assert_close(ours, rows, rtol=1e-6, atol=1e-7)
+    for extras in ({}, {"weight": weight, "class_weight": class_weight}):
+        for reduction in ("mean", "sum"):
+            check_against_float64(
+                lambda x, r=reduction, e=extras: function(x, several, reduction=r, **options, **e),
+                x,
+                lambda x, r=reduction, e=extras: exact(x, several, reduction=r, **options, **e),
+            )
+
+
+def test_dense_scores_that_are_refused(device):
+    x, _, scores = make(4, 5, device)
+    dense = torch.rand(4, 5, device=device)
+    cases = [
+        (lambda: quality_focal_loss(x, dense[:3]), r"quality_focal_loss: dense targets must have the shape of inputs, \(4, 5\), got \(3, 5\)"),
+        (lambda: quality_focal_loss(x, dense.long()), "quality_focal_loss: dense targets must be float16, bfloat16, float32 or float64, got torch.int64"),
+        (lambda: quality_focal_loss(x, dense.clone().requires_grad_()), "targets must not require grad"),
+        (lambda: varifocal_loss(x, dense, weight=scores), r"varifocal_loss: weight must have the shape of inputs, \(4, 5\), got \(4,\)"),
+        (lambda: varifocal_loss(x, dense, class_weight=scores), r"varifocal_loss: class_weight must have shape \(5,\) .* got \(4,\)"),
+        (lambda: varifocal_loss(x, dense, ignore_index=0), r"ignore_index and inplace_backward need targets \(labels, scores\)"),
+        (lambda: ia_bce_loss(x, dense), r"targets must be \(labels, scores\), got Tensor"),
+        (lambda: matchability_aware_loss(x, dense), r"targets must be \(labels, scores\), got Tensor"),
+        (lambda: sigmoid_focal_loss(x, dense, ignore_index=0), "ignore_index need class-index targets"),
+    ]  # fmt: skip
+    for call, sentence in cases:
+        with pytest.raises((ValueError, TypeError), match=sentence):
+            call()
+
+
 def test_errors(device):
     x, labels, scores = make(4, 5, device)
     dense = torch.rand_like(x).detach()
     levels, rows = [torch.zeros(2, 6, 3, 1, device=device)], torch.zeros(2, 9, device=device).long()
     cases = [
-        (lambda: sigmoid_focal_loss(x, dense, weight=scores), "weight, class_weight and label_smoothing need class-index targets"),
+        (lambda: sigmoid_focal_loss(x, dense, weight=scores), "weight, class_weight, label_smoothing and ignore_index need class-index targets: with dense ones multiply the losses"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", weight=scores[:3]), r"sigmoid_focal_loss: weight must have the shape of targets, \(4,\), .* got \(3,\)"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", class_weight=scores), r"sigmoid_focal_loss: class_weight must have shape \(5,\) .* got \(4,\)"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", label_smoothing=2), r"label_smoothing must lie in \[0, 1\], got 2"),

@@ -111,6 +111,16 @@ def test_extreme_logits(gamma, dtype, device):
     without = softmax_focal_loss(x[:, ::2], labels[:1], gamma=gamma, reduction="sum")
     torch.testing.assert_close(masked, without)
     assert torch.autograd.grad(masked, x)[0][0, 1] == 0
+    # Where the true class's logit is -inf the loss is infinite, and its gradient that of the cross entropy.
+    x = torch.tensor([[-math.inf, 1.0, 2.0]], device=device, dtype=dtype).requires_grad_()
+    lost = softmax_focal_loss(x, labels[:1], gamma=gamma, reduction="sum")
+    assert lost == math.inf and softmax_focal_loss(x, labels[:1], gamma=gamma) == math.inf
+    expected = 0.25 * x.detach().softmax(1).double() - torch.tensor([[0.25, 0, 0]], device=device)
+    for create_graph in (False, True):
+        (grad,) = torch.autograd.grad(lost, x, retain_graph=True, create_graph=create_graph)
+        torch.testing.assert_close(
+            grad.double(), expected, rtol=2e-3 if dtype.itemsize == 2 else 1e-6, atol=0
+        )
     x = torch.tensor([[1.0, math.nan]], device=device, dtype=dtype).requires_grad_()
     assert softmax_focal_loss(x, labels[:1], reduction="sum").isnan()
 
@@ -134,7 +144,11 @@ def test_ignored_and_invalid_rows(device, backend):
         loss = softmax_focal_loss(x, labels, reduction="sum")
         (grad,) = torch.autograd.grad(loss, x)
         assert loss.isnan() and grad[1].isnan().all() and grad.isnan().sum() == 5
-    assert softmax_focal_loss(x, labels)[1].isnan()
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match=r"softmax_focal_loss: .* \[0, 4\] or .* got 5"):
+            softmax_focal_loss(x, labels)
+    else:
+        assert softmax_focal_loss(x, labels)[1].isnan()
 
 
 @pytest.mark.parametrize("classes", [12, 13])

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -223,6 +224,79 @@ def test_vmap_is_a_loop(op, device):
     loop = [function(*inputs) for inputs in batch]
     expected = pytree.tree_map(lambda *results: torch.stack(results), *loop)
     torch.testing.assert_close(together, expected)
+
+
+@pytest.mark.parametrize("op", sorted(DIFFERENTIABLE))
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "jvp of vmap", "compiled jvp", "dual"])
+def test_forward_mode_is_refused_in_a_sentence(transform, op):
+    """Autograd registered from Python would give tangents of 0."""
+    function, inputs = example(op, 5, "cpu")
+    tangents = tuple(torch.ones_like(t) if t.is_floating_point() else None for t in inputs)
+    free = tuple(i for i, t in enumerate(inputs) if t.is_floating_point())
+
+    def f(*values: Tensor):
+        all_inputs = list(inputs)
+        for i, value in zip(free, values, strict=True):
+            all_inputs[i] = value
+        return function(*all_inputs)
+
+    primals, ones = tuple(inputs[i] for i in free), tuple(tangents[i] for i in free)
+    with pytest.raises(NotImplementedError, match=r"^focalops::\w+ has no forward-mode derivative"):
+        if transform == "jvp":
+            torch.func.jvp(f, primals, ones)
+        elif transform == "jacfwd":
+            torch.func.jacfwd(f)(*primals)
+        elif transform == "jvp of vmap":
+            stacked = [tuple(t.unsqueeze(0) for t in tensors) for tensors in (primals, ones)]
+            torch.func.jvp(torch.vmap(f), *stacked)
+        elif transform == "compiled jvp":
+            torch.compile(lambda *x: torch.func.jvp(f, x, ones), backend="eager")(*primals)
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                f(
+                    *(
+                        torch.autograd.forward_ad.make_dual(*pair)
+                        for pair in zip(primals, ones, strict=True)
+                    )
+                )
+
+
+@pytest.mark.parametrize("op", ["detect", "match_anchors", "nms"])
+def test_what_chooses_takes_tangents(op):
+    function, inputs = example(op, 5, "cpu")
+    expected = function(*inputs)
+    with torch.autograd.forward_ad.dual_level():
+        duals = tuple(
+            torch.autograd.forward_ad.make_dual(t, torch.ones_like(t))
+            if t.is_floating_point()
+            else t
+            for t in inputs
+        )
+        torch.testing.assert_close(function(*duals), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is (deprecated|not supported)")
+@pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="torch.jit.script does not know this Python"
+)
+@pytest.mark.parametrize("name", [n for n in focalops.__all__ if n != "__version__"])
+def test_script_is_refused_in_a_sentence(name):
+    public = getattr(focalops, name)
+    if name == "AnchorGenerator":
+        public = public(((32.0,),), ((1.0,),))
+
+    class Caller(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator = public if name == "AnchorGenerator" else None
+
+        def forward(self, x):
+            return public(x)
+
+    sentence = rf"focalops\.{name} has no TorchScript: use torch\.compile or torch\.export"
+    for script in (lambda: torch.jit.script(public), lambda: torch.jit.script(Caller())):
+        with pytest.raises(NotImplementedError, match=sentence):
+            script()
 
 
 @pytest.mark.parametrize("op", sorted(DIFFERENTIABLE))

@@ -1,5 +1,7 @@
 // Sigmoid focal loss on the CPU: one pass over the logits, vectorised over elements, parallel over
 // chunks.
+#include <cstring>
+
 #include "focal_loss.h"
 
 namespace focalops {
@@ -18,6 +20,23 @@ FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64
   }
 }
 
+// Whether all lie in [0, 1], told by one comparison each: as unsigned numbers the bits of what does
+// not are larger than those of 1. So are those of -0.
+template <typename T>
+FOCALOPS_SIMD bool all_in_unit_interval(const T* t, int64_t n) {
+  using Bits = std::conditional_t<std::is_same_v<T, double>, uint64_t, uint32_t>;
+  const T one = 1;
+  Bits bits_of_one, largest = 0;
+  std::memcpy(&bits_of_one, &one, sizeof one);
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, t + i, sizeof bits);
+    largest = bits > largest ? bits : largest;
+  }
+  return largest <= bits_of_one;
+}
+
 template <typename T, typename To>
 FOCALOPS_SIMD void multiply_and_convert(const T* a, const To* b, To* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -29,22 +48,37 @@ template <typename scalar_t, typename target_t>
 struct DenseTargets {
   using T = compute_t<scalar_t>;
 
+  const char* op;
   const scalar_t* inputs;
   const target_t* targets;
+  std::atomic<bool> are_targets{true};
+  std::atomic<double> wrong{0};  // a target that is none
 
   template <bool WithGrad, typename Loss>
   void evaluate(int64_t begin, int64_t n, const Loss& formula, Block<T>& block) {
     const T* x = as_computed(inputs + begin, block.logits, n);
     const T* y = as_computed(targets + begin, block.targets, n);
     evaluate_soft<WithGrad>(x, y, block.loss, block.grad, n, formula);
+    if (!all_in_unit_interval(y, n)) {
+      const T* first = std::find_if_not(y, y + n, is_dense_target<T>);
+      if (first != y + n) {
+        wrong.store(*first, std::memory_order_relaxed);
+        are_targets.store(false, std::memory_order_relaxed);
+      }
+    }
   }
 
-  void finish() const {}
+  void finish() const {
+    if (!are_targets.load()) {
+      fail(op, ": dense targets must lie in [0, 1], got ", wrong.load());
+    }
+  }
 };
 
 // Calls f(scalar type tag, targets) with a DenseTargets or a ClassIndexTargets.
 template <typename F>
-void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignore_index, F&& f) {
+void dispatch_targets(const char* op, const Tensor& inputs, const Tensor& targets,
+                      int64_t ignore_index, F&& f) {
   dispatch_floating(inputs.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
@@ -53,16 +87,16 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
       dispatch_index(targets.scalar_type(), [&](auto index_tag) {
         using index_t = tag_t<decltype(index_tag)>;
         ClassIndexTargets<scalar_t, index_t> classes{
-            "sigmoid_focal_loss", logits, static_cast<const index_t*>(targets.const_data_ptr()),
+            op, logits, static_cast<const index_t*>(targets.const_data_ptr()),
             inputs.size(inputs.dim() - 1), ignore_index};
         f(tag, classes);
       });
     } else if (targets.scalar_type() == inputs.scalar_type()) {
       DenseTargets<scalar_t, scalar_t> dense{
-          logits, static_cast<const scalar_t*>(targets.const_data_ptr())};
+          op, logits, static_cast<const scalar_t*>(targets.const_data_ptr())};
       f(tag, dense);
     } else {
-      DenseTargets<scalar_t, T> dense{logits, static_cast<const T*>(targets.const_data_ptr())};
+      DenseTargets<scalar_t, T> dense{op, logits, static_cast<const T*>(targets.const_data_ptr())};
       f(tag, dense);
     }
   });
@@ -75,16 +109,17 @@ Tensor sigmoid_focal_loss_cpu(const Tensor& inputs_, const Tensor& targets_, dou
   const Tensor inputs = torch::stable::contiguous(inputs_),
                targets = torch::stable::contiguous(targets_);
   Tensor output = new_like(inputs);
-  dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
-    using scalar_t = tag_t<decltype(tag)>;
-    auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
-    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
-      for_each_block<false>(evaluator, inputs.numel(), formula,
-                            [&](int64_t begin, int64_t n, const auto& block) {
-                              convert(block.loss, out + begin, n);
-                            });
-    });
-  });
+  dispatch_targets(focal_loss_name(params), inputs, targets, ignore_index,
+                   [&](auto tag, auto& evaluator) {
+                     using scalar_t = tag_t<decltype(tag)>;
+                     auto* out = static_cast<scalar_t*>(output.mutable_data_ptr());
+                     dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+                       for_each_block<false>(evaluator, inputs.numel(), formula,
+                                             [&](int64_t begin, int64_t n, const auto& block) {
+                                               convert(block.loss, out + begin, n);
+                                             });
+                     });
+                   });
   return output;
 }
 
@@ -97,17 +132,18 @@ Tensor sigmoid_focal_loss_backward_cpu(const Tensor& grad_output_, const Tensor&
                targets = torch::stable::contiguous(targets_);
   const Tensor grad_output = torch::stable::contiguous(grad_output_);
   Tensor grad_inputs = new_like(inputs);
-  dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
-    using scalar_t = tag_t<decltype(tag)>;
-    const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
-    auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
-    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
-      for_each_block<true>(evaluator, inputs.numel(), formula,
-                           [&](int64_t begin, int64_t n, const auto& block) {
-                             multiply_and_convert(block.grad, upstream + begin, out + begin, n);
-                           });
-    });
-  });
+  dispatch_targets(
+      focal_loss_name(params), inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
+        using scalar_t = tag_t<decltype(tag)>;
+        const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
+        auto* out = static_cast<scalar_t*>(grad_inputs.mutable_data_ptr());
+        dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+          for_each_block<true>(evaluator, inputs.numel(), formula,
+                               [&](int64_t begin, int64_t n, const auto& block) {
+                                 multiply_and_convert(block.grad, upstream + begin, out + begin, n);
+                               });
+        });
+      });
   return grad_inputs;
 }
 
@@ -117,13 +153,14 @@ Tensor focal_loss_sum(const Tensor& inputs, const Tensor& targets_, const FocalP
                       double min_normalizer, const std::optional<Tensor>& grad) {
   const Tensor targets = torch::stable::contiguous(targets_);
   Tensor loss = torch::stable::new_empty(inputs, {}, compute_dtype(inputs.scalar_type()));
-  dispatch_targets(inputs, targets, ignore_index, [&](auto tag, auto& evaluator) {
-    using scalar_t = tag_t<decltype(tag)>;
-    dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
-      sum_losses<scalar_t>(evaluator, inputs.numel(), formula, normalizer, min_normalizer, grad,
-                           loss);
-    });
-  });
+  dispatch_targets(focal_loss_name(params), inputs, targets, ignore_index,
+                   [&](auto tag, auto& evaluator) {
+                     using scalar_t = tag_t<decltype(tag)>;
+                     dispatch_focal_loss<compute_t<scalar_t>>(params, [&](const auto& formula) {
+                       sum_losses<scalar_t>(evaluator, inputs.numel(), formula, normalizer,
+                                            min_normalizer, grad, loss);
+                     });
+                   });
   return loss;
 }
 

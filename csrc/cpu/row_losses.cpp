@@ -72,10 +72,32 @@ Tensor row_loss_sum_inplace_cpu(const Tensor& inputs, const Tensor& targets,
                   normalizer, min_normalizer, inputs);
 }
 
+Tensor class_indices_cpu(const Tensor& targets_, int64_t loss_id, int64_t num_classes,
+                         int64_t ignore_index) {
+  check_class_indices(targets_, loss_id);
+  Tensor targets = torch::stable::clone(targets_);
+  const bool has_background = static_cast<RowLoss>(loss_id) != RowLoss::softmax;
+  const int64_t last = has_background ? num_classes : num_classes - 1;
+  const int64_t count = num_classes == 0 ? 0 : targets.numel();  // as the sum, which sees no logit
+  InvalidIndex invalid;
+  dispatch_index(targets.scalar_type(), [&](auto tag) {
+    using index_t = tag_t<decltype(tag)>;
+    const auto* data = static_cast<const index_t*>(targets.const_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      if ((data[i] < 0 || data[i] > last) && data[i] != ignore_index) {
+        invalid.note(data[i]);
+      }
+    }
+  });
+  invalid.check(row_loss_name(loss_id), "class-index targets", last, ignore_index);
+  return targets;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
   m.impl("row_loss_sum", TORCH_BOX(&row_loss_sum_cpu));
+  m.impl("_class_indices", TORCH_BOX(&class_indices_cpu));
   m.impl("_row_loss_sum_", TORCH_BOX(&row_loss_sum_inplace_cpu));
 }
 

@@ -37,7 +37,9 @@ struct DenseTargets {
     Values<T, N> values;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const auto value = formula.soft(static_cast<T>(logits.data[j]), static_cast<T>(t.data[j]));
+      const T target = static_cast<T>(t.data[j]);
+      const T x = is_dense_target(target) ? static_cast<T>(logits.data[j]) : quiet_nan<T>();
+      const auto value = formula.soft(x, target);
       values.loss[j] = value.loss;
       values.grad[j] = value.grad;
     }

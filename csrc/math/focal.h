@@ -187,17 +187,40 @@ struct FocalLossStar {
   }
 };
 
-// The focal loss of the targets t (1 - smoothing) + smoothing / 2: each logit is a question of two
-// answers.
+// The focal loss whose cross entropy alone has the targets t (1 - smoothing) + smoothing / 2: each
+// logit is a question of two answers. alpha_t and q^gamma look at the target itself, as in
+// EfficientDet. With c = softplus(s) - smoothing / 2 s:
+//     L(s)  = a q^gamma c
+//     dL/ds = a q^gamma (gamma (1 - q) c + q - smoothing / 2)
 template <typename T, int Gamma>
 struct SmoothedFocalLoss {
   FocalLoss<T, Gamma> focal;
   T smoothing;
 
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.soft(x, smoothing / 2); }
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> hard(T s, T alpha_t) const {
+    const T half = smoothing / 2, magnitude = s < 0 ? -s : s;
+    const T e = detail::exp_nonpositive(-magnitude);
+    const T r = detail::reciprocal(1 + e);
+    const T l = detail::log1p_unit(e);
+    const T er = e * r;
+    const T q = s < 0 ? er : r;
+    const T one_minus_q = s < 0 ? r : er;
+    const T slope = s < 0 ? half : 1 - half;  // of the cross entropy where |s| is large
+    const T cross_entropy = (slope > 0 ? slope * magnitude : T(0)) + l;
+    const T log_q = (s < 0 ? s : T(0)) - l;
+    const T scale = alpha_t * detail::modulate<Gamma>(q, log_q, focal.gamma);
+    // The products are 0 * inf at infinity; their limits are 0.
+    const T most = detail::largest(T());
+    const T counted = scale == 0 ? T(0) : cross_entropy;
+    const T finite_counted = counted > most ? most : counted;
+    return {scale * counted, scale * (focal.gamma * one_minus_q * finite_counted + q - half)};
+  }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return hard(x, focal.alpha.negative); }
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T) const {
-    return focal.soft(x, 1 - smoothing / 2);
+    const LossAndGrad<T> value = hard(-x, focal.alpha.positive);
+    return {value.loss, -value.grad};
   }
 };
 
@@ -292,6 +315,24 @@ struct MatchabilityAwareLoss {
   }
 };
 
+// The varifocal loss whose weight alpha p^gamma of the negatives is a constant to the gradient.
+template <typename T>
+struct DetachedVarifocalLoss {
+  MatchabilityAwareLoss<T> detached;
+  bool iou_weighted;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return detached.negative(x); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
+    if (score <= 0) {
+      return negative(x);
+    }
+    const detail::CrossEntropy<T> cross_entropy(x, score);
+    const T weight = iou_weighted ? score : T(1);
+    return {weight * cross_entropy.loss, weight * cross_entropy.error};
+  }
+};
+
 // IoU-aware BCE (Cai et al., "Align-DETR", 2023): BCE(x, t) with t = max(p^alpha score^(1 - alpha),
 // 0.01), a constant to the gradient, for the true class, p^gamma BCE(x, 0) for the others.
 template <typename T, int Gamma>
@@ -309,6 +350,12 @@ struct IouAwareCrossEntropy {
     return {cross_entropy.loss, cross_entropy.error};
   }
 };
+
+// Whether a dense target is one: a rounding of half precision beyond [0, 1] is, a NaN is not.
+template <typename T>
+FOCALOPS_HOST_DEVICE bool is_dense_target(T t) {
+  return t >= T(-0.01) && t <= T(1.01);
+}
 
 // What the user passes: FL, or FL* where there is a beta.
 struct FocalParams {
@@ -357,7 +404,10 @@ struct SoftmaxFocalLoss {
     const T log_p = q < T(0.5) ? std::log1p(-q) : x + std::log(inverse);
     const T factor =
         alpha * (gamma == 2 ? q * q : detail::modulate<kAnyGamma>(q, std::log(q), gamma));
-    const T by_log_p = factor * (gamma * p * (q == 0 ? T(-1) : log_p / q) - 1);
+    // Where p = 0 the product p log(p) is 0 * inf; its limit is 0.
+    const T least = -detail::largest(T());
+    const T finite_log_p = log_p < least ? least : log_p;
+    const T by_log_p = factor * (gamma * p * (q == 0 ? T(-1) : finite_log_p / q) - 1);
     return {-factor * log_p, by_log_p * q, -by_log_p * inverse};
   }
 };
@@ -365,9 +415,11 @@ struct SoftmaxFocalLoss {
 // The losses of rows with a weight, a score or smoothed targets, and how many parameters each has.
 enum class RowLoss : int64_t { focal, quality, varifocal, matchability, iou_aware, softmax };
 
+constexpr int64_t kNumRowLosses = 6;
+
 inline bool knows_row_loss(int64_t loss, size_t num_parameters) {
-  constexpr size_t num_parameters_of[] = {3, 1, 3, 2, 2, 2};
-  return loss >= 0 && loss < 6 && num_parameters == num_parameters_of[loss];
+  constexpr size_t num_parameters_of[kNumRowLosses] = {3, 1, 4, 2, 2, 2};
+  return loss >= 0 && loss < kNumRowLosses && num_parameters == num_parameters_of[loss];
 }
 
 namespace detail {
@@ -400,8 +452,8 @@ SoftmaxFocalLoss<T> softmax_focal_loss(const std::vector<double>& p) {
 }
 
 // Calls f with the loss. Its parameters are those of the Python functions, in their order:
-//     focal: alpha, gamma, label_smoothing; quality: beta; varifocal: alpha, gamma, iou_weighted;
-//     matchability: gamma, alpha; iou_aware: alpha, gamma
+//     focal: alpha, gamma, label_smoothing; quality: beta; matchability: gamma, alpha;
+//     varifocal: alpha, gamma, iou_weighted, detach_weight; iou_aware: alpha, gamma
 // The softmax focal loss (alpha, gamma) is one of rows, not of logits: it has kernels of its own.
 template <typename T, typename F>
 void dispatch_row_loss(RowLoss loss, const std::vector<double>& p, F&& f) {
@@ -414,6 +466,9 @@ void dispatch_row_loss(RowLoss loss, const std::vector<double>& p, F&& f) {
         f(QualityFocalLoss<T, decltype(gamma)::value>{{none, T(p[0])}});
       });
     case RowLoss::varifocal:
+      if (p[3] != 0) {
+        return f(DetachedVarifocalLoss<T>{{T(p[0]), T(p[1])}, p[2] != 0});
+      }
       return detail::with_gamma(p[1], [&](auto gamma) {
         f(VarifocalLoss<T, decltype(gamma)::value>{{none, T(p[1])}, T(p[0]), p[2] != 0});
       });
