@@ -1,186 +1,456 @@
-"""Random comparison with torchvision, for as long as one likes: `make fuzz ARGS="--minutes 60 --seed 1"`.
+"""Every path of every public function on random arguments, for as long as one likes: `make fuzz ARGS="--seconds 60 --seed 1"`.
 
-Not a part of the test run. A difference stops it and prints the seed of its round.
+A round makes arguments of one function, and compares what it gives on the CPU with the reference in float64, torchvision where
+it has the function, the CUDA kernels emulated, other memory layouts, each reduction, `inplace_backward`, a graph that is kept,
+`torch.compile`, and meta tensors: results and gradients. Or it makes one argument wrong: then every path has to say the same
+sentence. Each difference is printed with the seed that repeats its round; the exit status is 1 if there was one.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import random
+import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision
+from cuda_emulation import emulated_cuda
+from fuzz_arguments import MAKERS, Arguments, wrong
+from fuzz_modules import MODULES
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchvision.models.detection._utils import BoxCoder, Matcher
-from torchvision.models.detection.anchor_utils import AnchorGenerator as TorchvisionAnchorGenerator
 
 import focalops
+from focalops import reference
+
+NAMES = sorted(MAKERS)
+DIFFERENTIATED = {
+    **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
+    **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
+    **dict.fromkeys(("detect", "class_index_targets"), ()),
+}
+# Their number of results depends on the data.
+DYNAMIC = ("nms", "batched_nms", "nms_match")
+# These compare overlaps with thresholds, so that float64 may decide otherwise: the reference's bits are asked for.
+CHOICES = (
+    *DYNAMIC,
+    "multiclass_nms",
+    "soft_nms",
+    "matrix_nms",
+    "detect",
+    "match_anchors",
+    "match_iou_matrix",
+    "nms_match",
+)
 
 
-def randint(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
+@dataclass
+class Said:
+    """What was raised."""
+
+    kind: str
+    sentence: str
+    is_usual: bool  # an error that the functions document
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.sentence}"
 
 
-def pick(*values):
-    return values[randint(0, len(values) - 1)]
+Outcome = list[Tensor] | Said
 
 
-def random_boxes(count: int, dtype: torch.dtype = torch.float32, proper: bool = False) -> Tensor:
-    """Clustered, spread, integer, negative, huge or touching; degenerate too unless `proper`."""
-    scale = pick(1.0, 30.0, 1000.0, 1e5)
-    corner = torch.randn(count, 2) * scale
-    size = torch.rand(count, 2) * scale * pick(0.1, 1.0, 3.0)
-    if pick(True, False):
-        corner, size = corner.round(), size.round()
-    if proper:
-        size = size + scale * 0.01
-    boxes = torch.cat((corner, corner + size), dim=1)
-    if count and pick(True, False):
-        boxes = boxes[torch.randint(0, count, (count,))]
-    return boxes.to(dtype)
+# ---- calls --------------------------------------------------------------------------------------
 
 
-def focal_loss() -> None:
-    shape = (randint(0, 40), randint(1, 90))
-    x = (torch.randn(shape) * pick(0.1, 3, 30)).double().requires_grad_()
-    targets = torch.rand(shape).double()
-    if pick(True, False):
-        targets = targets.round()
-    alpha, gamma = pick(-1, 0.0, 0.25, 0.9), pick(0.0, 1.0, 1.5, 2.0, 5.0)
-    reduction = pick("none", "sum") if 0 in shape else pick("none", "sum", "mean")
-    ours = focalops.sigmoid_focal_loss(x, targets, alpha, gamma, reduction)
-    theirs = torchvision.ops.sigmoid_focal_loss(x, targets, alpha, gamma, reduction)
-    # torchvision's 1 - p_t cancels: an error of an ulp of 1, not of itself
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11 * max(1, x.numel()))
-    upstream = torch.randn_like(ours)
-    (our_grad,) = torch.autograd.grad(ours, x, upstream)
-    (their_grad,) = torch.autograd.grad(theirs, x, upstream)
-    torch.testing.assert_close(our_grad, their_grad, rtol=1e-7, atol=1e-9)
+def results_of(function: Callable[..., Any], arguments: Arguments) -> list[Tensor]:
+    return [r for r in pytree.tree_leaves(function(**arguments)) if isinstance(r, Tensor)]
 
 
-def box_iou() -> None:
-    dtype = pick(torch.float32, torch.float64)
-    a, b = random_boxes(randint(0, 60), dtype), random_boxes(randint(0, 60), dtype)
-    ours, theirs = focalops.box_iou(a, b), torchvision.ops.box_iou(a, b)
-    assert torch.equal(ours, theirs.nan_to_num(0)), (ours - theirs).abs().max()
+def upstream_of(result: Tensor) -> Tensor:
+    """Eighths, which every dtype holds."""
+    index = torch.arange(result.numel()).view(result.shape)
+    return ((index * 5 + 11) % 17 - 8).to(result.dtype) / 8
 
 
-def iou_family() -> None:
-    a, b = (random_boxes(randint(1, 12), torch.float64, proper=True) for _ in range(2))
-    for kind in ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou"):
-        compare_with_gradients(getattr(focalops, kind), getattr(torchvision.ops, kind), a, b)
-    b = b[torch.randint(0, len(b), (len(a),))] + torch.randn_like(a)
-    b[:, 2:] = torch.maximum(b[:, 2:], b[:, :2] + 0.1)
-    for kind in ("generalized_box_iou", "distance_box_iou", "complete_box_iou"):
-        ours = getattr(focalops, f"{kind}_loss")
-        compare_with_gradients(ours, getattr(torchvision.ops, f"{kind}_loss"), a, b)
+def with_gradients(
+    name: str,
+    function: Callable[..., Any],
+    arguments: Arguments,
+    lay_out: Callable[[Tensor], Tensor] = lambda t: t,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """Results and gradients; `lay_out` makes of each tensor what the function gets."""
+    leaves: list[Tensor] = []
+
+    def prepare(value: Any, differentiated: bool) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(prepare(v, differentiated) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        if not (differentiated and value.is_floating_point()):
+            return lay_out(value)
+        leaves.append(value.detach().clone().requires_grad_())
+        # Not a leaf, so that its gradient may be written over it.
+        return lay_out(leaves[-1] * 1)
+
+    prepared = {k: prepare(v, k in DIFFERENTIATED[name]) for k, v in arguments.items()}
+    results = results_of(function, prepared)
+    outputs = [r for r in results if r.requires_grad]
+    grads: list[Tensor] = []
+    if outputs and leaves:
+        upstream = [upstream_of(r) for r in outputs]
+        kept = torch.autograd.grad(
+            outputs, leaves, upstream, create_graph=create_graph, allow_unused=True
+        )
+        grads = [torch.zeros_like(x) if g is None else g for g, x in zip(kept, leaves, strict=True)]
+    return [r.detach() for r in (*results, *grads)]
 
 
-def compare_with_gradients(ours: Callable, theirs: Callable, a: Tensor, b: Tensor) -> None:
-    results = []
-    for function in (ours, theirs):
-        inputs = [t.clone().requires_grad_() for t in (a, b)]
-        result = function(*inputs)
-        weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)
-        results.append((result.detach(), *torch.autograd.grad((result * weights).sum(), inputs)))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-9)
+def outcome_of(call: Callable[[], list[Tensor]]) -> Outcome:
+    try:
+        return call()
+    except Exception as error:
+        is_usual = isinstance(error, (RuntimeError, ValueError, TypeError))
+        is_usual = is_usual and not isinstance(error, NotImplementedError)
+        return Said(type(error).__name__, str(error).strip(), is_usual)
 
 
-def box_coding() -> None:
-    boxes, anchors = (random_boxes(7, torch.float64, proper=True) for _ in range(2))
-    weights = pick((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0))
-    coder = BoxCoder(weights)
-    deltas = focalops.encode_boxes(boxes, anchors, weights)
-    torch.testing.assert_close(deltas, coder.encode_single(boxes, anchors))
-    deltas = torch.randn(7, 4, dtype=torch.float64) * pick(0.1, 1, 10)
-    theirs = coder.decode_single(deltas, anchors)
-    torch.testing.assert_close(focalops.decode_boxes(deltas, anchors, weights), theirs)
-    size = (randint(1, 900), randint(1, 900))
-    clipped = torchvision.ops.clip_boxes_to_image(theirs, size)
-    ours = focalops.decode_boxes(deltas, anchors, weights, image_size=size)
-    torch.testing.assert_close(ours, clipped)
+def doubled(arguments: Arguments) -> Arguments:
+    return pytree.tree_map(
+        lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t, arguments
+    )
 
 
-def matching() -> None:
-    anchors = random_boxes(randint(1, 400))
-    gt_boxes = [
-        torch.cat((anchors[torch.randint(0, len(anchors), (n,))], random_boxes(n)))
-        for n in (randint(0, 10) for _ in range(randint(1, 3)))
-    ]
-    gt_boxes = [g + torch.randn_like(g) * pick(0, 0.5, 5) for g in gt_boxes]
-    low, high = sorted((pick(0.3, 0.4, 0.5), pick(0.5, 0.6, 0.7)))
-    low_quality = pick(True, False)
-    matcher = Matcher(high, low, low_quality)
-    matches = focalops.match_anchors(anchors, gt_boxes, high, low, low_quality)
-    for ours, boxes in zip(matches, gt_boxes, strict=True):
-        iou = torchvision.ops.box_iou(boxes, anchors).nan_to_num(0)
-        # torchvision lets a box that overlaps nothing take every anchor: compare the others' matches
-        if len(boxes) == 0 or (low_quality and bool((iou.amax(1) <= 0).any())):
-            theirs = focalops.reference.match_anchors(anchors, [boxes], high, low, low_quality)[0]
+def on_meta(arguments: Arguments) -> Arguments:
+    return pytree.tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, arguments)
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, elsewhere in memory."""
+    how = random.randint(0, 2)
+    if t.dim() == 0:
+        return t
+    if how == 0:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == 1:
+        return torch.stack((t, t), dim=-1)[..., 0]
+    return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+# ---- torchvision --------------------------------------------------------------------------------
+
+
+def torchvisions(name: str, a: Arguments) -> list[Tensor] | None:
+    """What torchvision gives in float64, where it has the function and the same rule."""
+    a = doubled(a)
+    tensors = [t for t in pytree.tree_leaves(a) if isinstance(t, Tensor) and t.is_floating_point()]
+    if not all(t.isfinite().all() for t in tensors):
+        return None
+    if name == "sigmoid_focal_loss":
+        x, t = a["inputs"], a["targets"]
+        if t.shape != x.shape or a.get("normalizer") is not None or x.numel() == 0:
+            return None
+        options = [a[k] for k in ("alpha", "gamma", "reduction")]
+        return [torchvision.ops.sigmoid_focal_loss(x, t.double(), *options)]
+    if "box_iou" in name and hasattr(torchvision.ops, name):
+        b1, b2 = a["boxes1"], a["boxes2"]
+        if b1.dim() != 2 or not all((b[:, 2:] > b[:, :2]).all() for b in (b1, b2)):
+            return None
+        options = {k: a[k] for k in ("eps", "reduction") if k in a}
+        is_other_eps = name == "complete_box_iou_loss" and a["eps"] != 1e-7
+        return None if is_other_eps else [getattr(torchvision.ops, name)(b1, b2, **options)]
+    if name == "encode_boxes" and a["boxes"].dim() == a["anchors"].dim() == 2:
+        return [BoxCoder(a["weights"]).encode_single(a["boxes"], a["anchors"])]
+    return None
+
+
+def torchvisions_choice(name: str, a: Arguments) -> list[Tensor] | None:
+    """The same of what chooses, in the arguments' own dtype."""
+    if name == "nms" and a["overlap"] == "iou" and a["boxes"].dtype == a["scores"].dtype:
+        b, s = a["boxes"], a["scores"]
+        if b.dtype in (torch.float32, torch.float64) and b.isfinite().all() and s.isfinite().all():
+            return [torchvision.ops.nms(b, s, a["iou_threshold"])]
+    if name == "match_anchors" and not {"crowd", "image_sizes"} & a.keys() and a["gt_boxes"]:
+        if a["rule"] == "mmdet":
+            return None
+        thresholds = a["fg_iou_threshold"], a["bg_iou_threshold"], a["allow_low_quality_matches"]
+        matches = []
+        for boxes in a["gt_boxes"]:
+            iou = torchvision.ops.box_iou(boxes, a["anchors"]).nan_to_num(0)
+            # There a box that overlaps nothing takes every anchor.
+            if iou.numel() == 0 or (iou.amax(1) <= 0).any():
+                return None
+            matches.append(Matcher(*thresholds)(iou))
+        return [torch.stack(matches)]
+    return None
+
+
+# ---- comparison ---------------------------------------------------------------------------------
+
+
+def largest_of(t: Tensor) -> float:
+    t = torch.zeros(1) if t.is_meta else t.double().flatten()
+    t = t[t.isfinite()].abs()
+    return t.max().item() if len(t) else 0
+
+
+def roundings(a: Arguments) -> float:
+    """How many roundings a result may be off: some dozens of operations; an exponential of y loses |y|, and a power of it as
+    often as its exponent says; a side of a box loses as many as it is smaller than the coordinates."""
+    tensors = [t for t in pytree.tree_leaves(a) if isinstance(t, Tensor) and t.is_floating_point()]
+    if "inputs" in a or "cls_logits" in a:
+        exponent = max(a.get("gamma", 0), a.get("beta", 0), 1)
+        return 64 + 4 * (exponent + 1) * max(largest_of(t) for t in tensors)
+    ratio = 1.0
+    for t in tensors:
+        if t.dim() and t.shape[-1] == 4:
+            sides = (t[..., 2:] - t[..., :2]).double().abs()
+            sides = sides[(sides > 0) & sides.isfinite()]
+            ratio = max(ratio, largest_of(t) / sides.min().item() if len(sides) else 1)
+    return 128 * (1 + ratio)
+
+
+def difference(actual: Tensor, expected: Tensor, roundings: float, of_result: float) -> str:
+    """In words; nothing where there is none."""
+    if actual.shape != expected.shape:
+        return f"has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    if actual.dtype != expected.dtype and expected.dtype != torch.float64:  # that of references
+        return f"is {actual.dtype} and not {expected.dtype}"
+    if actual.is_meta:
+        return ""
+    a, e = actual.double(), expected.double()
+    if not actual.is_floating_point():
+        bad = actual != expected
+    else:
+        of_compute = torch.float64 if actual.dtype == torch.float64 else torch.float32
+        unit, info = torch.finfo(of_compute).eps, torch.finfo(actual.dtype)
+        # The terms of a gradient may cancel: the largest one, and the result, say how large they are.
+        scale = max(largest_of(e), 1e-4 * of_result)
+        is_half = info.eps > 1e-4
+        least = info.smallest_normal * (4 * info.eps if is_half else 1e4)  # what underflow takes
+        absolute = roundings * unit * scale + least
+        overflow = e.abs() > info.max  # of float32 or half precision
+        e = torch.where(overflow, e.sign() * math.inf, e)
+        bad = ~torch.isclose(a, e, rtol=roundings * unit + info.eps, atol=absolute, equal_nan=True)
+        bad |= a.isnan() != e.isnan()
+    if not bad.any():
+        return ""
+    where = bad.nonzero()[0].tolist()
+    values = f"{a[bad][0].item():.9g} instead of {e[bad][0].item():.9g}"
+    return f"differs in {int(bad.sum())} of {bad.numel()}, first at {where}: {values}"
+
+
+class Report:
+    """Differences, each kind a few times."""
+
+    def __init__(self) -> None:
+        self.found: Counter[tuple[str, ...]] = Counter()
+
+    def add(self, seed: int, name: str, path: str, what: str, arguments: Arguments) -> None:
+        kind = (name, path, re.sub(r"[-\d.e+]+", "#", what)[:120])
+        self.found[kind] += 1
+        if self.found[kind] <= 2:
+            again = f"python tests/fuzz.py --only {name} --seed {seed} --seconds 0"
+            print(
+                f"{name}, {path}: {what}\n    {in_words(name, arguments)}\n    again: {again}",
+                flush=True,
+            )
+
+
+def in_words(name: str, arguments: Arguments) -> str:
+    def word(value: Any) -> str:
+        if isinstance(value, Tensor):
+            if value.numel() <= 12 and not value.is_meta:
+                return re.sub(r"\s+", " ", repr(value))
+            return f"{value.dtype}{list(value.shape)}".removeprefix("torch.")
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(word(v) for v in value)}]"
+        return repr(value) if not isinstance(value, torch.nn.Module) else type(value).__name__
+
+    return f"{name}({', '.join(f'{k}={word(v)}' for k, v in arguments.items())})"
+
+
+# ---- rounds -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Round:
+    """A function, arguments, and where to say what differs."""
+
+    report: Report
+    seed: int
+    name: str
+    arguments: Arguments
+    slack: float = 0
+
+    def add(self, path: str, what: str) -> None:
+        self.report.add(self.seed, self.name, path, what, self.arguments)
+
+    def check(self, path: str, actual: Outcome, expected: Outcome) -> None:
+        if isinstance(actual, Said) or isinstance(expected, Said):
+            if actual != expected:
+                words = [str(x) if isinstance(x, Said) else "a result" for x in (actual, expected)]
+                self.add(path, f"{words[0]} instead of {words[1]}")
+            return
+        largest = largest_of(expected[0]) if expected else 0
+        for i, (a, e) in enumerate(zip(actual, expected, strict=False)):
+            if what := difference(a, e, self.slack, largest):
+                self.add(path, f"result or gradient {i} {what}")
+                return
+
+    def compare_modules(self) -> None:
+        results = []
+        for function in MODULES[self.name]:
+            torch.manual_seed(self.seed)
+            results.append(results_of(function, self.arguments))
+        self.slack = 1e4  # sums through a small network
+        self.check("against the original", *results)
+
+    def compare_paths(self, compile_share: float) -> None:
+        name, a = self.name, self.arguments
+        function, of_reference = getattr(focalops, name), getattr(reference, name, missing)
+        self.slack = roundings(a)
+
+        def run(function: Callable[..., Any] = function, a: Arguments = a, **how: Any) -> Outcome:
+            return outcome_of(lambda: with_gradients(name, function, a, **how))
+
+        plain = run()
+        self.check(
+            "cpu against the reference",
+            plain,
+            run(of_reference, a if name in CHOICES else doubled(a)),
+        )
+        if isinstance(plain, Said):
+            return
+        peer = torchvisions_choice(name, a) if name in CHOICES else torchvisions(name, a)
+        if peer is not None:
+            self.check("cpu against torchvision", plain[: len(peer)], peer)
+
+        layout = random.choice((strided, channels_last))
+        self.check(layout.__name__, run(lay_out=layout), plain)
+        self.check("graph kept", run(create_graph=True), plain)
+        with emulated_cuda():
+            self.check(f"cuda-emulated, {layout.__name__}", run(lay_out=layout), plain)
+        if a.get("reduction") != "none" and ("inputs" in a or name == "dense_focal_loss"):
+            over = {**a, "inplace_backward": True}
+            how = {"lay_out": channels_last} if name == "dense_focal_loss" else {}
+            self.check("inplace_backward, cpu", run(a=over, **how), plain)
+            with emulated_cuda():
+                self.check("inplace_backward, cuda-emulated", run(a=over, **how), plain)
+        if "reduction" in a:
+            # In float64, as half precision rounds each element.
+            wide = {
+                k: v for k, v in doubled(a).items() if k not in ("normalizer", "min_normalizer")
+            }
+            total, each = (run(a={**wide, "reduction": r}) for r in ("sum", "none"))
+            summed = run(lambda **a: function(**a).sum(), {**wide, "reduction": "none"})
+            self.check(
+                "the sum against the sum of each", total, each if isinstance(each, Said) else summed
+            )
+        if name not in DYNAMIC:
+            self.check("meta", outcome_of(lambda: results_of(function, on_meta(a))), plain)
+        if random.random() < compile_share:
+            self.check("compiled", run(compiled(function)), plain)
+
+    def compare_sentences(self) -> None:
+        """One argument is made wrong."""
+        name, argument = self.name, random.choice(list(self.arguments))
+        a = self.arguments = {**self.arguments, argument: wrong(self.arguments[argument])}
+        reductions = [{}]
+        if "reduction" in a and argument not in ("reduction", "normalizer", "min_normalizer"):
+            a = {k: v for k, v in a.items() if k not in ("normalizer", "min_normalizer")}
+            reductions = [{"reduction": r} for r in ("none", "sum", "mean")]
+        is_elsewhere = any(isinstance(t, Tensor) and t.is_meta for t in pytree.tree_leaves(a))
+        said: dict[str, str] = {}
+        for reduction in reductions:
+            these = {**a, **reduction}
+            with_it = "".join(f", {r}" for r in reduction.values())
+            first = outcome_of(lambda t=these: results_of(getattr(focalops, name), t))
+            said[f"cpu{with_it}"] = short(first)
+            with emulated_cuda():
+                said[f"cuda-emulated{with_it}"] = short(
+                    outcome_of(lambda t=these: results_of(getattr(focalops, name), t))
+                )
+            if not is_elsewhere and name not in DYNAMIC:
+                said[f"meta{with_it}"] = short(
+                    outcome_of(lambda t=these: results_of(getattr(focalops, name), on_meta(t)))
+                )
+        (path, expected), *others = said.items()
+        for other, sentence in others:
+            if sentence != expected:
+                self.add(f"wrong {argument}, {other}", f"says {sentence!r}, {path} {expected!r}")
+                return
+        if isinstance(first, Said) and not is_a_sentence(first, self.arguments):
+            self.add(
+                f"wrong {argument}",
+                f"is refused in other words than a sentence that names it: {first}",
+            )
+
+
+def is_a_sentence(said: Said, arguments: Arguments) -> bool:
+    return (
+        said.is_usual
+        and "\n" not in said.sentence
+        and any(name in said.sentence for name in arguments)
+    )
+
+
+def short(outcome: Outcome) -> str:
+    """What was said, but for what depends on the device."""
+    return (
+        outcome.sentence.replace("on meta like", "on cpu like")
+        if isinstance(outcome, Said)
+        else "nothing"
+    )
+
+
+def missing(**arguments: Any) -> Tensor:
+    raise LookupError("the reference has no such function")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="the number of the first round")
+    parser.add_argument("--compile", type=float, default=0.02, help="share of compiled rounds")
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, metavar="NAME")
+    options = parser.parse_args(arguments)
+    end, seed, report, done = time.monotonic() + options.seconds, options.seed, Report(), Counter[str]()  # fmt: skip
+    while True:
+        random.seed(seed)
+        torch.manual_seed(seed)
+        name = options.only[seed % len(options.only)]
+        this = Round(report, seed, name, MAKERS[name]())
+        if name in MODULES:
+            this.compare_modules()
+        elif random.random() < 0.25:
+            this.compare_sentences()
         else:
-            theirs = matcher(iou)
-        assert torch.equal(ours, theirs)
-
-
-def nms() -> None:
-    count = randint(0, 300)
-    boxes, scores = random_boxes(count), torch.rand(count)
-    if pick(True, False):
-        scores = (scores * 8).round()
-    threshold = pick(0.0, 0.3, 0.5, 0.5, 0.7, 1.0)
-    ours = focalops.nms(boxes, scores, threshold)
-    assert torch.equal(ours, torchvision.ops.nms(boxes, scores, threshold))
-    idxs = torch.randint(0, pick(1, 3, 80), (count,))
-    batched = focalops.batched_nms(boxes, scores, idxs, threshold)
-    kept = [c[torchvision.ops.nms(boxes[c], scores[c], threshold)] for c in classes_of(idxs)]
-    theirs = torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.int64)
-    assert torch.equal(batched.sort().values, theirs)
-    order = scores[batched]
-    assert bool((order[1:] <= order[:-1]).all())
-
-
-def classes_of(idxs: Tensor) -> list[Tensor]:
-    return [(idxs == i).nonzero().squeeze(1) for i in idxs.unique()]
-
-
-def anchors() -> None:
-    from torchvision.models.detection.image_list import ImageList
-
-    levels = randint(1, 4)
-    sizes = tuple((float(randint(8, 600)), float(randint(8, 600))) for _ in range(levels))
-    ratios = ((0.5, 1.0, float(torch.rand(()) * 3 + 0.1)),) * levels
-    height, width = randint(32, 500), randint(32, 500)
-    images = ImageList(torch.zeros(1, 1, height, width), [(height, width)])
-    maps = [
-        torch.zeros(1, 1, max(height >> i + 3, 1), max(width >> i + 3, 1)) for i in range(levels)
-    ]
-    ours = focalops.AnchorGenerator(sizes, ratios)(images, maps)[0]
-    assert torch.equal(ours, TorchvisionAnchorGenerator(sizes, ratios)(images, maps)[0])
-
-
-ROUNDS = (focal_loss, box_iou, iou_family, box_coding, matching, nms, anchors)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    end, seed, done = time.monotonic() + arguments.minutes * 60, arguments.seed * 10**9, Counter()
-    while time.monotonic() < end:
-        for compare in ROUNDS:
-            seed += 1
-            torch.manual_seed(seed)
-            try:
-                compare()
-            except Exception:
-                print(f"{compare.__name__}, seed {seed}: differs")
-                raise
-            done[compare.__name__] += 1
-    print("no difference in " + ", ".join(f"{n:,} {name}" for name, n in done.items()))
+            this.compare_paths(options.compile)
+        done[name] += 1
+        seed += 1
+        if time.monotonic() >= end:
+            break
+    print(f"{sum(done.values()):,} rounds of {len(done)} functions, {sum(report.found.values())} differences of {len(report.found)} kinds")  # fmt: skip
+    return 1 if report.found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

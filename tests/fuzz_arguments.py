@@ -1,0 +1,460 @@
+"""Random arguments of every public function, right ones and wrong ones, for fuzz.py."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fuzz_modules import anchor_generator, detector
+from torch import Tensor
+
+import focalops
+
+Arguments = dict[str, Any]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IOU_KINDS = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
+pick = random.choice
+between = random.randint
+
+
+def maybe(make: Callable[[], Any], otherwise: Any = None, share: float = 0.5) -> Any:
+    return make() if random.random() < share else otherwise
+
+
+# ---- losses of logits ---------------------------------------------------------------------------
+
+
+def logits(*shape: int) -> Tensor:
+    """Of one of the dtypes, some of them with infinities."""
+    x = (torch.randn(shape) * pick((0.1, 3, 30))).to(pick(DTYPES))
+    if random.random() < 0.15:
+        x[torch.rand(shape) < 0.1] = pick((math.inf, -math.inf))
+    return x
+
+
+def class_indices(classes: int, *shape: int, ignore_index: int) -> Tensor:
+    indices = torch.randint(0, classes + 1, shape)
+    indices[torch.rand(shape) < 0.2] = ignore_index
+    return indices.to(pick((torch.int32, torch.int64)))
+
+
+def normalizer(*shape: int) -> Any:
+    value = pick((0.0, 0.5, 3.0, 1000.0))
+    dtype = pick((torch.float32, torch.float64, torch.int64))
+    return pick((None, value, torch.full(pick(((), shape)), value, dtype=dtype)))
+
+
+def weights(rows: Sequence[int], classes: int) -> Arguments:
+    """Often none: they lead to a kernel of their own."""
+    if random.random() < 0.5:
+        return {}
+    dtype = pick((torch.float32, torch.float64))
+    row = torch.rand(rows, dtype=dtype) * 3
+    row[torch.rand(rows) < 0.2] = 0
+    of_class = torch.rand(classes, dtype=dtype) * 3
+    return {"weight": maybe(lambda: row), "class_weight": maybe(lambda: of_class)}
+
+
+def reduced() -> Arguments:
+    reduction = pick(("none", "mean", "sum", "sum"))
+    if reduction != "sum":
+        return {"reduction": reduction}
+    divided = {"normalizer": normalizer(), "min_normalizer": pick((1, 0.1, 10))}
+    return {"reduction": reduction, **divided}
+
+
+def rows_of_logits() -> tuple[Tensor, Tensor, int]:
+    """Logits, class indices and the index that is ignored."""
+    shape = (*(between(0, 7) for _ in range(between(0, 2))), between(0, 40))
+    classes = pick((1, 2, 3, 13, 80, 91))
+    ignore_index = pick((-100, -100, -1, 0, 255))
+    indices = class_indices(classes, *shape, ignore_index=ignore_index)
+    return logits(*shape, classes), indices, ignore_index
+
+
+def sigmoid_focal_loss() -> Arguments:
+    if random.random() < 0.4:
+        x = logits(*(between(0, 12) for _ in range(between(0, 4))))
+        t = torch.rand(x.shape)
+        t = torch.where(torch.rand(x.shape) < 0.5, t, t.round())
+        targets = pick((t.to(x.dtype), t.float(), t.double(), t.round().bool(), t.round().long()))
+        return {"inputs": x, "targets": targets, **focusing(), **reduced()}
+    x, indices, ignore_index = rows_of_logits()
+    return {
+        "inputs": x,
+        "targets": indices,
+        "ignore_index": ignore_index,
+        **focusing(),
+        **reduced(),
+        **weights(indices.shape, x.shape[-1]),
+        **maybe(lambda: {"label_smoothing": pick((0, 0.1, 1))}, {}),
+    }
+
+
+def focusing() -> Arguments:
+    return {"alpha": pick((-1, 0, 0.25, 1)), "gamma": pick((0, 0.5, 1, 1.5, 2, 3, 5))}
+
+
+def sigmoid_focal_loss_star() -> Arguments:
+    arguments = sigmoid_focal_loss()
+    for name in ("weight", "class_weight", "label_smoothing"):
+        arguments.pop(name, None)
+    return {**arguments, "gamma": pick((0.5, 1, 2, 4)), "beta": pick((0, 1, -0.5))}
+
+
+def softmax_focal_loss() -> Arguments:
+    x, indices, ignore_index = rows_of_logits()
+    indices = torch.where(indices == x.shape[-1], 0, indices)
+    if not x.isfinite().all():
+        x = x.nan_to_num(0, 8, -8)  # the softmax of two infinities is not a number
+    return {
+        "inputs": x,
+        "targets": indices,
+        "ignore_index": ignore_index,
+        **focusing(),
+        **reduced(),
+        **weights(indices.shape, x.shape[-1]),
+    }
+
+
+def row_loss(**options: Sequence[Any]) -> Callable[[], Arguments]:
+    def make() -> Arguments:
+        x, indices, ignore_index = rows_of_logits()
+        scores = torch.rand(indices.shape)
+        scores = torch.where(torch.rand(indices.shape) < 0.7, scores, scores.round())
+        targets = (indices, scores.to(pick((torch.float32, torch.float64))))
+        chosen = {name: pick(values) for name, values in options.items()}
+        return {
+            "inputs": x,
+            "targets": targets,
+            "ignore_index": ignore_index,
+            **chosen,
+            **reduced(),
+            **weights(indices.shape, x.shape[-1]),
+        }
+
+    return make
+
+
+def level_sizes() -> list[tuple[int, int]]:
+    return [(between(0, 5), between(1, 6)) for _ in range(between(1, 4))]
+
+
+def dense_focal_loss() -> Arguments:
+    images, anchors, classes, sizes = (
+        between(0, 3),
+        between(1, 3),
+        pick((1, 2, 5, 16)),
+        level_sizes(),
+    )
+    first = logits(images, anchors * classes, *sizes[0])
+    levels = [first, *(logits(images, anchors * classes, *s).to(first.dtype) for s in sizes[1:])]
+    rows = (images, anchors * sum(h * w for h, w in sizes))
+    ignore_index = pick((-100, -1))
+    return {
+        "cls_logits": levels,
+        "labels": class_indices(classes, *rows, ignore_index=ignore_index),
+        "ignore_index": ignore_index,
+        "normalizer": normalizer(images),
+        "min_normalizer": pick((1, 0.1)),
+        **focusing(),
+        **weights(rows, classes),
+        **maybe(lambda: {"label_smoothing": pick((0, 0.1, 1))}, {}),
+    }
+
+
+# ---- boxes --------------------------------------------------------------------------------------
+
+
+def boxes(*shape: int, dtype: torch.dtype | None = None, proper: bool = False) -> Tensor:
+    """Spread or clustered, on whole pixels or between; some empty, repeated or infinite unless `proper`."""
+    scale = pick((1.0, 30.0, 1000.0))
+    corner, size = torch.randn(*shape, 2) * scale, torch.rand(*shape, 2) * scale * pick((0.2, 2))
+    size = size + scale / 50
+    if not proper and random.random() < 0.5:
+        corner, size = corner.round(), (size - scale / 50).round()
+    result = torch.cat((corner, corner + size), dim=-1)
+    flat = result.view(-1, 4)
+    if len(flat) and not proper and random.random() < 0.5:
+        result = flat[torch.randint(0, len(flat), (len(flat),))].view(result.shape)
+    return result.to(dtype or pick((torch.float16, torch.float32, torch.float64)))
+
+
+def one_dtype() -> torch.dtype:
+    return pick((torch.float32, torch.float32, torch.float64, torch.bfloat16))
+
+
+def pairwise() -> Arguments:
+    batch, dtype = maybe(lambda: (between(0, 3),), ()), one_dtype()
+    a, b = (boxes(*batch, between(0, 20), dtype=dtype) for _ in range(2))
+    return {"boxes1": a, "boxes2": maybe(lambda: b, b.double(), 0.9)}
+
+
+def pairwise_with_eps() -> Arguments:
+    return {**pairwise(), "eps": pick((1e-7, 1e-3))}
+
+
+def pairs() -> Arguments:
+    shape, dtype = tuple(between(0, 9) for _ in range(between(0, 2))), one_dtype()
+    a = boxes(*shape, dtype=dtype)
+    b = maybe(lambda: a + torch.rand(a.shape, dtype=a.dtype), boxes(*shape, dtype=dtype))
+    return {"boxes1": a, "boxes2": b, "eps": pick((1e-7, 1e-3)), "reduction": pick(("none", "mean", "sum"))}  # fmt: skip
+
+
+CODER_WEIGHTS = ((1, 1, 1, 1), (10.0, 10.0, 5.0, 5.0))
+
+
+def encode_boxes() -> Arguments:
+    batch, n = maybe(lambda: (between(0, 3),), ()), between(0, 20)
+    return {
+        "boxes": boxes(*batch, n, proper=True),
+        "anchors": boxes(*maybe(lambda: batch, ()), n, proper=True),
+        "weights": pick(CODER_WEIGHTS),
+    }
+
+
+def decode_boxes() -> Arguments:
+    batch, n = maybe(lambda: (between(0, 3),), ()), between(0, 20)
+    return {
+        "deltas": (torch.randn(*batch, n, 4) * pick((0.1, 1, 10))).to(pick(DTYPES)),
+        "anchors": boxes(*maybe(lambda: batch, ()), n, proper=True),
+        "weights": pick(CODER_WEIGHTS),
+        "clip": pick((4.135, 0.5)),
+        "image_size": maybe(lambda: (between(1, 900), between(1, 900))),
+    }
+
+
+def dense_box_loss() -> Arguments:
+    images, per_position, sizes = between(0, 3), between(1, 3), level_sizes()
+    dtype = pick(DTYPES)
+    deltas = [(torch.randn(images, per_position * 4, *s) / 4).to(dtype) for s in sizes]
+    rows, most = per_position * sum(h * w for h, w in sizes), between(1, 5)
+    matches = torch.randint(0, most, (images, rows))
+    kind = torch.rand(images, rows)
+    matches[kind < 0.7], matches[kind < 0.1] = -1, -2
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    gt_boxes = boxes(images, most, dtype=compute, proper=True)
+    return {
+        "deltas": deltas,
+        "anchors": boxes(rows, dtype=compute, proper=True),
+        "gt_boxes": maybe(lambda: gt_boxes, list(gt_boxes)),
+        "matches": matches,
+        "loss": pick(("l1", "smooth_l1", "iou", "giou", "diou", "ciou")),
+        "weights": pick(CODER_WEIGHTS),
+        "beta": pick((1.0, 0.1, 0)),
+        "eps": pick((1e-7, 1e-3)),
+        "clip": pick((4.135, 0.1)),
+        "normalizer": normalizer(images),
+        "min_normalizer": pick((1, 0.1)),
+    }
+
+
+# ---- choices ------------------------------------------------------------------------------------
+
+
+def ground_truth(anchors: Tensor, image: int) -> Tensor:
+    """Boxes near anchors, and others."""
+    n = between(0, 6)
+    if not len(anchors):
+        return boxes(n, dtype=anchors.dtype)
+    near = anchors[torch.randint(0, len(anchors), (n,))]
+    near = near + torch.randn(near.shape) * pick((0, 0.5, 5))
+    return torch.cat((near.to(anchors.dtype), boxes(between(0, 3), dtype=anchors.dtype)))
+
+
+def match_anchors() -> Arguments:
+    anchors = boxes(between(0, 60), dtype=pick((torch.float32, torch.float64)))
+    gt_boxes = [ground_truth(anchors, i) for i in range(between(0, 3))]
+    low, high = pick(((0.4, 0.5), (0.3, 0.7), (0.5, 0.5), (0.0, 0.0)))
+    arguments: Arguments = {"anchors": anchors, "gt_boxes": gt_boxes}
+    arguments |= {"fg_iou_threshold": high, "bg_iou_threshold": low}
+    arguments |= {"allow_low_quality_matches": pick((True, False))}
+    arguments |= {"rule": pick(("torchvision", "detectron2", "mmdet"))}
+    if arguments["rule"] == "mmdet":
+        arguments |= {"min_pos_iou": pick((0, 0.2)), "gt_max_assign_all": pick((True, False))}
+    if random.random() < 0.4:
+        crowd = [torch.rand(len(g)) < 0.3 for g in gt_boxes]
+        arguments |= {"crowd": crowd, "crowd_threshold": pick((0.0, 0.5, 0.9))}
+    if random.random() < 0.4:
+        arguments |= {"image_sizes": [(between(1, 60), between(1, 60)) for _ in gt_boxes]}
+    return arguments
+
+
+def class_index_targets() -> Arguments:
+    images, most = between(0, 3), between(0, 4)
+    labels = torch.randint(0, 5, (images, most))
+    matches = torch.randint(-2, most, (images, between(0, 30)))
+    return {"matches": matches, "gt_labels": maybe(lambda: labels, list(labels)), "num_classes": 5}
+
+
+def count_degenerate_boxes() -> Arguments:
+    gt_boxes = [boxes(between(0, 6), dtype=torch.float32) for _ in range(between(0, 3))]
+    sizes = [(between(1, 60), between(1, 60)) for _ in gt_boxes]
+    return {"gt_boxes": gt_boxes, "image_sizes": maybe(lambda: sizes)}
+
+
+def scored(*shape: int) -> tuple[Tensor, Tensor]:
+    """Boxes that overlap, and scores; a few of either infinite or not a number."""
+    b, s = boxes(*shape, dtype=pick(DTYPES)), torch.rand(shape)
+    if random.random() < 0.3:
+        s = (s * 8).round() / 8
+    if random.random() < 0.2:
+        s[torch.rand(shape) < 0.1] = pick((math.nan, math.inf, -math.inf))
+        b[torch.rand(shape) < 0.1] = pick((math.nan, math.inf))
+    return b, s.to(maybe(lambda: b.dtype, torch.float32))
+
+
+def nms() -> Arguments:
+    b, s = scored(between(0, 120))
+    return {"boxes": b, "scores": s, "iou_threshold": pick((0.0, 0.3, 0.5, 0.7, 1.0)), "overlap": pick(("iou", "iou", "diou"))}  # fmt: skip
+
+
+def batched_nms() -> Arguments:
+    arguments = nms()
+    dtype = pick((torch.int64, torch.int32, torch.uint8))
+    return {**arguments, "idxs": torch.randint(0, 3, arguments["scores"].shape, dtype=dtype)}
+
+
+def padded() -> tuple[Arguments, Tensor]:
+    shape = between(0, 3), between(0, 60)
+    b, s = scored(*shape)
+    arguments = {"boxes": b, "scores": s, "max_detections": pick((0, 1, 10, 100))}
+    return arguments, torch.randint(0, 3, shape, dtype=pick((torch.int64, torch.int32)))
+
+
+def multiclass_nms() -> Arguments:
+    arguments, labels = padded()
+    images, n = labels.shape
+    counts = torch.randint(0, n + 1, (images,))
+    threshold, overlap = pick((0.0, 0.5, 0.7)), pick(("iou", "diou"))
+    return {**arguments, "labels": maybe(lambda: labels), "iou_threshold": threshold, "overlap": overlap, "counts": maybe(lambda: counts)}  # fmt: skip
+
+
+def decaying_nms() -> Arguments:
+    arguments, labels = padded()
+    chosen = {"method": pick(("linear", "gaussian")), "sigma": pick((0.5, 2.0))}
+    chosen |= {"score_threshold": pick((-1.0, 0.0, 0.001, 0.5))}
+    return {**arguments, "labels": maybe(lambda: labels), **chosen}
+
+
+def soft_nms() -> Arguments:
+    return {**decaying_nms(), "iou_threshold": pick((0.0, 0.3, 0.7))}
+
+
+def detect() -> Arguments:
+    images, per_position, classes, sizes = (
+        between(0, 3),
+        between(1, 3),
+        between(1, 4),
+        level_sizes(),
+    )
+    dtype = pick(DTYPES)
+    total = per_position * sum(h * w for h, w in sizes)
+    # A grid so coarse that an ulp of a score does not change their order, and with ties.
+    cls_logits = [
+        torch.randint(-900, 600, (images, per_position * classes, *s)) / 100 for s in sizes
+    ]
+    if random.random() < 0.2:
+        for level in cls_logits:
+            level[torch.rand(level.shape) < 0.05] = pick((math.inf, -math.inf, math.nan))
+    return {
+        "cls_logits": [level.to(dtype) for level in cls_logits],
+        "box_deltas": [(torch.randn(images, per_position * 4, *s) * 0.3).to(dtype) for s in sizes],
+        "anchors": boxes(total, dtype=torch.float32, proper=True),
+        "score_threshold": pick((-1.0, 0.0, 0.05, 0.5, 1.0)),
+        "topk_per_level": pick((1, 7, 1000)),
+        "iou_threshold": pick((0.0, 0.5, 1.0)),
+        "max_detections": pick((0, 1, 20, 100)),
+        "image_sizes": maybe(lambda: [(between(1, 900), between(1, 900)) for _ in range(images)]),
+        "class_agnostic": pick((True, False)),
+        "overlap": pick(("iou", "diou")),
+        "weights": pick(CODER_WEIGHTS),
+    }
+
+
+def match_iou_matrix() -> Arguments:
+    iou = torch.rand(between(0, 8), between(0, 40)).clamp(min=0.3).sub(0.3).to(pick(DTYPES))
+    arguments = {
+        k: v
+        for k, v in match_anchors().items()
+        if k not in ("anchors", "gt_boxes", "crowd", "crowd_threshold", "image_sizes")
+    }
+    return {"iou": iou, **arguments}
+
+
+def nms_match() -> Arguments:
+    return {k: v for k, v in nms().items() if k != "overlap"}
+
+
+PUBLIC = set(focalops.__all__) - {"__version__"}
+MAKERS: dict[str, Callable[[], Arguments]] = {
+    "AnchorGenerator": anchor_generator,
+    "accelerate": detector,
+    "batched_nms": batched_nms,
+    **dict.fromkeys(IOU_KINDS[:2], pairwise),
+    **dict.fromkeys(IOU_KINDS[2:], pairwise_with_eps),
+    **{f"{name}_loss": pairs for name in IOU_KINDS},
+    "class_index_targets": class_index_targets,
+    "count_degenerate_boxes": count_degenerate_boxes,
+    "decode_boxes": decode_boxes,
+    "dense_box_loss": dense_box_loss,
+    "dense_focal_loss": dense_focal_loss,
+    "detect": detect,
+    "encode_boxes": encode_boxes,
+    "ia_bce_loss": row_loss(alpha=(0.25, 0.5), gamma=(0, 1.5, 2)),
+    "match_anchors": match_anchors,
+    "match_iou_matrix": match_iou_matrix,
+    "matchability_aware_loss": row_loss(alpha=(1, 0.6), gamma=(0, 1.5, 2)),
+    "matrix_nms": decaying_nms,
+    "multiclass_nms": multiclass_nms,
+    "nms": nms,
+    "nms_match": nms_match,
+    "quality_focal_loss": row_loss(beta=(0, 1, 1.5, 2)),
+    "sigmoid_focal_loss": sigmoid_focal_loss,
+    "sigmoid_focal_loss_star": sigmoid_focal_loss_star,
+    "soft_nms": soft_nms,
+    "softmax_focal_loss": softmax_focal_loss,
+    "varifocal_loss": row_loss(alpha=(0.75, 0.25), gamma=(0, 1.5, 2), iou_weighted=(True, False)),
+}
+assert MAKERS.keys() >= PUBLIC
+MAKERS = {name: make for name, make in MAKERS.items() if name in PUBLIC}
+
+
+# ---- wrong arguments ----------------------------------------------------------------------------
+
+OF_TENSORS: list[Callable[[Tensor], Any]] = [
+    lambda t: t.long() if t.is_floating_point() else t.float(),
+    lambda t: t.bool(),
+    lambda t: t.to(torch.complex64),
+    lambda t: t[..., :-1] if t.dim() else t.unsqueeze(0),
+    lambda t: t[1:] if t.dim() else t.expand(3),
+    lambda t: t.unsqueeze(0),
+    lambda t: t.flatten(),
+    lambda t: t.to("meta"),
+    lambda t: t.tolist(),
+    lambda t: None,
+]
+OF_NUMBERS: list[Callable[[Any], Any]] = [lambda n, v=v: v for v in (-1, -0.5, 1.5, math.nan, math.inf, "1", [1])]  # fmt: skip
+OF_LISTS: list[Callable[[Any], Any]] = [
+    lambda x: [],
+    lambda x: list(x)[:-1],
+    lambda x: [*x, *x],
+    lambda x: None,
+    lambda x: [*list(x)[:-1], wrong(list(x)[-1])] if len(x) else [3],
+]
+OF_WORDS: list[Callable[[Any], Any]] = [lambda w: "other", lambda w: None, lambda w: 3]
+
+
+def wrong(value: Any) -> Any:
+    """Of the same kind, but most likely not what it has to be."""
+    if isinstance(value, Tensor):
+        return pick(OF_TENSORS)(value)
+    if isinstance(value, str):
+        return pick(OF_WORDS)(value)
+    if isinstance(value, (list, tuple)):
+        return pick(OF_LISTS)(value)
+    return pick(OF_NUMBERS)(value)
