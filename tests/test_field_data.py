@@ -426,9 +426,8 @@ def test_a_study_of_another_numbering(tmp_path: Path, monkeypatch: pytest.Monkey
     train = dataset_of(tmp_path / "train", {1: "cat", 2: "dog"})
     val = dataset_of(tmp_path / "val", {2: "cat", 1: "dog"})
     monkeypatch.setattr(study, "train", lambda *arguments, **more: Oracle())
-    (tmp_path / "checkpoint.pt").touch()
     assert [a["category_id"] for a in val.coco.anns.values()] == [2]
-    figures = study._run(RECIPES["coco"], train, val, tmp_path / "checkpoint.pt", "cpu", False)
+    figures = study._run(RECIPES["coco"], train, val, tmp_path, "cpu", False)
     assert figures["AP"] == ONE
 
 
@@ -452,7 +451,7 @@ def test_commands_say_what_is_odd(tmp_path: Path, capsys: pytest.CaptureFixture)
     assert said in capsys.readouterr().err
     write(root, categories=[{"id": 1, "name": "other"}], split="train")
     assert main(["train", *where, "--out", str(out), "--resume"]) == 1
-    assert "was trained on, part, and has other" in capsys.readouterr().err
+    assert "was trained on the categories 1 part, and that has 1 other" in capsys.readouterr().err
     (tmp_path / "pictures" / "p.png").unlink()
     (root / "images" / "p.png").unlink()
     assert main(["train", *where, "--out", str(tmp_path / "new"), *recipe]) == 1
