@@ -1,88 +1,23 @@
-"""python -m models: the table of the commands, and their errors as sentences."""
+"""python -m models"""
 
 from __future__ import annotations
 
-import argparse
+import signal
 import sys
-from urllib.error import URLError
-
-import torch
-
-from models.commands import (
-    bench,
-    check,
-    configs,
-    convert,
-    demo,
-    evaluate,
-    export,
-    predict,
-    study,
-    train,
-)
-from models.commands.common import first_line
-from models.data import DataError
-from models.distributed import process_group
-from models.outputs import reason
-from models.train import TrainingStopped
-
-COMMANDS = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (train, evaluate, predict, export, study, configs, convert, check, bench, demo)
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        with process_group(options.device) as options.device:
-            options.run(options)
-    except (DataError, ValueError, TrainingStopped) as error:
-        return fail(str(error))
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return fail(f"out of memory ({first_line(error) or 'MemoryError'}); {LESS_MEMORY}")
-    except RuntimeError as error:
-        message = first_line(error)
-        if "can't allocate memory" in str(error):  # torch's allocator of a CPU's memory
-            return fail(f"out of memory ({message}); {LESS_MEMORY}")
-        if message.startswith("DataLoader worker (pid"):
-            return fail(f"a process that loads images died ({message}); {FEWER_WORKERS}")
-        raise
-    except URLError as error:
-        return fail(
-            f"the ImageNet weights could not be downloaded ({error.reason}); "
-            "--no-pretrained does without"
-        )
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{reason(error)}")
-    return 0
+    from models.command_line import run
 
-
-def fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 1
-
-
-LESS_MEMORY = (
-    "lower --batch-size, --min-size or --crop, compute a batch in pieces with --accumulate, or use "
-    "--precision bfloat16"
-)
-FEWER_WORKERS = "lower --workers, or give it more memory, shared memory (/dev/shm) among it"
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m models", description="Train and run the reference RetinaNet."
-    )
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for name, module in COMMANDS.items():
-        sub = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        sub.set_defaults(run=module.run)
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        module.add_arguments(sub)
-    return top
+    return run(arguments)
 
 
 if __name__ == "__main__":
+    # Importing torch takes seconds in which nothing is begun: Ctrl-C just ends the process there.
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import models.command_line  # noqa: F401
+
+    signal.signal(signal.SIGINT, handler)
     sys.exit(main())

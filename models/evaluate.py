@@ -163,16 +163,28 @@ def vote(parts: list[Detections], nms_threshold: float) -> Detections:
     }
 
 
-def detect_all(
-    model: RetinaNet, recipe: Recipe, categories: Mapping[Any, str], data: CocoDataset
-) -> list[Result] | None:
-    """COCO results for a whole split; under torchrun on rank 0 only, None on the others.
-
-    They have the category ids of the split, found by the categories' names.
-    """
+def category_ids(categories: Mapping[Any, str], data: CocoDataset) -> list[Id | None]:
+    """What detect_all takes: the split's id of each label of a model that was trained on `categories`,
+    found by name. Says where that makes a difference."""
     ids, notes = match_categories(categories, data)
     for note in notes if rank() == 0 else ():
         print(note, file=sys.stderr)
+    return ids
+
+
+def check_truth(data: CocoDataset) -> None:
+    """Raises a DataError where there is nothing to compare detections with."""
+    if not data.coco.anns:
+        raise DataError(f"{data.annotation_file} has no boxes to evaluate against")
+
+
+def detect_all(
+    model: RetinaNet, recipe: Recipe, ids: Sequence[Id | None], data: CocoDataset
+) -> list[Result] | None:
+    """COCO results for a whole split; under torchrun on rank 0 only, None on the others.
+
+    They have the ids of the labels; what has None is left out.
+    """
     results: list[Result] = []
     share = range(rank(), len(data), world_size())
     for index in tqdm(share, desc="detect", unit="image", mininterval=1.0, disable=rank() != 0):

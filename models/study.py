@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.harness import describe
-from models.data import CocoDataset, DataError, TrainingStream, collate
-from models.evaluate import detect_all, evaluate
+from models.data import CocoDataset, DataError, Id, TrainingStream, collate
+from models.evaluate import category_ids, check_truth, detect_all, evaluate
 from models.losses import IGNORED, rows_of
 from models.outputs import claim, claim_folder, write_whole
 from models.recipes import Recipe, with_model
@@ -168,6 +168,8 @@ def run_study(
 ) -> Path:
     """Trains what the record does not hold yet; writes NAME.json, NAME.md and NAME.png. Returns the table."""
     study = STUDIES[name]
+    check_truth(val)
+    ids = category_ids(data.categories, val)
     if name != SEEDS:  # the paper compares detections of one view
         recipe = dataclasses.replace(recipe, symmetries=False)
     record_file = out / f"{name}.json"
@@ -190,7 +192,7 @@ def run_study(
             if str(seed) not in runs:
                 seeded = dataclasses.replace(variant.recipe, seed=seed)
                 print(f"{name}: {variant.name}, seed {seed}")
-                runs[str(seed)] = _run(seeded, data, val, out, device, pretrained)
+                runs[str(seed)] = _run(seeded, data, val, ids, out, device, pretrained)
                 _write(record_file, json.dumps(record, indent=1) + "\n")
     papers = {variant.name: variant.papers_ap for variant in study.variants(recipe)}
     _write(table, to_table(study, record, papers))
@@ -200,7 +202,7 @@ def run_study(
 
 def _name(data: CocoDataset) -> str:
     """Such as trees/train, or coco/instances_train2017."""
-    *_, folder, annotations, file = data.annotation_file.parts
+    *_, folder, annotations, file = data.annotation_file.absolute().parts
     return f"{folder if annotations == 'annotations' else annotations}/{Path(file).stem}"
 
 
@@ -210,6 +212,7 @@ def _digest(data: CocoDataset) -> str:
 
 
 def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """The runs so far; an older record says less of them, and goes on where nothing contradicts it."""
     settings = json.loads(json.dumps(settings))  # tuples as lists
     if not path.exists():
         return {**settings, **describe(torch.device(device)), "runs": {}}
@@ -221,7 +224,7 @@ def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str,
         is_record = False
     if not is_record:
         raise DataError(f"{path} is no record of a study: choose another --out")
-    changed = [key for key, value in settings.items() if record.get(key) != value]
+    changed = [key for key, value in settings.items() if record.get(key, value) != value]
     if changed:
         raise ValueError(
             f"{path} holds runs of another {' and '.join(changed)}: choose another --out"
@@ -233,6 +236,7 @@ def _run(
     recipe: Recipe,
     data: CocoDataset,
     val: CocoDataset,
+    ids: Sequence[Id | None],
     out: Path,
     device: str,
     pretrained: bool,
@@ -246,7 +250,7 @@ def _run(
         minutes = round((time.perf_counter() - start) / 60, 2)
         return dict.fromkeys(FIGURES, 0.0) | {"train_minutes": minutes, "diverged": True}
     trained = time.perf_counter()
-    results = detect_all(model, recipe, data.categories, val) or []
+    results = detect_all(model, recipe, ids, val) or []
     end = time.perf_counter()
     return {
         **evaluate(val.coco, results, recipe.max_detections),

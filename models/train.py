@@ -60,7 +60,7 @@ def train(
     with the weights of an uninterrupted one. A first SIGINT or SIGTERM ends the step and saves.
 
     Raises:
-        TrainingStopped: interrupted, after saving.
+        TrainingInterrupted: after saving.
         TrainingDiverged: the loss was not finite; the last checkpoint is as it was.
         DataError: an image cannot be read, a checkpoint not written, or the run to resume is
             another one.
@@ -211,10 +211,7 @@ def train(
                 stop=interrupted,
             )
             if interrupted:
-                raise TrainingStopped(
-                    f"interrupted after step {done} of {recipe.steps}; {checkpoint_file} holds "
-                    "it, and --resume goes on"
-                )
+                raise TrainingInterrupted(f"interrupted after step {done} of {recipe.steps}")
     return evaluation_model.eval()
 
 
@@ -268,6 +265,10 @@ def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
 
 class TrainingStopped(Exception):
     """Training ended before its last step; the message says why and what to do."""
+
+
+class TrainingInterrupted(TrainingStopped):
+    """By a signal; the checkpoint holds the last step. What to do about it, the command knows."""
 
 
 class TrainingDiverged(TrainingStopped):

@@ -141,7 +141,7 @@ def test_table_is_pycocotools_own(
     model, recipe, categories = load_model(checkpoint)
     data = CocoDataset(coco_folder, "val")
     recipe = dataclasses.replace(recipe, max_detections=100)
-    results = evaluation.detect_all(model, recipe, categories, data)
+    results = evaluation.detect_all(model, recipe, list(categories), data)
     for index, image_id in enumerate(data.image_ids):
         _, target = data[index]
         found = {**target, "scores": torch.linspace(0.9, 0.1, len(target["boxes"]))}

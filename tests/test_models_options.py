@@ -14,7 +14,8 @@ from models_fixtures import make_coco_folder
 from test_models_commands import RECIPE
 from test_models_predict import make_checkpoint
 
-from models.__main__ import COMMANDS, main
+from models.__main__ import main
+from models.command_line import COMMANDS
 from models.commands import export
 
 BASES = {
@@ -172,11 +173,11 @@ def test_studies_are_not_mixed(files: dict[str, Path], tmp_path: Path, capsys) -
     (out / "seeds.md").write_text("my notes")
     assert study(files["data"]) == 1 and "seeds.md exists already" in capsys.readouterr().err
     (out / "seeds.md").unlink()
-    for name in ("seeds.pt", "checkpoint.pt"):
+    for name in ("seeds.pt", "distribution.pt"):
         (out / name).write_text("my weights")
     assert study(files["data"]) == 0
     kept = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert kept["seeds.pt"] == kept["checkpoint.pt"] == b"my weights" and len(kept) == 5
+    assert kept["seeds.pt"] == kept["distribution.pt"] == b"my weights" and len(kept) == 5
     # A data set of the same names with another content.
     other = tmp_path / "other" / "coco"
     shutil.copytree(files["data"], other)
@@ -189,7 +190,7 @@ def test_studies_are_not_mixed(files: dict[str, Path], tmp_path: Path, capsys) -
     assert study(files["data"]) == 1 and "is no record of a study" in capsys.readouterr().err
     distribution = ON_THE_CPU["study"].format(**files, out=out).replace("seeds", "distribution", 1)
     assert main([*distribution.split(), "--samples", "1", "--device", "cpu"]) == 1
-    assert "checkpoint.pt exists already" in capsys.readouterr().err
+    assert "distribution.pt exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate", "export", "bench"])

@@ -15,7 +15,8 @@ from models_fixtures import make_coco_folder
 from tiny_backbone import TINY_RECIPE
 
 from models import config, recipes
-from models.__main__ import COMMANDS, main
+from models.__main__ import main
+from models.command_line import COMMANDS
 from models.config import RetinaNetConfig
 from models.recipes import RECIPES, Recipe
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from models.__main__ import main
 from models.data import open_data
 from models.losses import CLASSIFICATION_LOSSES, OHEM_BATCH, classification_loss, rows_of
 from models.recipes import Recipe
+from models.train import TrainingInterrupted
 
 RECIPE = Recipe(
     model=dataclasses.replace(TINY, min_size=None, frozen_batch_norm=True),
@@ -127,6 +131,84 @@ def test_study_goes_on_where_it_was(coco, recipe_file, tmp_path, capsys):
     capsys.readouterr()
     assert run_study("box_loss", coco, recipe_file, tmp_path, "--steps", "2") == 1
     assert "holds runs of another recipe" in capsys.readouterr().err
+
+
+def test_older_records_go_on(coco, recipe_file, tmp_path):
+    """They say less of their runs; nothing contradicts them."""
+    assert run_study("seeds", coco, recipe_file, tmp_path, "--seeds", "1") == 0
+    file = tmp_path / "seeds.json"
+    record = json.loads(file.read_text())
+    for name in ("pair of annotation files", "start of the backbone"):
+        del record[name]
+    file.write_text(json.dumps(record))
+    assert run_study("seeds", coco, recipe_file, tmp_path, "--seeds", "2") == 0
+    after = json.loads(file.read_text())
+    assert after["runs"]["the recipe"]["0"] == record["runs"]["the recipe"]["0"]
+    assert after.keys() == record.keys() and len(after["runs"]["the recipe"]) == 2
+
+
+def test_an_interrupted_study_names_its_record(
+    coco, recipe_file, tmp_path, capsys, monkeypatch
+) -> None:
+    def train(recipe: Recipe, *_, **__) -> None:
+        raise TrainingInterrupted("interrupted after step 1 of 4")
+
+    monkeypatch.setattr(study, "train", train)
+    assert run_study("seeds", coco, recipe_file, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: interrupted after step 1 of 4: the record holds the runs")
+    assert "resume" not in error and [*tmp_path.iterdir()] == []
+
+
+def test_a_study_holds_its_folder(coco, recipe_file, tmp_path, capsys, monkeypatch) -> None:
+    def train(recipe: Recipe, *_, **__) -> None:
+        assert run_in_another_process(tmp_path) == "held"
+        raise TrainingInterrupted("seen")
+
+    monkeypatch.setattr(study, "train", train)
+    assert run_study("seeds", coco, recipe_file, tmp_path) == 1
+    assert "error: seen" in capsys.readouterr().err
+    assert run_in_another_process(tmp_path) == "free"
+
+
+def run_in_another_process(folder: Path) -> str:
+    code = (
+        "import pathlib, sys; from models.outputs import locked; from models.data import DataError\n"
+        "try:\n  with locked(pathlib.Path(sys.argv[1])): print('free')\n"
+        "except DataError: print('held')"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
+
+
+def test_data_in_the_current_folder(coco, recipe_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(coco)
+    assert run_study("seeds", Path(), recipe_file, tmp_path, "--seeds", "1") == 0
+    record = json.loads((tmp_path / "seeds.json").read_text())
+    assert record["val"] == f"{coco.name}/instances_val2017"
+
+
+def test_a_study_needs_boxes_to_compare_with(coco, recipe_file, tmp_path, capsys):
+    data = tmp_path / "coco"
+    shutil.copytree(coco, data)
+    file = data / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    assert run_study("seeds", data, recipe_file, tmp_path / "out") == 1
+    assert "has no boxes to evaluate against" in capsys.readouterr().err
+
+
+def test_the_distribution_leaves_a_run_alone(coco, recipe_file, tmp_path, capsys):
+    """--overwrite replaces what an earlier one wrote, not what train did."""
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(b"of a run")
+    for more in ((), ("--overwrite",)):
+        assert (
+            run_study("distribution", coco, recipe_file, tmp_path, "--samples", "1", *more) == 0
+        ), capsys.readouterr().err
+    assert checkpoint.read_bytes() == b"of a run"
+    assert run_study("seeds", coco, recipe_file, tmp_path, "--checkpoint", str(checkpoint)) == 1
+    assert "error: --checkpoint is of distribution" in capsys.readouterr().err
 
 
 def test_loss_study(coco, recipe_file, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from models.bench import bench, table
-from models.commands.common import DATA_HELP, interruptible
+from models.commands.common import DATA_HELP
 from models.data import TrainingStream, collate, open_data
 from models.outputs import claim, write_whole
 from models.ranges import check, whole
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
 
 
-@interruptible()
 def run(options: argparse.Namespace) -> None:
     for side in options.size:
         check("--size", side, whole(1))

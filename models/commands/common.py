@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from models.data import CocoDataset, DataError, open_data
@@ -67,24 +64,6 @@ def open_split(options: argparse.Namespace, split: str) -> CocoDataset:
         for finding in data.survey():
             print(f"{data.annotation_file}: {finding}", file=sys.stderr)
     return data
-
-
-@contextlib.contextmanager
-def interruptible(outcome: str = "") -> Iterator[None]:
-    """Ctrl-C, and a reader of the output that leaves (`| head`), as a sentence; for `run` of a command.
-
-    `outcome` says what there is of its files.
-    """
-    after = f": {outcome}" if outcome else ""
-    try:
-        yield
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise DataError(f"interrupted{after}") from None
-    except BrokenPipeError:
-        # What Python still holds for the output would fail once more when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise DataError(f"nobody reads the output any more{after}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from models.commands.common import find_recipe, interruptible
+from models.commands.common import find_recipe
 from models.recipes import RECIPES
 
 HELP = "the recipes as JSON, which train --recipe takes"
@@ -16,7 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
 
 
-@interruptible()
 def run(options: argparse.Namespace) -> None:
     recipes = {name: dataclasses.asdict(find_recipe(name)) for name in options.names or RECIPES}
     only_one = len(options.names) == 1

@@ -8,9 +8,9 @@ import itertools
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, interruptible, open_split
+from models.commands.common import add_data_arguments, open_split
 from models.draw import draw_curves
-from models.evaluate import compare, detect_all, save_figures, save_results
+from models.evaluate import category_ids, compare, detect_all, save_figures, save_results
 from models.outputs import claim
 from models.ranges import check, optional, whole
 
@@ -33,7 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@interruptible()
 def run(options: argparse.Namespace) -> None:
     check("--max-detections", options.max_detections, optional(whole(1)))
     figures, curves = (
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     images = (data.image_path(index) for index in range(len(data)))
     inputs = itertools.chain((options.checkpoint, data.annotation_file), images)
     claim(outputs, overwrite=options.overwrite, inputs=inputs)
-    results = detect_all(model, recipe, categories, data)
+    results = detect_all(model, recipe, category_ids(categories, data), data)
     if results is None:
         return  # rank 0 has them
     save_results(options.out, results)

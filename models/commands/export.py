@@ -9,7 +9,6 @@ import torch
 
 from focalops._library import CUDA_LIBRARY, LIBRARY
 from models.checkpoint import load_model
-from models.commands.common import interruptible
 from models.deploy import Detector, disagreement, forms, milliseconds, to_batch
 from models.outputs import claim
 from models.ranges import check, whole
@@ -38,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
-@interruptible()
 @torch.no_grad()
 def run(options: argparse.Namespace) -> None:
     for side in options.size:

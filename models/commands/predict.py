@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from models.checkpoint import load_model
-from models.commands.common import add_large_images, interruptible
+from models.commands.common import add_large_images
 from models.data import IMAGE_SUFFIXES, DataError
 from models.data.images import decode
 from models.draw import draw_contact_sheet, draw_detections, draw_tile, is_ours
@@ -27,6 +27,7 @@ DESCRIPTION = (
     "Images that cannot be read are left out, and the exit status is then 1. Memory: about 16 bytes a pixel "
     "of the largest image, beside the model's."
 )
+WHEN_INTERRUPTED = "pictures that are drawn stay, no data is written"
 SHEET = "contact-sheet.png"
 TILES_A_SHEET = 40
 
@@ -63,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_large_images(parser)
 
 
-@interruptible("pictures that are drawn stay, no data is written")
 def run(options: argparse.Namespace) -> None:
     check("--min-score", options.min_score, real(0, 1))
     if options.no_pictures and not options.format:

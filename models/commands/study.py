@@ -7,15 +7,24 @@ import dataclasses
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, find_recipe, interruptible, open_split
-from models.data import prepare_backbone_weights
-from models.outputs import claim
+from models.commands.common import add_data_arguments, find_recipe, open_split
+from models.data import CocoDataset, prepare_backbone_weights
+from models.outputs import claim, claim_folder, locked
 from models.ranges import check, optional, whole
-from models.run_folder import CHECKPOINT
-from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study, with_model
-from models.train import keep_freed_memory, train, training_stream
+from models.recipes import Recipe, with_model
+from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study
+from models.train import (
+    TrainingInterrupted,
+    TrainingStopped,
+    keep_freed_memory,
+    train,
+    training_stream,
+)
 
 HELP = "a comparison of the paper's, with several seeds: table and picture"
+WHEN_INTERRUPTED = (
+    "the record holds the runs that are done, and the same command goes on after them"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,29 +55,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@interruptible()
 def run(options: argparse.Namespace) -> None:
     check("--seeds", options.seeds, whole(1))
     check("--samples", options.samples, whole(1))
     check("--steps", options.steps, optional(whole(1)))
+    if options.checkpoint is not None and options.name != DISTRIBUTION:
+        raise ValueError(f"--checkpoint is of {DISTRIBUTION}: {options.name} trains its own models")
     keep_freed_memory()
     recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
-    data, val = (open_split(options, s) for s in (options.split, options.val_split))
+    data = open_split(options, options.split)
     recipe = with_model(recipe, num_classes=len(data.categories))
     if options.steps is not None:
         recipe = dataclasses.replace(
             recipe, steps=options.steps, warmup_steps=min(recipe.warmup_steps, options.steps // 10)
         )
-    pretrained = not options.no_pretrained
-    if options.name == DISTRIBUTION:
-        outputs = [options.out / f"{DISTRIBUTION}{ending}" for ending in (".md", ".png")]
-        trained = [] if options.checkpoint is not None else [options.out / CHECKPOINT]
-        inputs = [] if options.checkpoint is None else [options.checkpoint]
-        claim([*outputs, *trained], overwrite=options.overwrite, inputs=inputs)
-    if pretrained and options.checkpoint is None:
+    claim_folder(options.out)
+    with locked(options.out):
+        if options.name == DISTRIBUTION:
+            table = distribution(options, recipe, data)
+        else:
+            table = comparison(options, recipe, data)
+    print(f"\n{table.read_text()}\n{table.with_suffix('.png')}")
+
+
+def comparison(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Path:
+    val = open_split(options, options.val_split)
+    if not options.no_pretrained:
         prepare_backbone_weights(recipe.model.backbone)
-    if options.name != DISTRIBUTION:
-        table = run_study(
+    try:
+        return run_study(
             options.name,
             recipe,
             data,
@@ -76,23 +91,26 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             seeds=options.seeds,
             device=options.device,
-            pretrained=pretrained,
+            pretrained=not options.no_pretrained,
             overwrite=options.overwrite,
         )
+    except TrainingInterrupted as error:
+        raise TrainingStopped(f"{error}: {WHEN_INTERRUPTED}") from None
+
+
+def distribution(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Path:
+    outputs = [options.out / f"{DISTRIBUTION}{ending}" for ending in (".md", ".png")]
+    trained = options.out / f"{DISTRIBUTION}.pt"
+    if options.checkpoint is not None:
+        claim(outputs, overwrite=options.overwrite, inputs=[options.checkpoint])
+        model, recipe, _ = load_model(options.checkpoint, options.device)
+        source = options.checkpoint.name
     else:
-        if options.checkpoint is not None:
-            model, recipe, _ = load_model(options.checkpoint, options.device)
-            source = options.checkpoint.name
-        else:
-            checkpoint = options.out / CHECKPOINT
-            model = train(recipe, data, checkpoint, device=options.device, pretrained=pretrained)
-            source = f"{recipe.steps} steps on {data.annotation_file.name}"
-        table = run_distribution(
-            model,
-            training_stream(recipe, data),
-            options.out,
-            source,
-            options.samples,
-            options.device,
-        )
-    print(f"\n{table.read_text()}\n{table.with_suffix('.png')}")
+        claim([*outputs, trained], overwrite=options.overwrite)
+        if not options.no_pretrained:
+            prepare_backbone_weights(recipe.model.backbone)
+        pretrained = not options.no_pretrained
+        model = train(recipe, data, trained, device=options.device, pretrained=pretrained)
+        source = f"{recipe.steps} steps on {data.annotation_file.name}"
+    stream = training_stream(recipe, data)
+    return run_distribution(model, stream, options.out, source, options.samples, options.device)

@@ -7,16 +7,17 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import expected_bytes, load_checkpoint
 from models.commands.common import add_data_arguments, find_recipe, open_split
-from models.data import CocoDataset, DataError, match_categories, prepare_backbone_weights
+from models.data import CocoDataset, prepare_backbone_weights
 from models.distributed import from_first, rank
 from models.draw import draw_comparison
-from models.evaluate import detect, detect_all, evaluate
+from models.evaluate import category_ids, check_truth, detect, detect_all, evaluate
 from models.finetune import take_weights
 from models.log import Log
 from models.losses import CLASSIFICATION_LOSSES
@@ -33,7 +34,7 @@ from models.run_folder import (
     claim_run,
     remove_run,
 )
-from models.train import keep_freed_memory, train
+from models.train import TrainingInterrupted, TrainingStopped, keep_freed_memory, train
 from models.validation import Validation
 
 HELP = "train a detector"
@@ -155,25 +156,34 @@ def run(options: argparse.Namespace) -> None:
         with Log(options.out, options.log_every, options.tensorboard) as log:
             if options.resume and checkpoint is None:
                 log.resume(0, None)  # a run that ended before its first checkpoint
-            train(
-                recipe,
-                data,
-                options.out / CHECKPOINT,
-                device=options.device,
-                pretrained=pretrained,
-                initialise=None if source is None else starter(options.weights, source, data),
-                resume=checkpoint is not None,
-                workers=options.workers,
-                checkpoint_every=options.checkpoint_every,
-                log=log,
-                saved=progress_picture(recipe, data, options.out, log)
-                if options.tensorboard
-                else None,
-                validation=validation,
-                begin=(lambda: remove_run(options.out)) if options.overwrite else None,
-            )
+            with resumable(options.out / CHECKPOINT):
+                train(
+                    recipe,
+                    data,
+                    options.out / CHECKPOINT,
+                    device=options.device,
+                    pretrained=pretrained,
+                    initialise=None if source is None else starter(options.weights, source, data),
+                    resume=checkpoint is not None,
+                    workers=options.workers,
+                    checkpoint_every=options.checkpoint_every,
+                    log=log,
+                    saved=progress_picture(recipe, data, options.out, log)
+                    if options.tensorboard
+                    else None,
+                    validation=validation,
+                    begin=(lambda: remove_run(options.out)) if options.overwrite else None,
+                )
     if rank() == 0:
         say_trained(options.out, recipe, validation)
+
+
+@contextlib.contextmanager
+def resumable(checkpoint: Path) -> Iterator[None]:
+    try:
+        yield
+    except TrainingInterrupted as error:
+        raise TrainingStopped(f"{error}; {checkpoint} holds it, and --resume goes on") from None
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -270,12 +280,16 @@ def validator(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) ->
     if options.val_split is None:
         return None
     val = open_split(options, options.val_split)
-    match_categories(data.categories, val)  # or a sentence, before the first step
-    if not val.coco.anns:
-        raise DataError(f"{val.annotation_file} has no boxes to evaluate against")
+    ids = category_ids(data.categories, val)  # or a sentence, before the first step
+    check_truth(val)
+    if val.annotation_file == data.annotation_file and rank() == 0:
+        print(
+            f"{val.annotation_file} is what is trained on, too: the AP on it says nothing of other images",
+            file=sys.stderr,
+        )
 
     def evaluation(model: RetinaNet) -> dict[str, float]:
-        results = detect_all(model, recipe, data.categories, val)
+        results = detect_all(model, recipe, ids, val)
 
         def figures() -> dict[str, float]:
             with contextlib.redirect_stdout(io.StringIO()):  # the table, which the log replaces

@@ -1,7 +1,7 @@
 """Images and boxes: COCO-format folders, Pascal VOC, the built-in `trees`, the stream of training samples."""
 
 from models.data.annotations import Id, as_coco, id_order, load_annotations, numbered
-from models.data.coco import CocoDataset, Target, check_categories, match_categories
+from models.data.coco import CocoDataset, Target, match_categories
 from models.data.downloads import open_data, prepare_backbone_weights, trees
 from models.data.errors import DataError
 from models.data.findings import Finding
@@ -20,7 +20,6 @@ __all__ = [
     "Target",
     "TrainingStream",
     "as_coco",
-    "check_categories",
     "collate",
     "convert_voc",
     "find_split",

@@ -307,15 +307,6 @@ def match_categories(
     return ids, notes
 
 
-def check_categories(trained: Mapping[Any, str], data: CocoDataset) -> None:
-    """Training that goes on has to find the labels that it began with."""
-    if list(trained.values()) != list(data.categories.values()):
-        raise DataError(
-            f"{data.annotation_file} must have the categories that the checkpoint was trained on, "
-            f"{_listing(trained.values())}, and has {_listing(data.categories.values())}"
-        )
-
-
 def _listing(names: Iterable[str], limit: int = 20) -> str:
     names = list(map(str, names))
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if names[limit:] else "")

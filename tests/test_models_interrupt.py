@@ -1,0 +1,77 @@
+"""Ctrl-C at any time, and a reader of the output that leaves, end every command in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from models import command_line
+from models.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+MINIMAL = {
+    "train": "--data none --out none",
+    "evaluate": "none.pt --data none",
+    "predict": "none.pt none.png",
+    "export": "none.pt",
+    "study": "loss",
+    "convert": "none --out none",
+    "check": "none",
+}
+
+
+def start(*arguments: str, **more) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "models", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, **more)
+
+
+@pytest.mark.parametrize("command", command_line.COMMANDS)
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [(KeyboardInterrupt, "interrupted"), (BrokenPipeError, "nobody reads the output any more")],
+)
+def test_every_command_ends_in_a_sentence(command, raised, said, monkeypatch, capsys) -> None:
+    def run(options: argparse.Namespace) -> None:
+        raise raised
+
+    monkeypatch.setattr(command_line.COMMANDS[command], "run", run)
+    assert main([command, *MINIMAL.get(command, "").split(), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+
+
+def test_an_interrupted_import_says_nothing() -> None:
+    process = start("configs", stdout=subprocess.DEVNULL, preexec_fn=listen)
+    maps = Path(f"/proc/{process.pid}/maps")
+    until = time.monotonic() + 60
+    while "libtorch" not in maps.read_text() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == -signal.SIGINT and error == ""
+
+
+def listen() -> None:
+    """A test run in the background ignores the signal, and hands that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("with_errors", [False, True])
+def test_nobody_reads(with_errors: bool) -> None:
+    """`| head`, and `|& head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "models", "configs"]
+    errors = write if with_errors else subprocess.PIPE
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=errors, text=True)
+    os.close(write)
+    assert done.returncode == 1
+    if not with_errors:
+        assert done.stderr == "error: nobody reads the output any more\n"
