@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,9 @@ def test_voc_lists(tmp_path: Path) -> None:
     )
     assert convert_voc(voc, tmp_path / "out") == {"train": 2, "my_val": 1, "empty_test": 0}
     write_voc(voc, {}, [], {"train": "nowhere\n"})
-    with pytest.raises(DataError, match=r"Annotations/nowhere\.xml does not exist"):
+    with pytest.raises(
+        DataError, match=r"Annotations/nowhere\.xml does not exist, and .*\.txt names it$"
+    ):
         convert_voc(voc, tmp_path / "other")
     write_voc(voc, {}, [], {"train": b"\xe4\n"})
     with pytest.raises(DataError, match=r"train\.txt cannot be read as a list of names"):
@@ -216,3 +219,20 @@ def test_conversions_overwrite_nothing(tmp_path: Path, capsys: pytest.CaptureFix
         assert main(arguments) == 1
         assert "images exists already and is not" in capsys.readouterr().err
     assert list((tmp_path / "mine").iterdir()) == [tmp_path / "mine" / "images"]
+
+
+def test_voc_boxes_without_an_area(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    xml = voc_xml("a.jpg")
+    voc = write_voc(tmp_path / "voc", {"a": xml}, ["a.jpg"], {"train": "a\n"})
+    (x1, x2), file = ("<xmin>11<", "<xmin>110<"), voc / "Annotations" / "a.xml"
+    assert x1 in xml
+    file.write_text(xml.replace(x1, x2))
+    (file.parent / "._a.xml").write_bytes(b"\0\5\26\7")  # as macOS lays it beside
+    assert main(["convert", str(voc), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert "1 annotations have boxes that end before they begin" in capsys.readouterr().err
+    (annotation,) = json.loads((tmp_path / "out" / "train.json").read_text())["annotations"]
+    assert annotation["area"] == 0
+    for value in ("nan", "inf"):
+        file.write_text(xml.replace(x1, f"<xmin>{value}<"))
+        with pytest.raises(DataError, match=r"object 1, cat, has a <bndbox> that is not finite"):
+            convert_voc(voc, tmp_path / "other")

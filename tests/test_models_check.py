@@ -108,3 +108,41 @@ def test_check_of_a_voc_folder(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     (tmp_path / "Annotations").mkdir()
     assert main(["check", str(tmp_path), "--device", "cpu"]) == 1
     assert "looks like a Pascal VOC folder: convert it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train.json", "images/p.png"])
+def test_a_report_replaces_nothing_else(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    write(tmp_path, split="train")
+    file, report = tmp_path / name, tmp_path / "report.json"
+    before = file.read_bytes()
+    check = ["check", str(tmp_path), "--device", "cpu", "--overwrite", "--json"]
+    assert main([*check, str(file)]) == 1 and file.read_bytes() == before
+    assert f"{file} is no report that check wrote, and stays" in capsys.readouterr().err
+    for _ in range(2):
+        assert main([*check, str(report)]) == 0
+
+
+def test_a_data_set_without_anything_to_learn(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """check says what train does."""
+    cases = {"no categories": ([], []), "left out": ([{**BOX, "bbox": [30, 30, -9, -9]}], [PART])}
+    for name, (boxes, categories) in cases.items():
+        file = write(tmp_path / name, boxes, split="train")
+        dataset = {**json.loads(file.read_text()), "categories": categories}
+        file.write_text(json.dumps(dataset))
+        assert main(["check", str(tmp_path / name), "--device", "cpu"]) == 1
+        assert f"wrong: {'1 boxes' if boxes else file}" in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "run"), "--no-pretrained", "--device", "cpu"]
+    data = str(tmp_path / "no categories")
+    assert main(["train", "--data", data, *out]) == 1
+    assert "train.json has no categories" in capsys.readouterr().err
+
+
+def test_files_that_macos_lays_beside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write(tmp_path, split="train")
+    (tmp_path / "images" / "._p.png").write_bytes(b"\0\5\26\7")
+    assert main(["check", str(tmp_path), "--device", "cpu"]) == 0
+    assert "no split" not in capsys.readouterr().out

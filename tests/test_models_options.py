@@ -206,3 +206,24 @@ def test_ctrl_c_is_a_sentence(
     assert main([*arguments, "--device", "cpu"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: interrupted") and error.count("\n") == 1
+
+
+def test_figures_do_not_replace_the_data(files: dict[str, Path], tmp_path: Path, capsys) -> None:
+    data = tmp_path / "coco"
+    shutil.copytree(files["data"], data)
+    file = data / "annotations" / "instances_train2017.json"
+    before = file.read_bytes()
+    arguments = f"bench --data {data} --size 64 64 --rounds 1 --overwrite --out {file}"
+    assert main([*arguments.split(), "--device", "cpu"]) == 1
+    assert "is an input of this command" in capsys.readouterr().err
+    assert file.read_bytes() == before
+
+
+def test_nothing_to_evaluate_on(files: dict[str, Path], tmp_path: Path, capsys) -> None:
+    data = tmp_path / "coco"
+    shutil.copytree(files["data"], data)
+    file = data / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "images": [], "annotations": []}))
+    arguments = ON_THE_CPU["evaluate"].format(**{**files, "data": data}, out=tmp_path / "out")
+    assert main([*arguments.split(), "--device", "cpu"]) == 1
+    assert "instances_val2017.json has no images" in capsys.readouterr().err

@@ -299,3 +299,11 @@ def test_an_unresized_image_is_seen_in_windows() -> None:
 def test_missing_is_refused_before_anything_is_written(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.png does not exist"):
         predict.find_images([tmp_path / "x.png"])
+
+
+def test_a_format_given_twice_is_written_once(checkpoint: Path, tmp_path: Path) -> None:
+    image = save(tmp_path / "a" / "p.png")
+    (image.parent / "._p.png").write_bytes(b"\0\5\26\7")  # as macOS lays it beside
+    out = tmp_path / "out"
+    assert run(checkpoint, image.parent, "--format", "csv", "csv", "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["p.png", "predictions.csv"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from models.bench import bench, table
-from models.commands.common import DATA_HELP
+from models.commands.common import DATA_HELP, files_of
 from models.data import TrainingStream, collate, open_data
 from models.outputs import claim, write_whole
 from models.ranges import check, whole
@@ -49,12 +49,16 @@ def run(options: argparse.Namespace) -> None:
         check("--size", side, whole(1))
     check("--batch-size", options.batch_size, whole(1))
     check("--rounds", options.rounds, whole(1))
-    if options.out:
-        claim([options.out], overwrite=options.overwrite)
     keep_freed_memory()
     num_classes = 91
-    if options.data:
-        data = open_data(options.data, options.split)
+    data = open_data(options.data, options.split) if options.data else None
+    if options.out:
+        claim(
+            [options.out],
+            overwrite=options.overwrite,
+            inputs=() if data is None else files_of(data),
+        )
+    if data is not None:
         num_classes = len(data.categories)
         start = time.perf_counter()
         stream = TrainingStream(data, options.batch_size, seed=0)

@@ -28,12 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write everything there, where the screen shortens",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace that file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier report there")
 
 
 def run(options: argparse.Namespace) -> None:
     if options.json is not None:
         claim([options.json], overwrite=options.overwrite)
+        if options.json.exists() and not is_report(options.json):
+            raise DataError(f"{options.json} is no report that check wrote, and stays")
     report = check_data(
         options.data,
         options.split,
@@ -46,6 +48,15 @@ def run(options: argparse.Namespace) -> None:
         write_whole(options.json, json.dumps(dataclasses.asdict(report), indent=1) + "\n")
     if report.wrong:
         raise DataError(f"{options.data} needs mending before it is trained on or evaluated with")
+
+
+def is_report(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    fields = {field.name for field in dataclasses.fields(Report)}
+    return isinstance(content, dict) and content.keys() == fields
 
 
 def print_report(report: Report, limit: int = 20) -> None:

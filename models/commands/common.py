@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from models.data import CocoDataset, DataError, open_data
 from models.distributed import rank
-from models.recipes import RECIPES, Recipe
+from models.recipes import RECIPES, Recipe, with_model
 
 DATA_HELP = "a COCO-format folder, or 'trees', the built-in aerial photographs"
 
@@ -64,6 +65,19 @@ def open_split(options: argparse.Namespace, split: str) -> CocoDataset:
         for finding in data.survey():
             print(f"{data.annotation_file}: {finding}", file=sys.stderr)
     return data
+
+
+def for_data(recipe: Recipe, data: CocoDataset) -> Recipe:
+    """The recipe with as many classes as the data set has categories."""
+    if not data.categories:
+        raise DataError(f"{data.annotation_file} has no categories")
+    return with_model(recipe, num_classes=len(data.categories))
+
+
+def files_of(data: CocoDataset) -> Iterator[Path]:
+    """What a command reads of a split."""
+    yield data.annotation_file
+    yield from (data.image_path(index) for index in range(len(data)))
 
 
 def first_line(error: Exception) -> str:

@@ -8,7 +8,8 @@ import itertools
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, open_split
+from models.commands.common import add_data_arguments, files_of, open_split
+from models.data import DataError
 from models.draw import draw_curves
 from models.evaluate import category_ids, compare, detect_all, save_figures, save_results
 from models.outputs import claim
@@ -43,11 +44,12 @@ def run(options: argparse.Namespace) -> None:
     if options.max_detections is not None:
         recipe = dataclasses.replace(recipe, max_detections=options.max_detections)
     data = open_split(options, options.split)
+    if len(data) == 0:
+        raise DataError(f"{data.annotation_file} has no images")
     # As COCO publishes its test sets: there is nothing to compare the results with.
     has_truth = data.has_annotations
     outputs = [options.out, figures, curves] if has_truth else [options.out]
-    images = (data.image_path(index) for index in range(len(data)))
-    inputs = itertools.chain((options.checkpoint, data.annotation_file), images)
+    inputs = itertools.chain([options.checkpoint], files_of(data))
     claim(outputs, overwrite=options.overwrite, inputs=inputs)
     results = detect_all(model, recipe, category_ids(categories, data), data)
     if results is None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from models.checkpoint import load_model
 from models.commands.common import add_large_images
-from models.data import IMAGE_SUFFIXES, DataError
+from models.data import IMAGE_SUFFIXES, DataError, list_files
 from models.data.images import decode
 from models.draw import draw_contact_sheet, draw_detections, draw_tile, is_ours
 from models.evaluate import detect
@@ -71,10 +71,11 @@ def run(options: argparse.Namespace) -> None:
     files = find_images(options.images)
     names = picture_names(files)
     pictures = {} if options.no_pictures else {f: options.out / n for f, n in names.items()}
+    options.format = [*dict.fromkeys(options.format)]
     data = [options.out / name for chosen in options.format for name in FILES[chosen]]
     inputs = [options.checkpoint, *files]
     claim_pictures([*pictures.values(), *sheets(options, len(files))], options.overwrite, inputs)
-    claim(dict.fromkeys(data), overwrite=options.overwrite, inputs=inputs)
+    claim(data, overwrite=options.overwrite, inputs=inputs)
 
     model, recipe, categories = load_model(options.checkpoint, options.device)
     labels = list(categories.values())
@@ -105,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
                 say(pictures[path])
                 tiles.add(draw_tile(name, *drawn))
         tiles.finish()
-    for path in dict.fromkeys(data):
+    for path in data:
         say(path)
     if skipped:
         raise DataError(f"{skipped} of {len(files)} images were left out")
@@ -119,7 +120,7 @@ def find_images(paths: list[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            of_folder = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            of_folder = list_files(path, IMAGE_SUFFIXES)
             if not of_folder:
                 raise DataError(f"the folder {path} holds no images")
             found += of_folder

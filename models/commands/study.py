@@ -7,11 +7,11 @@ import dataclasses
 from pathlib import Path
 
 from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, find_recipe, open_split
+from models.commands.common import add_data_arguments, find_recipe, for_data, open_split
 from models.data import CocoDataset, prepare_backbone_weights
 from models.outputs import claim, claim_folder, locked
 from models.ranges import check, optional, whole
-from models.recipes import Recipe, with_model
+from models.recipes import Recipe
 from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study
 from models.train import (
     TrainingInterrupted,
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     keep_freed_memory()
     recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
     data = open_split(options, options.split)
-    recipe = with_model(recipe, num_classes=len(data.categories))
+    recipe = for_data(recipe, data)
     if options.steps is not None:
         recipe = dataclasses.replace(
             recipe, steps=options.steps, warmup_steps=min(recipe.warmup_steps, options.steps // 10)

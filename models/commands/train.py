@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import expected_bytes, load_checkpoint
-from models.commands.common import add_data_arguments, find_recipe, open_split
+from models.commands.common import add_data_arguments, find_recipe, for_data, open_split
 from models.data import CocoDataset, prepare_backbone_weights
 from models.distributed import from_first, rank
 from models.draw import draw_comparison
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace) -> None:
         source = None
         if checkpoint is None or last is None:
             recipe, source = new or new_run(options, given)
-            recipe = with_model(recipe, num_classes=len(data.categories))
+            recipe = for_data(recipe, data)
         else:
             recipe = checkpoint["recipe"]
             check_same_recipe(options, last, recipe, given)

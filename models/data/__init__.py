@@ -6,7 +6,7 @@ from models.data.downloads import open_data, prepare_backbone_weights, trees
 from models.data.errors import DataError
 from models.data.findings import Finding
 from models.data.images import read_image
-from models.data.layouts import IMAGE_SUFFIXES, find_split, splits
+from models.data.layouts import IMAGE_SUFFIXES, find_split, list_files, splits
 from models.data.stream import CROWD, TrainingStream, collate, mix, random_crop
 from models.data.voc import convert_voc, read_voc, voc_to_coco, write_conversion
 
@@ -24,6 +24,7 @@ __all__ = [
     "convert_voc",
     "find_split",
     "id_order",
+    "list_files",
     "load_annotations",
     "match_categories",
     "mix",

@@ -20,7 +20,7 @@ from models.data.downloads import trees
 from models.data.errors import DataError
 from models.data.findings import Finding, only_met
 from models.data.images import decode
-from models.data.layouts import IMAGE_SUFFIXES, find_split, splits
+from models.data.layouts import IMAGE_SUFFIXES, find_split, list_files, splits
 
 
 @dataclass
@@ -103,6 +103,8 @@ def _check_split(
     faults += data.faults
     if len(data) == 0:
         faults.append(f"{data.annotation_file} has no images")
+    if data.has_annotations and not data.categories:
+        faults.append(f"{data.annotation_file} has no categories")
     findings += _annotation_findings(data)  # before the survey, which turns boxes
     unreadable: list[str] = []
     findings += [finding for finding in data.survey(unreadable) if finding.kind != "dark"]
@@ -246,8 +248,9 @@ def _same_images(digests: dict[str, dict[str, bytes]]) -> Iterable[Finding]:
 
 def _unlisted(read: Collection[CocoDataset]) -> Finding:
     listed = {data.image_path(n) for data in read for n in range(len(data))}
-    files = (file for folder in sorted({d.image_dir for d in read}) for file in folder.glob("*"))
-    rest = sorted(f.name for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f not in listed)
+    folders = sorted({data.image_dir for data in read})
+    files = (file for folder in folders for file in list_files(folder, IMAGE_SUFFIXES))
+    rest = sorted(file.name for file in files if file not in listed)
     return Finding("unlisted", "files in the folders of images are in no split", rest, "files")
 
 

@@ -232,7 +232,7 @@ class CocoDataset(Dataset):
         return Counter(self.file_name(n) for n in range(len(self)))
 
     def _box_findings(self) -> list[Finding]:
-        clipped, tiny = [], []
+        clipped, tiny, left_out = [], [], self.left_out
         for annotation in self.coco.anns.values():
             x, y, w, h = annotation["bbox"]
             image = self.coco.imgs[annotation["image_id"]]
@@ -247,8 +247,9 @@ class CocoDataset(Dataset):
                 "left out",
                 "boxes without an area inside their image are left out of training, and count as objects "
                 "that no detection can find",
-                self.left_out,
+                left_out,
                 "annotations",
+                wrong=len(left_out) == len(self.coco.anns),
             ),
             Finding(
                 "clipped",

@@ -59,6 +59,15 @@ def splits(root: Path) -> list[str]:
     return list(dict.fromkeys(_split_of(file) for file in _annotation_files(root)))
 
 
+def list_files(folder: Path, endings: Sequence[str], *, recursive: bool = False) -> list[Path]:
+    """The files with such an ending, in order, without hidden ones: macOS lays a ._a.jpg beside an a.jpg."""
+    return sorted(
+        path
+        for path in folder.glob("**/*" if recursive else "*")
+        if path.suffix.lower() in endings and not path.name.startswith(".")
+    )
+
+
 def image_folder(folders: Sequence[Path], file_names: Sequence[str]) -> Path:
     """The first of the folders that holds images of these names; if none does, the first that exists."""
     probes = {file_names[place] for place in (0, len(file_names) // 2, -1)} if file_names else set()

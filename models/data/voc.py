@@ -7,6 +7,7 @@ XML's <filename> may be wrong, and its size 0; ImageSets may be missing.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from xml.etree import ElementTree
 
 from models.data.errors import DataError
 from models.data.images import read_header
-from models.data.layouts import IMAGE_SUFFIXES
+from models.data.layouts import IMAGE_SUFFIXES, list_files
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 VocObject = tuple[str, Box, bool]  # class, box, difficult
@@ -141,7 +142,7 @@ class Writer:
                 "image_id": len(self.images),
                 "category_id": self.ids[category],
                 "bbox": bbox,
-                "area": bbox[2] * bbox[3],
+                "area": max(bbox[2], 0) * max(bbox[3], 0),
                 "iscrowd": iscrowd,
             }
         )
@@ -160,17 +161,17 @@ class _Folder:
 
     def __init__(self, xml_dir: Path, image_dir: Path) -> None:
         self.xml_dir, self.image_dir = xml_dir, image_dir
-        recursive = "**/*" if xml_dir.name == "Annotations" else "*"
+        recursive = xml_dir.name == "Annotations"
         self.names = sorted(
             path.relative_to(xml_dir).with_suffix("").as_posix()
-            for path in xml_dir.glob(f"{recursive}.xml")
+            for path in list_files(xml_dir, [".xml"], recursive=recursive)
         )
         self.images: dict[str, list[str]] = defaultdict(list)  # by path without ending
-        for path in sorted(image_dir.glob(f"{recursive}.*")):
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                place = path.relative_to(image_dir)
-                self.images[place.with_suffix("").as_posix()].append(place.as_posix())
+        for path in list_files(image_dir, IMAGE_SUFFIXES, recursive=recursive):
+            place = path.relative_to(image_dir)
+            self.images[place.with_suffix("").as_posix()].append(place.as_posix())
         self.misnamed: list[str] = []
+        self.reversed: list[str] = []
         self.measured: list[str] = []
 
     def read(self, name: str) -> tuple[str, tuple[int, int], list[VocObject]]:
@@ -181,6 +182,8 @@ class _Folder:
             objects = _objects(root)
         except ValueError as error:
             raise DataError(f"{path} is no Pascal VOC annotation ({error})") from None
+        if any(x1 > x2 or y1 > y2 for _, (x1, y1, x2, y2), _ in objects):
+            self.reversed.append(name)
         file_name = self._image(name, (root.findtext("filename") or "").strip())
         width, height = (_whole(root.findtext(f"size/{side}")) for side in ("width", "height"))
         if not (width and height):
@@ -191,6 +194,7 @@ class _Folder:
     def notes(self) -> list[str]:
         found = {
             "annotations name another file than the image beside them, which is taken": self.misnamed,
+            "annotations have boxes that end before they begin: nothing is trained on those": self.reversed,
             "annotations have no width and height, which are taken from their images": self.measured,
         }
         return [
@@ -237,12 +241,12 @@ def _lists(root: Path, folder: _Folder) -> dict[str, list[str]]:
         flagged = [re.fullmatch(r"(.*\S)\s+(?:-1|0|1)", line) for line in lines]
         of_class = "_" in file.stem and lines and all(flagged) and not known & set(lines)
         if not of_class:
-            names = [_name(line, known, folder) for line in lines]
+            names = [_name(line, known, folder, file) for line in lines]
             splits[file.stem] = list(dict.fromkeys(names))
     return splits
 
 
-def _name(line: str, known: set[str], folder: _Folder) -> str:
+def _name(line: str, known: set[str], folder: _Folder, file: Path) -> str:
     """The annotation that a line of a list means: its name, with an ending, a folder or a flag, or its image."""
     path = PurePosixPath(line.replace("\\", "/"))
     has_ending = path.suffix.lower() in (".xml", *IMAGE_SUFFIXES)
@@ -251,7 +255,8 @@ def _name(line: str, known: set[str], folder: _Folder) -> str:
     for name in (line, bare.as_posix(), bare.name, without_flag):
         if name in known:
             return name
-    raise DataError(f"{folder.xml_dir / (line if not has_ending else bare)}.xml does not exist")
+    missing = folder.xml_dir / f"{line if not has_ending else bare}.xml"
+    raise DataError(f"{missing} does not exist, and {file} names it")
 
 
 def _parse(path: Path) -> ElementTree.Element:
@@ -289,6 +294,8 @@ def _objects(root: ElementTree.Element) -> list[VocObject]:
                 f"object {number}, {name}, has no <bndbox> with xmin, ymin, xmax and ymax"
             )
         x1, y1, x2, y2 = (float(text or "") for text in texts)
+        if not all(map(math.isfinite, (x1, y1, x2, y2))):
+            raise ValueError(f"object {number}, {name}, has a <bndbox> that is not finite")
         difficult = (thing.findtext("difficult") or "").strip().lower() in ("1", "true")
         objects.append((name, (x1, y1, x2, y2), difficult))
     return objects
