@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import sys
-from typing import TextIO
 from urllib.error import URLError
 
 import torch
@@ -38,17 +38,16 @@ COMMANDS = {
 def run(arguments: list[str] | None = None) -> int:
     """Runs a command; returns its exit status. Errors, Ctrl-C and a reader of the output that leaves
     (`| head`) end in one sentence."""
+    for stream in (sys.stdout, sys.stderr):  # names that the terminal cannot show are escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
-        code = run_command(options)
-        sys.stdout.flush()
-        return code
+        return run_command(options)
     except KeyboardInterrupt:
         return fail(f"interrupted{options.when_interrupted}")
     except BrokenPipeError:
-        # What Python still holds for the output would fail once more when it exits.
-        for stream in (sys.stdout, sys.stderr):
-            discard_if_closed(stream)
+        discard_what_fails()
         return fail(f"nobody reads the output any more{options.when_interrupted}")
 
 
@@ -56,6 +55,7 @@ def run_command(options: argparse.Namespace) -> int:
     try:
         with process_group(options.device) as options.device:
             options.run(options)
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except (DataError, ValueError, TrainingStopped) as error:
@@ -76,21 +76,24 @@ def run_command(options: argparse.Namespace) -> int:
         )
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
+        discard_what_fails()
         return fail(f"{where}{reason(error)}")
     return 0
 
 
 def fail(sentence: str) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(f"error: {sentence}", file=sys.stderr)
     return 1
 
 
-def discard_if_closed(stream: TextIO) -> None:
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def discard_what_fails() -> None:
+    """What Python still holds for an output that is closed or full would fail once more when it exits."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 LESS_MEMORY = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import subprocess
@@ -75,3 +76,18 @@ def test_nobody_reads(with_errors: bool) -> None:
     assert done.returncode == 1
     if not with_errors:
         assert done.stderr == "error: nobody reads the output any more\n"
+
+
+def test_an_output_without_room() -> None:
+    with open("/dev/full", "w") as full:
+        done = start("configs", stdout=full)
+        assert done.communicate()[1] == "error: the disk is full\n" and done.returncode == 1
+
+
+def test_letters_that_the_terminal_has_not_are_escaped(monkeypatch) -> None:
+    """Or the name of a category would end a command after its hours of work."""
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    monkeypatch.setattr(command_line.COMMANDS["configs"], "run", lambda options: print("树 ±"))
+    assert main(["configs", "--device", "cpu"]) == 0
+    assert file.getvalue() == b"\\u6811 \\xb1\n"

@@ -103,11 +103,11 @@ def run(options: argparse.Namespace) -> None:
             if not options.no_pictures:
                 drawn = (image, found, labels, options.min_score)
                 draw_detections(pictures[path], name, *drawn)
-                say(pictures[path])
+                print(pictures[path], flush=True)
                 tiles.add(draw_tile(name, *drawn))
         tiles.finish()
     for path in data:
-        say(path)
+        print(path, flush=True)
     if skipped:
         raise DataError(f"{skipped} of {len(files)} images were left out")
 
@@ -209,9 +209,4 @@ class Tiles:
             path = next(self.paths)
             draw_contact_sheet(path, self.tiles)
             self.tiles.clear()
-            say(path)
-
-
-def say(path: Path) -> None:
-    """Prints a path, also one whose name is no Unicode."""
-    print(str(path).encode("utf-8", "backslashreplace").decode(), flush=True)
+            print(path, flush=True)

@@ -75,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
             table = distribution(options, recipe, data)
         else:
             table = comparison(options, recipe, data)
-    print(f"\n{table.read_text()}\n{table.with_suffix('.png')}")
+    text = table.read_text(encoding="utf-8")
+    print(f"\n{text}\n{table.with_suffix('.png')}")
 
 
 def comparison(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Path:
