@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from models.data import DataError
-from models.outputs import reason
+from models.outputs import reason, written_whole
 from models.recipes import Recipe
 from models.retinanet import RetinaNet
 
@@ -26,22 +25,11 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     Raises:
         DataError: it cannot be written; what was there stays, and nothing else is left.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+    with written_whole(path) as file:
+        try:
             torch.save({**checkpoint, CHECKSUM: checksum(checkpoint)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        cause = of_system(error)
-        if cause is None:
-            raise
-        kept = "; what it held before is as it was" if path.exists() else ""
-        raise DataError(f"{path} cannot be written ({reason(cause)}){kept}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+        except RuntimeError as error:
+            raise of_system(error) or error from None
 
 
 def of_system(error: BaseException | None) -> OSError | None:

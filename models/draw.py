@@ -230,11 +230,12 @@ class Panel:
         self._write(canvas, marks, edges)
 
     def _edges(self, box: list[float]) -> tuple[int, int, int, int]:
-        """The outer pixels of a box's line, whose middle is the box's border."""
+        """The outer pixels of a box's line, whose middle is the box's border, as far as that is in the picture."""
         x1, y1, x2, y2 = (round(v * s) for v, s in zip(box, self.scale * 2, strict=True))
         half = self.line // 2
-        left, top = x1 - half, y1 - half
-        return left, top, max(x2 - half, left) + self.line - 1, max(y2 - half, top) + self.line - 1
+        left, top = max(x1 - half, 0), max(y1 - half, 0)
+        right, bottom = (max(x2 - half, left) + self.line - 1, max(y2 - half, top) + self.line - 1)
+        return left, top, min(right, self.picture.width - 1), min(bottom, self.picture.height - 1)
 
     def _write(
         self, canvas: ImageDraw.ImageDraw, marks: list[Mark], edges: list[tuple[int, int, int, int]]
@@ -386,7 +387,6 @@ def _save(path: Path, picture: Image.Image) -> None:
     mark.add_text("Software", MADE_BY)
     file = io.BytesIO()
     picture.save(file, "PNG", pnginfo=mark)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, file.getvalue())
 
 
@@ -412,9 +412,12 @@ def draw_curves(path: Path, title: str, categories: list[dict[str, Any]]) -> Non
         texts += axes.legend(loc="lower left", fontsize=9).get_texts()
     for text in texts:
         text.set_parse_math(False)  # dollars in names are dollars
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Figure) -> None:
     file = io.BytesIO()
     figure.savefig(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, file.getvalue())
 
 

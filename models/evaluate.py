@@ -224,7 +224,6 @@ def to_results(
 
 
 def save_results(path: Path, results: list[Result]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(results))
 
 
@@ -332,5 +331,4 @@ def compare(coco: COCO, results: list[Result], max_detections: int) -> Evaluatio
 
 
 def save_figures(path: Path, figures: dict[str, float], categories: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps({**figures, "categories": categories}, indent=1) + "\n")

@@ -6,13 +6,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TextIO
+from typing import IO, BinaryIO, TextIO
 
 from models.data.errors import DataError
 
@@ -62,34 +63,42 @@ def claim_folder(folder: Path, needed: int = 0) -> None:
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Writes a file so that `path` is at any time the old content or the new, and leaves nothing else."""
-    data = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DataError(f"{path} cannot be written ({reason(error)})") from None
+    with written_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file to write to, which is at `path` when all of it has been written; an error leaves nothing."""
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is at `path` when all of it has been written; an error leaves nothing.
+
+    Its folder is made.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
-        # Names of files that are no Unicode are written with escapes.
-        with open(partial, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except BrokenPipeError:  # of the terminal's output: a file has none
+        raise
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({reason(error)})") from None
+        kept = "; what it held before is as it was" if path.exists() else ""
+        raise DataError(f"{path} cannot be written ({reason(error)}){kept}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+@contextlib.contextmanager
+def text_written_whole(path: Path) -> Iterator[TextIO]:
+    """The same for text; names of files that are no Unicode are written with escapes."""
+    with written_whole(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
+        yield text
+        text.flush()
+        text.detach()
 
 
 def reason(error: OSError) -> str:

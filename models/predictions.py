@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from models.outputs import written_whole
+from models.outputs import text_written_whole
 from models.retinanet import Detections
 
 # What each format writes.
@@ -75,7 +75,7 @@ def writers(
     """Takes the images one by one; the files are there at the end, or none of them after an error."""
     with contextlib.ExitStack() as stack:
         files = {
-            name: stack.enter_context(written_whole(folder / name))
+            name: stack.enter_context(text_written_whole(folder / name))
             for chosen in formats
             for name in FILES[chosen]
         }

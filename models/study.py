@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.harness import describe
 from models.data import CocoDataset, DataError, Id, TrainingStream, collate
+from models.draw import save_figure
 from models.evaluate import category_ids, check_truth, detect_all, evaluate
 from models.losses import IGNORED, rows_of
 from models.outputs import claim, claim_folder, write_whole
@@ -193,9 +194,9 @@ def run_study(
                 seeded = dataclasses.replace(variant.recipe, seed=seed)
                 print(f"{name}: {variant.name}, seed {seed}")
                 runs[str(seed)] = _run(seeded, data, val, ids, out, device, pretrained)
-                _write(record_file, json.dumps(record, indent=1) + "\n")
+                write_whole(record_file, json.dumps(record, indent=1) + "\n")
     papers = {variant.name: variant.papers_ap for variant in study.variants(recipe)}
-    _write(table, to_table(study, record, papers))
+    write_whole(table, to_table(study, record, papers))
     draw(picture, study, record, papers)
     return table
 
@@ -260,11 +261,6 @@ def _run(
     }
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text)
-
-
 # ---- Table and picture --------------------------------------------------------------------------
 
 
@@ -312,7 +308,7 @@ def draw(
     names = list(record["runs"])
     places = list(range(len(names)))[::-1]
     compared = {name: value for name, value in papers.items() if value is not None}
-    figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     ours, *theirs = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
     for color, measure in (("C0", "AP50"), ("C1", "AP")):
@@ -335,8 +331,7 @@ def draw(
     for axes in (ours, *theirs):
         axes.grid(alpha=0.3)
     figure.suptitle(study.question)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(path, figure)
 
 
 # ---- Where the loss goes (the paper's figure 4) --------------------------------------------------
@@ -396,14 +391,14 @@ def run_distribution(
             f"{100 * (1 - of_negatives[990]):.0f} % | {100 * (1 - of_negatives[999]):.0f} % |"
         )
     table, where = out / f"{DISTRIBUTION}.md", describe(torch.device(device))
-    _write(
+    write_whole(
         table,
         f"**Where does the loss go?** {source}: {len(positives):,} positive and {len(negatives):,} "
         f"negative logits of {images} samples; {where['device']}, {where['date']}.\n\n"
         "| gamma | of the positives' loss, the hardest fifth has | of the negatives', the hardest "
         "1 % | the hardest 0.1 % |\n|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n",
     )
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     share = torch.linspace(0, 1, 1001)
     for column, (axes, what) in enumerate(
@@ -417,5 +412,5 @@ def run_distribution(
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"Cumulative normalised loss, {source} (the paper's figure 4)")
-    figure.savefig(out / f"{DISTRIBUTION}.png", dpi=120)
+    save_figure(out / f"{DISTRIBUTION}.png", figure)
     return table

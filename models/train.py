@@ -429,7 +429,6 @@ def not_finite(
     files = [str(stream.image_path(n)) for n in shares.of_step(step)]
     suffix = f"-rank{rank()}" if world_size() > 1 else ""
     report = checkpoint_file.with_name(f"not-finite{suffix}.json")
-    report.parent.mkdir(parents=True, exist_ok=True)
     write_whole(report, json.dumps({"step": step + 1, "images": files}, indent=1) + "\n")
     return TrainingDiverged(
         f"the loss or the weights of step {step + 1} are not finite: the images of its batch are named in {report}, "

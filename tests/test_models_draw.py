@@ -133,3 +133,15 @@ def test_only_what_we_made_is_ours(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     for name in ("photo.png", "text.png", "missing.png"):
         assert not draw.is_ours(tmp_path / name)
+
+
+def test_a_box_of_the_whole_image_can_be_seen(tmp_path: Path) -> None:
+    """Its line lies inside the picture, where half of it would be cut off."""
+    draw.draw_detections(
+        tmp_path / "a.png", "a", grass(64, 64), detections([[0, 0, 64, 64]]), ["tree"]
+    )
+    color = np.array(ImageColor.getrgb(draw.PALETTE[0]))
+    panel = draw.Panel.of(grass(64, 64))
+    of_color = (pixels(tmp_path / "a.png") == color).all(axis=2)
+    longest = of_color.sum(axis=1) > 0.8 * panel.picture.width
+    assert longest.sum() == 2 * panel.line  # above and below

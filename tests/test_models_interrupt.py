@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from models import command_line
+from models import command_line, outputs
 from models.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -91,3 +91,23 @@ def test_letters_that_the_terminal_has_not_are_escaped(monkeypatch) -> None:
     monkeypatch.setattr(command_line.COMMANDS["configs"], "run", lambda options: print("树 ±"))
     assert main(["configs", "--device", "cpu"]) == 0
     assert file.getvalue() == b"\\u6811 \\xb1\n"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_an_interrupted_file_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    """And a reader of the terminal's output that leaves is no fault of the file."""
+    with pytest.raises(error), outputs.text_written_whole(tmp_path / "new" / "a.csv") as file:
+        file.write("half")
+        raise error
+    assert [*(tmp_path / "new").iterdir()] == []
+
+
+def test_ctrl_c_while_a_file_is_written(tmp_path: Path, monkeypatch) -> None:
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    outputs.write_whole(tmp_path / "a.json", "old")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        outputs.write_whole(tmp_path / "a.json", "new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.json": "old"}
