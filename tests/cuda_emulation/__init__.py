@@ -18,7 +18,7 @@ ORDERS = [(0, 0), (1, 0), (2, 1)]
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     path = build.library(os.environ.get("FOCALOPS_EMULATION", "watched"))
     torch.ops.load_library(path)
     return ctypes.CDLL(str(path))
@@ -27,7 +27,7 @@ def _library() -> ctypes.CDLL:
 @contextmanager
 def emulated_cuda() -> Iterator[None]:
     """Inside, the ops of focalops take CPU tensors to their CUDA kernels; all else stays."""
-    _library()
+    library()
     with torch.library._scoped_library("focalops", "IMPL", "CPU") as kernels, _poisoned_outputs():
         for name in ops():
             kernels.impl(name, _in_every_order(name), allow_override=True)
@@ -37,14 +37,14 @@ def emulated_cuda() -> Iterator[None]:
 @contextmanager
 def last_blocks(count: int) -> Iterator[Any]:
     """The ops of the emulated kernels, of whose launches only the last blocks run, each with one piece of the work."""
-    library = _library()
-    library.focalops_emulation_set_extent.argtypes = [ctypes.c_int, ctypes.c_uint64]
-    library.focalops_emulation_set_order(0, 0)
-    library.focalops_emulation_set_extent(2**30, count)
+    loaded = library()
+    loaded.focalops_emulation_set_extent.argtypes = [ctypes.c_int, ctypes.c_uint64]
+    loaded.focalops_emulation_set_order(0, 0)
+    loaded.focalops_emulation_set_extent(2**30, count)
     try:
         yield torch.ops.focalops_emulated
     finally:
-        library.focalops_emulation_set_extent(2, 2**64 - 1)
+        loaded.focalops_emulation_set_extent(2, 2**64 - 1)
 
 
 def ops() -> list[str]:
@@ -64,7 +64,7 @@ def _in_every_order(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         results = []
         for order in reversed(ORDERS):
-            _library().focalops_emulation_set_order(*order)
+            library().focalops_emulation_set_order(*order)
             these = list(args)
             if order != ORDERS[0]:
                 for i in mutated:
@@ -100,18 +100,18 @@ def _poisoned_outputs() -> Iterator[None]:
 
 def interleave(*calls: Callable[[], Any]) -> list[Any]:
     """The results of calls of torch.ops.focalops_emulated, in turns, a block each."""
-    library = _library()
-    library.focalops_emulation_expect_streams(len(calls))
+    loaded = library()
+    loaded.focalops_emulation_expect_streams(len(calls))
     results: list[Any] = [None] * len(calls)
 
     def run(stream: int) -> None:
-        library.focalops_emulation_begin_stream(stream)
+        loaded.focalops_emulation_begin_stream(stream)
         try:
             results[stream] = calls[stream]()
         except Exception as error:
             results[stream] = error
         finally:
-            library.focalops_emulation_end_stream(stream)
+            loaded.focalops_emulation_end_stream(stream)
 
     threads = [threading.Thread(target=run, args=(stream,)) for stream in range(len(calls))]
     for thread in threads:

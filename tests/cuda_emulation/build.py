@@ -34,7 +34,9 @@ COMPILE = [
     *[f"-I{HERE / 'include'}", "-isystem", str(TORCH / "include")],
 ]
 
-RUNTIME = ["emulation.cpp", "memory.cpp"]
+RUNTIME = [HERE / "emulation.cpp", HERE / "memory.cpp"]
+# What executes nvcc's PTX in place of the host compiler's code.
+INTERPRETER = sorted((HERE.parent / "ptx").glob("*.cpp"))
 
 
 @functools.cache
@@ -43,7 +45,7 @@ def library(variant: str) -> Path:
     return _build(
         variant,
         "libfocalops_emulated.so",
-        [ROOT / "csrc" / "library.cpp", *kernels, HERE / "torch_stubs.cpp"],
+        [ROOT / "csrc" / "library.cpp", *kernels, HERE / "torch_stubs.cpp", *INTERPRETER],
         ["-shared", "-Wl,-Bsymbolic,-z,defs", f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-lc10"],
     )
 
@@ -65,11 +67,13 @@ def _build(variant: str, name: str, sources: list[Path], link_flags: list[str]) 
             lines.extend([f"  depfile = {depfile}", "  deps = gcc"])
 
     objects = []
-    for source in [*sources, *(HERE / file for file in RUNTIME)]:
+    for source in [*sources, *RUNTIME]:
         output = directory / f"{source.name}.o"
         # The runtime switches stacks and is called for each access: it is not instrumented itself.
-        of_source = ["-O2"] if source.name in RUNTIME else ["-O1", *VARIANTS[variant]]
-        if source.name in RUNTIME and variant == "sanitized":
+        of_source = ["-O2"] if source in RUNTIME else ["-O1", *VARIANTS[variant]]
+        if source in INTERPRETER:
+            of_source = ["-O2", "-std=c++20"]
+        if source in RUNTIME and variant == "sanitized":
             of_source += ["-DSANITIZED"]
         command = [*COMPILE, *of_source, "-MMD", "-MF", f"{output}.d"]
         edge(output, [source], [*command, "-c", str(source), "-o", str(output)], f"{output}.d")

@@ -47,6 +47,7 @@ namespace emulation {
 
 Indices now;
 Running running;
+Executor* executor = nullptr;
 
 namespace {
 
@@ -410,6 +411,15 @@ Region find_shared_variables() {
   return region;
 }
 
+void run_block_elsewhere() {
+  try {
+    executor->run_block(scheduling.order, machine().random);
+  } catch (const std::exception& error) {
+    machine().failure = error.what();
+  }
+  running.is_kernel = running.is_watched = false;
+}
+
 }  // namespace
 
 Region shared_variables() { return machine().shared; }
@@ -417,6 +427,9 @@ Region stacks() {
   return {reinterpret_cast<uintptr_t>(machine().stack), kMaxThreads * kStackBytes};
 }
 Region dynamic_shared_rest() {
+  if (executor != nullptr) {
+    return {};
+  }
   const size_t used = machine().dynamic_bytes;
   return {reinterpret_cast<uintptr_t>(focalops::dynamic_shared_memory) + used,
           kSharedPerBlockOptin - used};
@@ -451,13 +464,16 @@ std::string source_of(const void* code, bool name) {
 
 void fail(const std::string& what) {
   const Unwatched unwatched;
+  if (executor != nullptr) {
+    throw std::runtime_error(report(what));
+  }
   machine().failure = report(what);
   wait();
   std::abort();  // a thread that failed is never resumed
 }
 
 void fail_at_code(const std::string& what, const void* code) {
-  fail(what + ", at " + source_of(code, false));
+  fail(what + ", at " + (executor != nullptr ? executor->source_of(code) : source_of(code, false)));
 }
 
 void fail_at_place(const std::string& what, const Place& place) {
@@ -537,7 +553,8 @@ cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   return cudaErrorInvalidValue;
 }
 
-void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function<void()>& thread) {
+void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::vector<Argument>& arguments,
+            const std::function<void()>& thread) {
   Machine& m = machine();
   const auto limit = dynamic_shared_limits.find(kernel);
   if (config.dynamicSmemBytes >
@@ -556,7 +573,8 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function
     m.random.seed(scheduling.seed);
     std::shuffle(order.begin(), order.end(), m.random);
   }
-  const Region shared = find_shared_variables();
+  const Region shared = executor != nullptr ? executor->begin_launch(config, kernel, arguments)
+                                            : find_shared_variables();
   const int id = begin_launch(streams.mine());
   std::string failure;
   for (const uint64_t block : order) {
@@ -572,7 +590,11 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function
                  static_cast<unsigned>(block / grid.x / grid.y)};
     running.block = block;
     begin_block(id);
-    run_block();
+    if (executor != nullptr) {
+      run_block_elsewhere();
+    } else {
+      run_block();
+    }
     if (!m.failure.empty()) {
       failure.swap(m.failure);
       for (Fiber& fiber : m.fibers) {
@@ -595,7 +617,9 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// For the next call of an op.
 EXPORT void focalops_emulation_set_order(int order, unsigned seed) {
+  emulation::forget_allocations();
   emulation::scheduling = {static_cast<emulation::Order>(order), seed};
 }
 

@@ -4,7 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <random>
 #include <string>
+#include <vector>
 
 #include "cuda_runtime.h"
 
@@ -48,7 +50,26 @@ Region shared_variables();     // those of the calling operating-system thread
 Region stacks();               // of the emulated threads: nobody else's business
 Region dynamic_shared_rest();  // what the launch did not ask for
 
+// What runs a kernel's blocks in place of the host compiler's code: tests/ptx. What goes wrong it
+// throws, or hands to fail(), which throws too while an executor is there.
+class Executor {
+ public:
+  virtual ~Executor() = default;
+  // Returns the memory that will be the shared one of each block.
+  virtual Region begin_launch(const cudaLaunchConfig_t& config, Kernel kernel,
+                              const std::vector<Argument>& arguments) = 0;
+  virtual void run_block(int order, std::mt19937& random) = 0;
+  virtual std::string source_of(const void* instruction) = 0;
+};
+extern Executor* executor;  // null: the host compiler's code
+
 // memory.cpp
+enum AccessKind { kRead = 0, kWrite = 1, kAtomic = 2 };
+void watch_access(uintptr_t address, size_t size, AccessKind kind, const void* code);
+// What an executor's kernels may access: the tensors whose pointers an op has taken.
+void allow_access(const void* begin, size_t size);
+void forget_allocations();
+bool is_allocated(uintptr_t address, size_t size);
 int begin_launch(int stream);
 void begin_block(int launch);
 void end_launch(int launch);

@@ -5,6 +5,7 @@
 //   - find shared memory that is read before the block wrote it, or beyond what the launch asked
 //   for;
 //   - find vectors that are not aligned to their size.
+// An executor (emulation.h) calls watch_access() instead.
 // For each byte the last write and two last reads by different threads are kept, each as a segment:
 // one thread, from one barrier to the next. Nothing depends on the order in which threads happen to
 // run.
@@ -12,6 +13,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <sstream>
 #include <unordered_map>
 #include <vector>
@@ -95,8 +97,6 @@ struct {
   }
 } memory;
 
-enum Kind { kRead = 0, kWrite = 1, kAtomic = 2 };
-
 bool happened_before(uint32_t earlier_segment) {
   const Segment& earlier = memory.segments[earlier_segment];
   if (earlier_segment == 0 || earlier_segment == running.segment) {
@@ -121,8 +121,8 @@ bool happened_before(uint32_t earlier_segment) {
           earlier.clock.warp_barriers < running.clock.warp_barriers);
 }
 
-[[noreturn]] void fail_race(uintptr_t address, bool shared, Kind kind, uint32_t earlier_segment,
-                            const char* did, const void* code) {
+[[noreturn]] void fail_race(uintptr_t address, bool shared, AccessKind kind,
+                            uint32_t earlier_segment, const char* did, const void* code) {
   const Segment& earlier = memory.segments[earlier_segment];
   std::ostringstream text;
   const char* const does[] = {"reads", "writes", "changes by an atomic"};
@@ -137,7 +137,7 @@ bool happened_before(uint32_t earlier_segment) {
   fail_at_code(text.str(), code);
 }
 
-void access(uintptr_t address, size_t size, Kind kind, const void* code) {
+void access(uintptr_t address, size_t size, AccessKind kind, const void* code) {
   if (!running.is_watched || stacks().contains(address) ||
       address - reinterpret_cast<uintptr_t>(&now) < sizeof now) {
     return;
@@ -187,7 +187,7 @@ void access(uintptr_t address, size_t size, Kind kind, const void* code) {
   }
 }
 
-void aligned_access(uintptr_t address, size_t size, Kind kind, const void* code) {
+void aligned_access(uintptr_t address, size_t size, AccessKind kind, const void* code) {
   if (address % size != 0 && running.is_watched) {
     const Unwatched unwatched;
     std::ostringstream text;
@@ -213,7 +213,48 @@ void atomic_access(const volatile void* pointer, size_t size, const void* code) 
   }
 }
 
+struct {
+  std::mutex mutex;
+  std::vector<Region> regions;
+  size_t last = 0;  // the one that was asked for last
+} allocations;
+
 }  // namespace
+
+void allow_access(const void* begin, size_t size) {
+  const std::lock_guard<std::mutex> lock(allocations.mutex);
+  allocations.regions.push_back({reinterpret_cast<uintptr_t>(begin), size});
+}
+
+void forget_allocations() {
+  const std::lock_guard<std::mutex> lock(allocations.mutex);
+  allocations.regions.clear();
+}
+
+bool is_allocated(uintptr_t address, size_t size) {
+  const auto holds = [&](size_t i) {
+    return i < allocations.regions.size() && allocations.regions[i].contains(address) &&
+           allocations.regions[i].contains(address + size - 1);
+  };
+  if (holds(allocations.last)) {
+    return true;
+  }
+  for (size_t i = 0; i < allocations.regions.size(); ++i) {
+    if (holds(i)) {
+      allocations.last = i;
+      return true;
+    }
+  }
+  return false;
+}
+
+void watch_access(uintptr_t address, size_t size, AccessKind kind, const void* code) {
+  if (kind == kAtomic) {
+    atomic_access(reinterpret_cast<const volatile void*>(address), size, code);
+  } else {
+    access(address, size, kind, code);
+  }
+}
 
 int begin_launch(int stream) {
   if (memory.launches_running++ == 0) {

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 // ---- language -----------------------------------------------------------------------------------
 
@@ -96,7 +97,12 @@ struct Indices {
 extern Indices now;
 
 using Kernel = const void*;
-void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::function<void()>& thread);
+struct Argument {
+  const void* value;
+  size_t size, alignment;
+};
+void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::vector<Argument>& arguments,
+            const std::function<void()>& thread);
 cudaError_t allow_dynamic_shared(Kernel kernel, int bytes);
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute);
 
@@ -150,7 +156,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return cudaErrorInvalidConfiguration;
   }
   const std::tuple<Params...> params(std::forward<Args>(args)...);
-  emulation::launch(*config, reinterpret_cast<emulation::Kernel>(kernel),
+  const auto arguments = std::apply(
+      [](const Params&... param) {
+        return std::vector<emulation::Argument>{{&param, sizeof(Params), alignof(Params)}...};
+      },
+      params);
+  emulation::launch(*config, reinterpret_cast<emulation::Kernel>(kernel), arguments,
                     [&] { std::apply(kernel, params); });
   return cudaSuccess;
 }
