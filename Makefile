@@ -27,7 +27,7 @@ CXX_FILES := $(shell find csrc models tests -name '*.cpp' -o -name '*.cu' -o -na
 NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 
-.PHONY: demo test test-sanitize fuzz cuda-check bench report build lint format clean FORCE
+.PHONY: demo test test-sanitize ptx-check fuzz cuda-check bench report build lint format clean FORCE
 
 demo: $(BUILT)
 	$(PY) -m models demo
@@ -42,6 +42,19 @@ test-sanitize: $(BUILT)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FOCALOPS_EMULATION=sanitized \
 	$(PYTEST) -k cuda-emulated $(ARGS)
+
+# What nvcc makes of the CUDA kernels, executed on the CPU (CONTRIBUTING.md), with the approximate
+# instructions rounded to nearest (0), as low (1) and as high (2) as their manual allows, and by a
+# hash of the operand the one or the other (3, which `make test` has); and what of it was executed.
+# `make test` has an eighth of the cases.
+ptx-check: $(BUILT)
+	rm -rf build/ptx/coverage
+	for seed in 0 1 2 3; do \
+	  FOCALOPS_PTX=all FOCALOPS_PTX_SEED=$$seed \
+	  FOCALOPS_PTX_COVERAGE=$(CURDIR)/build/ptx/coverage \
+	  $(PYTEST) -k cuda-ptx $(ARGS) || exit 1; \
+	done
+	$(PY) tests/ptx/coverage.py build/ptx/coverage
 
 fuzz: $(BUILT)
 	PYTHONPATH=. $(PY) tests/fuzz.py $(ARGS)

@@ -1,11 +1,14 @@
 """Devices are a property of the test run: every test that takes `device` runs on each one present."""
 
+import os
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import torch
 from cuda_emulation import emulated_cuda
 from hypothesis import settings
+from ptx import compiled_cuda, no_ptx_reason
 
 from focalops._library import no_cuda_reason
 
@@ -18,7 +21,28 @@ settings.load_profile("same")
 
 def backends() -> list[str]:
     has_cuda = torch.cuda.is_available() and no_cuda_reason is None
-    return ["cpu", "cuda-emulated", *(["cuda"] if has_cuda else [])]
+    has_ptx = no_ptx_reason() is None
+    return ["cpu", "cuda-emulated", *["cuda-ptx"] * has_ptx, *["cuda"] * has_cuda]
+
+
+def pytest_report_header() -> list[str]:
+    reason = no_ptx_reason()
+    return [f"no tests of the compiled kernels (cuda-ptx): {reason}"] if reason else []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of each test every eighth case runs what nvcc made, from the first on; all of them with FOCALOPS_PTX=all."""
+    if os.environ.get("FOCALOPS_PTX") == "all":
+        return
+    seen: Counter[str] = Counter()
+    chosen, left_out = [], []
+    for item in items:
+        is_ptx = hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda-ptx"
+        test = item.nodeid.partition("[")[0]
+        (left_out if is_ptx and seen[test] % 8 else chosen).append(item)
+        seen[test] += is_ptx
+    items[:] = chosen
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(params=backends())
@@ -29,8 +53,8 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> Iterator[str]:
     """Where to put tensors; the emulated CUDA kernels take those of the CPU."""
-    if backend == "cuda-emulated":
-        with emulated_cuda():
+    if backend in ("cuda-emulated", "cuda-ptx"):
+        with emulated_cuda() if backend == "cuda-emulated" else compiled_cuda():
             yield "cpu"
     else:
         yield backend

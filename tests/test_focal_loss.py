@@ -164,9 +164,20 @@ def test_gradcheck(gamma, reduction, kind, device):
     assert torch.autograd.gradgradcheck(f, x)
 
 
+def is_limit(gradient: torch.Tensor, limit: float, backend: str) -> bool:
+    """Whether it is that of an infinite logit, of which 1 / (1 + e) is 1: exactly where a division is one.
+
+    CUDA's fast reciprocal of a float is within 2 ulp, also that of 1; for gamma = 2 the gradient is its third power.
+    """
+    is_approximate = backend.startswith("cuda") and backend != "cuda-emulated"
+    is_double = gradient.dtype == torch.float64
+    slack = 8 * torch.finfo(torch.float32).eps if is_approximate and not is_double else 0
+    return abs(gradient.item() - limit) <= limit * slack
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gamma", GAMMAS)
-def test_extreme_logits(gamma, dtype, device):
+def test_extreme_logits(gamma, dtype, backend, device):
     """Finite for finite logits, the limit at infinity, NaN only from NaN."""
     inf = math.inf
     values = [0.0, -0.0, 20, -20, 100, -100, 1e4, -1e4, inf, -inf, math.nan]
@@ -179,7 +190,8 @@ def test_extreme_logits(gamma, dtype, device):
         assert loss[finite].isfinite().all() and grad[finite].isfinite().all()
         assert loss[at] == 0 and grad[at] == 0
         assert loss[values.index(-right)] == inf
-        assert grad[values.index(-right)].abs().item() == (0.25 if target == 0 else 0.75)
+        limit = 0.25 if target == 0 else 0.75
+        assert is_limit(grad[values.index(-right)].abs(), limit, backend)
         assert loss[-1].isnan() and grad[-1].isnan()
         soft = sigmoid_focal_loss(x, 1.0 - torch.full_like(x, target), 0.25, gamma)
         # 1 - p_t underflows to a power of 0 in another place of the soft form: below the normal numbers
@@ -541,14 +553,15 @@ def test_star_gradcheck(reduction, device):
         assert torch.autograd.gradgradcheck(f, x)
 
 
-def test_star_at_the_limits(device):
+def test_star_at_the_limits(backend, device):
     inf = math.inf
     x = torch.tensor([inf, -inf, 1e4, -1e4, math.nan], device=device).unsqueeze(1).requires_grad_()
     negative = torch.ones(5, device=device).long()
     loss = sigmoid_focal_loss_star(x, negative, beta=1.0)
     (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
     assert loss[0] == inf and loss[1] == 0 and loss[2].isfinite() and loss[4].isnan()
-    assert grad[0] == 0.75 and grad[1] == 0 and grad[4].isnan() and grad[:4].isfinite().all()
+    assert is_limit(grad[0], 0.75, backend) and grad[1] == 0
+    assert grad[4].isnan() and grad[:4].isfinite().all()
 
 
 LOGITS = st.floats(-60, 60, width=32)

@@ -8,10 +8,12 @@ few megabytes.
 import ctypes
 import mmap
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from cuda_emulation import last_blocks
+from ptx import executing, no_ptx_reason
 from torch import Tensor
 
 from focalops import sigmoid_focal_loss
@@ -53,13 +55,20 @@ def labels_of_tail() -> Tensor:
     return labels
 
 
+BACKENDS = ["cpu", "cuda-emulated", *["cuda-ptx"] * (no_ptx_reason() is None)]
+
+
+def kernels_of(backend: str) -> AbstractContextManager[None]:
+    return executing() if backend == "cuda-ptx" else nullcontext()
+
+
 def expected_gradient(tail: Tensor, labels: Tensor) -> Tensor:
     x = tail.clone().requires_grad_()
     loss = sigmoid_focal_loss(x, labels[-TAIL:], reduction="sum")
     return torch.autograd.grad(loss, x)[0]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda-emulated"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_rows(backend):
     logits = (repeated_logits() if backend == "cpu" else untouched_logits()).view(ROWS, CLASSES)
     assert logits.numel() > 2**31 and logits.numel() == 3_880_396_800
@@ -70,16 +79,15 @@ def test_rows(backend):
     if backend == "cpu":
         assert torch.ops.focalops._sigmoid_focal_loss_sum_(*arguments).isfinite()
     else:
-        with last_blocks(
-            1 + TAIL * CLASSES // 8192
-        ) as ops:  # a block: 256 threads x 4 vectors of 8
+        count = 1 + TAIL * CLASSES // 8192  # a block: 256 threads x 4 vectors of 8
+        with kernels_of(backend), last_blocks(count) as ops:
             ops._sigmoid_focal_loss_sum_(*arguments)
     torch.testing.assert_close(tail[-20:], expected[-20:], rtol=2**-7, atol=1e-30)
     assert (tail[-3] == 0).all() and expected.abs().sum() > 0
 
 
 @pytest.mark.parametrize("layout", ["planes", "rows"])
-@pytest.mark.parametrize("backend", ["cpu", "cuda-emulated"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_levels(backend, layout):
     flat = repeated_logits() if backend == "cpu" else untouched_logits()
     shape = IMAGES, *POSITIONS, ANCHORS * CLASSES
@@ -105,7 +113,7 @@ def test_levels(backend, layout):
         # Rows: TAIL positions of 9 anchors. Planes: a thread has 8 positions of 16 classes, and the
         # last slice of the last anchor lies in the last 2,800 of them.
         count = 2 + TAIL * ANCHORS * CLASSES // 8192 if layout == "rows" else 12
-        with last_blocks(count) as ops:
+        with kernels_of(backend), last_blocks(count) as ops:
             ops._dense_focal_loss_(*arguments)
     torch.testing.assert_close(tail.t(), expected, rtol=2**-7, atol=1e-30)
     assert (tail[:, -3] == 0).all() and expected.abs().sum() > 0
