@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from models.checkpoint import load_checkpoint
 from models.data import DataError
-from models.log import LOG
+from models.draw import is_ours
+from models.log import LOG, step_of
 from models.outputs import claim, write_whole
 
 CHECKPOINT, BEST, PICTURE = "checkpoint.pt", "best.pt", "detections.png"
@@ -26,8 +28,29 @@ def claim_run(folder: Path, *, resume: bool, overwrite: bool, inputs: Iterable[P
             f"{folder} holds a run already ({names}{', ...' if len(found) > 3 else ''}): --resume "
             "goes on with it, --overwrite replaces it"
         )
+    for path in found:
+        # A run that goes on leaves what it does not write, and says itself what is wrong with a checkpoint.
+        if (overwrite or path.name == PICTURE) and not made_by_a_run(path):
+            raise DataError(
+                f"{path} is not of a run of this command: move it, or give another --out"
+            )
     outputs = {folder / name for name in (CHECKPOINT, BEST, LOG, PICTURE)}
     claim(sorted({*outputs, *found}), overwrite=True, inputs=inputs)
+
+
+def made_by_a_run(path: Path) -> bool:
+    """Whether a file with a name of FILES is what a run writes there, so that --overwrite may remove it."""
+    if path.suffix == ".pt":
+        try:
+            load_checkpoint(path)
+        except DataError:
+            return False
+    elif path.name == LOG:
+        lines = path.read_text(errors="replace").splitlines()
+        return all(step_of(line) for line in lines[:1])
+    elif path.name == PICTURE:
+        return is_ours(path)
+    return True
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:

@@ -27,6 +27,8 @@ from models.recipes import RECIPES
 from models.run_folder import files_of_run
 from models.train import train
 
+pytest_plugins = ["models_runs"]
+
 # ---- What was there stays ------------------------------------------------------------------------
 
 
@@ -56,7 +58,8 @@ def test_overwrite_replaces_the_run_and_nothing_else(run, finished: Path, tmp_pa
     shutil.copytree(finished, out)
     events = out / "tensorboard" / "events.out.tfevents.1"
     events.parent.mkdir()
-    for file in (events, out / "notes.txt", out / "not-finite.json", out / "best.pt"):
+    shutil.copy(out / "checkpoint.pt", out / "best.pt")
+    for file in (events, out / "notes.txt", out / "not-finite.json"):
         file.write_text("written before")
     assert "--overwrite" in run(fails=True)
     assert run("--overwrite", "--steps", "2").startswith("trained: ")
@@ -64,6 +67,18 @@ def test_overwrite_replaces_the_run_and_nothing_else(run, finished: Path, tmp_pa
     assert [path.name for path in files_of_run(out)] == ["checkpoint.pt"]
     assert (out / "notes.txt").read_text() == "written before"
     assert "give only one" in run("--overwrite", "--resume", fails=True)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "best.pt", "log.jsonl", "detections.png"])
+def test_overwrite_keeps_what_no_run_made(run, finished: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / name).write_bytes(b"somebody's own")
+    before = contents(out)
+    assert f"{name} is not of a run of this command" in run("--overwrite", fails=True)
+    if name == "detections.png":
+        assert f"{name} is not of a run of this command" in run("--resume", fails=True)
+    assert contents(out) == before
 
 
 def test_inputs_are_not_overwritten(run, finished: Path, tmp_path: Path) -> None:
@@ -223,7 +238,6 @@ import tiny_backbone
 from models import train as training
 from models.__main__ import main
 
-pytest_plugins = ["models_runs"]
 save = training.save_checkpoint
 def fills_up(path, content):
     if content["step"] > 2:

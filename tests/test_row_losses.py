@@ -294,13 +294,8 @@ AT_INFINITY = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", AT_INFINITY)
-def test_infinite_logits_have_one_limit_in_every_path(name, dtype, backend, device):
+def test_infinite_logits_have_one_limit_in_every_path(name, dtype, device):
     """The loss of a large logit and its limit differ only by the size of the logit: 0, or the same gradient."""
-    if backend == "cuda-ptx" and "gamma 0.5, smoothed by" in name:
-        # The interpreter adds ulps to 2^x even where it is 0, and this tiny power meets an infinite cross entropy.
-        pytest.skip(
-            "ex2.approx of a number far below -149 is a subnormal number in the interpreter"
-        )
     function, options = AT_INFINITY[name]
     x = torch.tensor([math.inf, -math.inf], dtype=dtype).repeat(8).unsqueeze(1).to(device)
     scores = torch.tensor([0.0, 0.25, 0.5, 1.0]).repeat_interleave(4).to(device)

@@ -47,13 +47,14 @@ inline float flush(float x) {
 
 }  // namespace detail
 
-// 2 ulp from the correctly rounded result; 2^0 is 1.
+// 2 ulp from the correctly rounded result; 2^0 is 1, and what rounds to 0 is 0.
 template <bool Ftz>
 float ex2_approx(float x) {
   const float in = Ftz ? detail::flush(x) : x;
   float out = static_cast<float>(std::exp2(static_cast<double>(in)));
   const detail::Side side = detail::side(bits_of(in));
-  if (in != 0 && std::isfinite(in) && std::isfinite(out) && side != detail::Side::kNearest) {
+  if (in != 0 && out != 0 && std::isfinite(in) && std::isfinite(out) &&
+      side != detail::Side::kNearest) {
     const float edge = side == detail::Side::kLow ? 0 : std::numeric_limits<float>::infinity();
     out = std::nextafter(std::nextafter(out, edge), edge);
   }
