@@ -18,6 +18,7 @@ from focalops._arguments import (
     require_tensors,
 )
 from focalops._ops import (
+    as_own_input,
     call,
     check,
     check_floating,
@@ -412,7 +413,7 @@ def _backward_dense(ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]) 
     if torch.is_grad_enabled() or not grads:
         kind, weights, clip, beta, eps = ctx.arguments
         with torch.enable_grad():
-            x = [t if t.requires_grad else t.detach().requires_grad_() for t in deltas]
+            x = [as_own_input(t) for t in deltas]
             loss = reference.dense_box_loss(
                 x,
                 anchors,

@@ -20,6 +20,7 @@ from focalops._arguments import (
 )
 from focalops._ops import (
     FLOATING,
+    as_own_input,
     call,
     check,
     check_floating,
@@ -492,9 +493,7 @@ def differentiable(
 ) -> tuple[Any, ...]:
     """The gradients through formulas that autograd can differentiate again."""
     with torch.enable_grad():
-        first, second = (
-            x if x.requires_grad else x.detach().requires_grad_() for x in ctx.saved_tensors
-        )
+        first, second = (as_own_input(x) for x in ctx.saved_tensors)
         output = function(first, second, *ctx.settings)
         grads = torch.autograd.grad(output, (first, second), grad_output, create_graph=True)
     return gradients(ctx, *grads)

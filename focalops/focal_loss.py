@@ -12,6 +12,7 @@ from focalops import reference
 from focalops._arguments import check_are_constant, check_image_size, number
 from focalops._ops import (
     NATIVE_DEVICES,
+    as_own_input,
     call,
     check,
     check_floating,
@@ -435,7 +436,7 @@ def _divisor_of_sum(
     """The normalizer on the device, and its least value."""
     if isinstance(normalizer, Tensor):
         return normalizer.to(compute_dtype(inputs.dtype)), min_normalizer
-    return None, min_normalizer if normalizer is None else max(normalizer, min_normalizer)
+    return None, 1 if normalizer is None else max(normalizer, min_normalizer)
 
 
 def _sum(op: Any, inplace_op: Any, arguments: tuple[Any, ...], inplace_backward: bool) -> Tensor:
@@ -1111,7 +1112,7 @@ def _backward_rows(
         factor = _factor(grad, grad_loss, normalizer, ctx.min_normalizer)
         return _scaled(grad, factor), *nothing
     with torch.enable_grad():
-        x = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+        x = as_own_input(inputs)
         loss = ROW_REFERENCES[ctx.loss](
             x,
             (targets, scores),
@@ -1146,7 +1147,7 @@ def _backward_dense(
     if torch.is_grad_enabled() or not grads:
         alpha, gamma, label_smoothing = ctx.parameters
         with torch.enable_grad():
-            x = [t if t.requires_grad else t.detach().requires_grad_() for t in cls_logits]
+            x = [as_own_input(t) for t in cls_logits]
             loss = reference.dense_focal_loss(
                 x,
                 labels,
@@ -1207,7 +1208,7 @@ def _differentiable_backward(
     """The gradient through formulas that autograd can differentiate again."""
     alpha, gamma, beta, ignore_index = arguments
     with torch.enable_grad():
-        x = inputs if inputs.requires_grad else inputs.detach().requires_grad_()
+        x = as_own_input(inputs)
         loss = _reference(x, targets, alpha, gamma, beta, reduction, ignore_index=ignore_index)
         (grad,) = torch.autograd.grad(loss, x, grad_output, create_graph=True)
     return grad
