@@ -121,19 +121,22 @@ def softmax_focal_loss() -> Arguments:
     }
 
 
-def row_loss(**options: Sequence[Any]) -> Callable[[], Arguments]:
+def row_loss(may_be_dense: bool = False, **options: Sequence[Any]) -> Callable[[], Arguments]:
     def make() -> Arguments:
         x, indices, ignore_index = rows_of_logits()
-        scores = torch.rand(indices.shape)
-        scores = torch.where(torch.rand(indices.shape) < 0.7, scores, scores.round())
-        targets = (indices, scores.to(pick((torch.float32, torch.float64))))
-        chosen = {name: pick(values) for name, values in options.items()}
+        is_dense = may_be_dense and random.random() < 0.3
+        scores = torch.rand(x.shape if is_dense else indices.shape)
+        scores = torch.where(torch.rand(scores.shape) < 0.7, scores, scores.round())
+        scores = scores.to(pick((torch.float32, torch.float64)))
+        chosen = {name: pick(values) for name, values in options.items()} | reduced()
+        if is_dense:
+            weight = torch.rand(x.shape) * 3
+            return {"inputs": x, "targets": scores, "weight": maybe(lambda: weight), **chosen}
         return {
             "inputs": x,
-            "targets": targets,
+            "targets": (indices, scores),
             "ignore_index": ignore_index,
             **chosen,
-            **reduced(),
             **weights(indices.shape, x.shape[-1]),
         }
 
@@ -194,6 +197,11 @@ def pairwise() -> Arguments:
     return {"boxes1": a, "boxes2": maybe(lambda: b, b.double(), 0.9)}
 
 
+def box_iou() -> Arguments:
+    fmt, mode = pick(("xyxy", "xyxy", "xywh", "cxcywh")), pick(("iou", "iou", "iof"))
+    return {**pairwise(), "fmt": fmt, "mode": mode}
+
+
 def pairwise_with_eps() -> Arguments:
     return {**pairwise(), "eps": pick((1e-7, 1e-3))}
 
@@ -219,12 +227,14 @@ def encode_boxes() -> Arguments:
 
 def decode_boxes() -> Arguments:
     batch, n = maybe(lambda: (between(0, 3),), ()), between(0, 20)
+    sizes = [(between(1, 900), between(1, 900)) for _ in range(batch[0] if batch else 0)]
     return {
         "deltas": (torch.randn(*batch, n, 4) * pick((0.1, 1, 10))).to(pick(DTYPES)),
         "anchors": boxes(*maybe(lambda: batch, ()), n, proper=True),
         "weights": pick(CODER_WEIGHTS),
         "clip": pick((4.135, 0.5)),
-        "image_size": maybe(lambda: (between(1, 900), between(1, 900))),
+        "image_size": pick((None, (between(1, 900), between(1, 900)), sizes or None)),
+        "ctr_clamp": maybe(lambda: pick((0.5, 32))),
     }
 
 
@@ -279,6 +289,14 @@ def match_anchors() -> Arguments:
     if random.random() < 0.4:
         crowd = [torch.rand(len(g)) < 0.3 for g in gt_boxes]
         arguments |= {"crowd": crowd, "crowd_threshold": pick((0.0, 0.5, 0.9))}
+        arguments |= {"ignore_wrt_candidates": pick((True, False))}
+    elif random.random() < 0.4:
+        dtype = pick((torch.int32, torch.int64))
+        arguments["counts"] = torch.tensor([len(g) for g in gt_boxes], dtype=dtype)
+        padded = torch.full((len(gt_boxes), 9, 4), math.nan, dtype=anchors.dtype)
+        for row, g in zip(padded, gt_boxes, strict=True):
+            row[: len(g)] = g
+        arguments["gt_boxes"] = padded
     if random.random() < 0.4:
         arguments |= {"image_sizes": [(between(1, 60), between(1, 60)) for _ in gt_boxes]}
     return arguments
@@ -288,13 +306,23 @@ def class_index_targets() -> Arguments:
     images, most = between(0, 3), between(0, 4)
     labels = torch.randint(0, 5, (images, most))
     matches = torch.randint(-2, most, (images, between(0, 30)))
-    return {"matches": matches, "gt_labels": maybe(lambda: labels, list(labels)), "num_classes": 5}
+    of_image = maybe(lambda: labels, list(labels))
+    return {
+        "matches": matches,
+        "gt_labels": of_image,
+        "num_classes": 5,
+        "ignore_index": pick((-100, -1)),
+    }
 
 
 def count_degenerate_boxes() -> Arguments:
     gt_boxes = [boxes(between(0, 6), dtype=torch.float32) for _ in range(between(0, 3))]
     sizes = [(between(1, 60), between(1, 60)) for _ in gt_boxes]
-    return {"gt_boxes": gt_boxes, "image_sizes": maybe(lambda: sizes)}
+    arguments: Arguments = {"gt_boxes": gt_boxes, "image_sizes": maybe(lambda: sizes)}
+    if random.random() < 0.3:
+        counts = torch.randint(0, 6, (len(gt_boxes),))
+        arguments |= {"gt_boxes": boxes(len(gt_boxes), 5, dtype=torch.float32), "counts": counts}
+    return arguments
 
 
 def scored(*shape: int) -> tuple[Tensor, Tensor]:
@@ -373,16 +401,15 @@ def detect() -> Arguments:
         "class_agnostic": pick((True, False)),
         "overlap": pick(("iou", "diou")),
         "weights": pick(CODER_WEIGHTS),
+        "clip": pick((4.135, 0.1)),
     }
 
 
 def match_iou_matrix() -> Arguments:
     iou = torch.rand(between(0, 8), between(0, 40)).clamp(min=0.3).sub(0.3).to(pick(DTYPES))
-    arguments = {
-        k: v
-        for k, v in match_anchors().items()
-        if k not in ("anchors", "gt_boxes", "crowd", "crowd_threshold", "image_sizes")
-    }
+    options = ("fg_iou_threshold", "bg_iou_threshold", "allow_low_quality_matches", "rule")
+    options = (*options, "min_pos_iou", "gt_max_assign_all")
+    arguments = {k: v for k, v in match_anchors().items() if k in options}
     return {"iou": iou, **arguments}
 
 
@@ -390,12 +417,12 @@ def nms_match() -> Arguments:
     return {k: v for k, v in nms().items() if k != "overlap"}
 
 
-PUBLIC = set(focalops.__all__) - {"__version__"}
 MAKERS: dict[str, Callable[[], Arguments]] = {
     "AnchorGenerator": anchor_generator,
     "accelerate": detector,
     "batched_nms": batched_nms,
-    **dict.fromkeys(IOU_KINDS[:2], pairwise),
+    "box_iou": box_iou,
+    "generalized_box_iou": pairwise,
     **dict.fromkeys(IOU_KINDS[2:], pairwise_with_eps),
     **{f"{name}_loss": pairs for name in IOU_KINDS},
     "class_index_targets": class_index_targets,
@@ -413,15 +440,20 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "multiclass_nms": multiclass_nms,
     "nms": nms,
     "nms_match": nms_match,
-    "quality_focal_loss": row_loss(beta=(0, 1, 1.5, 2)),
+    "quality_focal_loss": row_loss(True, beta=(0, 1, 1.5, 2)),
     "sigmoid_focal_loss": sigmoid_focal_loss,
     "sigmoid_focal_loss_star": sigmoid_focal_loss_star,
     "soft_nms": soft_nms,
     "softmax_focal_loss": softmax_focal_loss,
-    "varifocal_loss": row_loss(alpha=(0.75, 0.25), gamma=(0, 1.5, 2), iou_weighted=(True, False)),
+    "varifocal_loss": row_loss(
+        True,
+        alpha=(0.75, 0.25),
+        gamma=(0, 1.5, 2),
+        iou_weighted=(True, False),
+        detach_weight=(True, False),
+    ),
 }
-assert MAKERS.keys() >= PUBLIC
-MAKERS = {name: make for name, make in MAKERS.items() if name in PUBLIC}
+assert MAKERS.keys() == set(focalops.__all__) - {"__version__"}
 
 
 # ---- wrong arguments ----------------------------------------------------------------------------

@@ -20,13 +20,20 @@ between = random.randint
 
 def anchor_generator() -> dict[str, Any]:
     levels = between(1, 4)
-    convention = pick(("torchvision", "detectron2", "mmdet"))
+    convention = pick(("torchvision", "detectron2", "mmdet", "efficientdet"))
     strides = [between(1, 64) for _ in range(levels)]
+    options: dict[str, Any] = {}
+    if convention in ("detectron2", "mmdet"):
+        options["offset"] = pick((0.0, 0.5))
+    if convention == "mmdet":
+        options["scale_major"] = pick((True, False))
+    ratios = (0.5, 1.0, random.uniform(0.1, 3))
     return {
         "sizes": tuple(tuple(float(between(8, 600)) for _ in range(2)) for _ in range(levels)),
-        "aspect_ratios": ((0.5, 1.0, random.uniform(0.1, 3)),),
+        "aspect_ratios": ratios if convention == "efficientdet" else (ratios,) * levels,
         "convention": convention,
         "strides": None if convention == "torchvision" else strides,
+        **options,
         "image_size": (between(64, 500), between(64, 500)),
         "feature_sizes": [(between(1, 20), between(1, 20)) for _ in range(levels)],
     }
@@ -36,22 +43,37 @@ def grid(image_size: Any, feature_sizes: Any, **options: Any) -> Tensor:
     return focalops.AnchorGenerator(**options).grid(image_size, feature_sizes)
 
 
-def grid_of_formulas(sizes: Any, aspect_ratios: Any, convention: str, strides: Any, image_size: Any, feature_sizes: Any) -> Tensor:  # fmt: skip
-    """torchvision's own module, or what the two others say in words."""
+def grid_of_formulas(
+    sizes: Any,
+    aspect_ratios: Any,
+    convention: str,
+    strides: Any,
+    image_size: Any,
+    feature_sizes: Any,
+    offset: float = 0,
+    scale_major: bool = True,
+) -> Tensor:
+    """torchvision's own module, or what the others say in words."""
     if convention == "torchvision":
         maps = [torch.zeros(1, 1, *size) for size in feature_sizes]
         images = ImageList(torch.zeros(1, 1, *image_size), [image_size])
-        return AnchorGenerator(sizes, aspect_ratios * len(sizes))(images, maps)[0]
+        return AnchorGenerator(sizes, aspect_ratios)(images, maps)[0]
     anchors = []
     for scales, stride, (height, width) in zip(sizes, strides, feature_sizes, strict=True):
-        shapes = [(s, r) for r in aspect_ratios[0] for s in scales]
-        if convention == "detectron2":
-            shapes = [(s, r) for s in scales for r in aspect_ratios[0]]
+        step_x = step_y = stride
+        ratios = (
+            aspect_ratios[0] if convention != "efficientdet" else [1 / r for r in aspect_ratios]
+        )
+        if convention == "efficientdet":  # width / height, and strides as they come out
+            step_x, step_y, offset = image_size[1] / width, image_size[0] / height, 0.5
+        shapes = [(s, r) for s in scales for r in ratios]
+        if convention == "mmdet" and scale_major:
+            shapes = [(s, r) for r in ratios for s in scales]
         for y in range(height):
             for x in range(width):
                 for s, r in shapes:
-                    w, h = s / r**0.5, s * r**0.5
-                    x0, y0 = x * stride, y * stride
+                    w, h = s / r**0.5 * step_x / stride, s * r**0.5 * step_y / stride
+                    x0, y0 = (x + offset) * step_x, (y + offset) * step_y
                     anchors.append((x0 - w / 2, y0 - h / 2, x0 + w / 2, y0 + h / 2))
     return torch.tensor(anchors, dtype=torch.float64)
 
@@ -63,7 +85,7 @@ class Backbone(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = (torch.nn.Conv2d(c, 32, 3, 8, 1) for c in (3, 32))
+        self.first, self.second = (torch.nn.Conv2d(c, 32, 3, s, 1) for c, s in ((3, 8), (32, 2)))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self.first(x).relu()
@@ -75,7 +97,9 @@ def detector() -> dict[str, Any]:
     sizes = ((16.0, 24.0), (64.0,) * 2) if kind is RetinaNet else ((8.0,), (64.0,))
     generator = AnchorGenerator(sizes, ((0.5, 1.0) if kind is RetinaNet else (1.0,),) * 2)
     settings = {"min_size": 64, "max_size": 96, "anchor_generator": generator}
-    model = kind(Backbone(), between(1, 5), **settings, score_thresh=pick((0.01, 0.05)))
+    # Where nothing is near a threshold rounding takes no detection away; detect itself has rounds of its own.
+    settings |= {"score_thresh": 0.0, "nms_thresh": 1.0}
+    model = kind(Backbone(), between(1, 5), **settings)
     images = [torch.rand(3, between(50, 90), between(50, 90)) for _ in range(between(1, 3))]
     targets = []
     for _ in images:

@@ -83,7 +83,15 @@ def _in_every_order(name: str) -> Callable[..., Any]:
 def _bits(tree: Any) -> list[tuple[Any, bytes]]:
     tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [
-        (t.shape, t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors
+        (
+            t.shape,
+            t.clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+            .tobytes(),
+        )
+        for t in tensors
     ]
 
 
