@@ -7,7 +7,6 @@ import fuzz
 import fuzz_arguments
 import pytest
 import torch
-from fuzz_arguments import IOU_KINDS
 from fuzz_modules import MODULES
 
 import focalops
@@ -17,23 +16,7 @@ from focalops import reference
 SEEDS = range(6)
 
 
-# What the rounds find, and is not mended yet.
-CHAINED = "a kept graph counts twice what leads from one input to another"
-DIVISOR = "min_normalizer divides where there is no normalizer"
-OPEN = {
-    **dict.fromkeys(IOU_KINDS[1:], CHAINED),
-    **dict.fromkeys((f"{kind}_loss" for kind in IOU_KINDS), CHAINED),
-    "encode_boxes": CHAINED,
-    **dict.fromkeys(("quality_focal_loss", "varifocal_loss"), DIVISOR),
-}
-
-
-def marked(name: str):
-    marks = [pytest.mark.xfail(reason=OPEN[name], strict=True)] if name in OPEN else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.parametrize("name", [marked(name) for name in fuzz.NAMES])
+@pytest.mark.parametrize("name", fuzz.NAMES)
 def test_every_path_of_every_function_agrees(name, capsys):
     found = [
         fuzz.main(["--only", name, "--seed", f"{seed}", "--seconds", "0", "--compile", "0"])
