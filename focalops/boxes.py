@@ -124,7 +124,8 @@ def _iou_matrix(
     if batch is None:
         return call(ops.box_iou, boxes1, boxes2, kind, eps)
     boxes1, boxes2 = (
-        boxes.expand(*batch, -1, -1).reshape(-1, *boxes.shape[-2:]) for boxes in (boxes1, boxes2)
+        boxes.expand(*batch, -1, -1).reshape(math.prod(batch), *boxes.shape[-2:])
+        for boxes in (boxes1, boxes2)
     )
     return call(ops.box_iou, boxes1, boxes2, kind, eps).unflatten(0, batch)
 

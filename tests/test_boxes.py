@@ -475,6 +475,13 @@ def test_batches_broadcast_as_torchvisions(name, shapes, device):
     torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shapes", [((1, 0), (0,)), ((2, 0), (3,)), ((2, 3), (0,))], ids=str)
+def test_batches_without_boxes_broadcast(shapes, device):
+    boxes1, boxes2 = (random_boxes(*shape, device=device) for shape in shapes)
+    batch, rows = shapes[0]
+    assert focalops.box_iou(boxes1, boxes2).shape == (batch, rows, *shapes[1])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 4), (33, 8), (3, 300)], ids=str)
 def test_iof_is_the_references(shape, dtype, device):
