@@ -7,7 +7,7 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from models.command_line import run
+    from .command_line import run
 
     return run(arguments)
 
@@ -17,7 +17,7 @@ if __name__ == "__main__":
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import models.command_line  # noqa: F401
+    from . import command_line  # noqa: F401
 
     signal.signal(signal.SIGINT, handler)
     sys.exit(main())

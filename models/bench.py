@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor
 
-from models.recipes import PRECISIONS
-from models.retinanet import RetinaNet
+from .recipes import PRECISIONS
+from .retinanet import RetinaNet
 
 PHASES = ("forward", "loss", "backward", "post-process")
 Figures = dict[str, dict[str, float]]  # phase -> implementation -> milliseconds

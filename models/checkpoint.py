@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from models.data import DataError
-from models.outputs import reason, written_whole
-from models.recipes import Recipe
-from models.retinanet import RetinaNet
+from .data import DataError
+from .outputs import reason, written_whole
+from .recipes import Recipe
+from .retinanet import RetinaNet
 
 CHECKSUM = "checksum"
 

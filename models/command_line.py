@@ -11,7 +11,7 @@ from urllib.error import URLError
 
 import torch
 
-from models.commands import (
+from .commands import (
     bench,
     check,
     configs,
@@ -23,11 +23,11 @@ from models.commands import (
     study,
     train,
 )
-from models.commands.common import first_line
-from models.data import DataError
-from models.distributed import process_group
-from models.outputs import reason
-from models.train import TrainingStopped
+from .commands.common import first_line
+from .data import DataError
+from .distributed import process_group
+from .outputs import reason
+from .train import TrainingStopped
 
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models.losses import CLASSIFICATION_LOSSES
-from models.ranges import (
+from .losses import CLASSIFICATION_LOSSES
+from .ranges import (
     Range,
     check_fields,
     check_names,

@@ -16,7 +16,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from models.retinanet import BACKBONES, RESNET_STAGES, RetinaNetConfig
+from .retinanet import BACKBONES, RESNET_STAGES, RetinaNetConfig
 
 
 def config_of(model: Any) -> RetinaNetConfig:

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from focalops import detect
-from models.retinanet import RetinaNet
+
+from .retinanet import RetinaNet
 
 DIVISOR = 32  # of the height and width of a batch, as in torchvision's transform
 

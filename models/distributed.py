@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from models.data.errors import DataError
+from .data.errors import DataError
 
 Item = TypeVar("Item")
 

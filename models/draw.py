@@ -24,8 +24,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from focalops import box_iou
-from models.outputs import write_whole
-from models.retinanet import Detections
+
+from .outputs import write_whole
+from .retinanet import Detections
 
 TRUTH, CORRECT, WRONG, MISSED = "#00d5ff", "#ffe119", "#ff4fd8", "#ff6a3d"
 PALETTE = (

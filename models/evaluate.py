@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from focalops import batched_nms, box_iou
-from models.data import (
+
+from .data import (
     CocoDataset,
     DataError,
     Id,
@@ -27,11 +28,11 @@ from models.data import (
     match_categories,
     numbered,
 )
-from models.distributed import gather, rank, world_size
-from models.outputs import write_whole
-from models.recipes import Recipe
-from models.retinanet import Detections, RetinaNet
-from models.windows import windows
+from .distributed import gather, rank, world_size
+from .outputs import write_whole
+from .recipes import Recipe
+from .retinanet import Detections, RetinaNet
+from .windows import windows
 
 Result = dict[str, Any]  # one box as COCO results have it
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from models.data import DataError
-from models.retinanet import RetinaNet
+from .data import DataError
+from .retinanet import RetinaNet
 
 CLASS_LAYER = "head.classification_head.cls_logits."
 

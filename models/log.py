@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from models.data import DataError
-from models.distributed import rank
-from models.outputs import reason, write_whole
-from models.ranges import check, whole
-from models.validation import MEASURE
+from .data import DataError
+from .distributed import rank
+from .outputs import reason, write_whole
+from .ranges import check, whole
+from .validation import MEASURE
 
 LOG = "log.jsonl"
 

@@ -13,7 +13,7 @@ from focalops import dense_focal_loss, nms, sigmoid_focal_loss_star
 from focalops.reference import head_rows
 
 if TYPE_CHECKING:
-    from models.config import RetinaNetConfig
+    from .config import RetinaNetConfig
 
 IGNORED = -100
 OHEM_BATCH, OHEM_NMS = 128, 0.5  # the paper's best

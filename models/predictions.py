@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from models.outputs import text_written_whole
-from models.retinanet import Detections
+from .outputs import text_written_whole
+from .retinanet import Detections
 
 # What each format writes.
 FILES = {

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from models.config import RetinaNetConfig, as_tuples, octave_sizes
-from models.ranges import (
+from .config import RetinaNetConfig, as_tuples, octave_sizes
+from .ranges import (
     Range,
     check_fields,
     check_names,

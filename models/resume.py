@@ -7,8 +7,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from models.data import CocoDataset, DataError
-from models.recipes import Recipe
+from .data import CocoDataset, DataError
+from .recipes import Recipe
 
 
 def fingerprint(data: CocoDataset) -> dict[str, Any]:

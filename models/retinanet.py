@@ -26,7 +26,8 @@ from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, FrozenB
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from focalops import AnchorGenerator, class_index_targets, dense_box_loss, detect, match_anchors
-from models.config import (
+
+from .config import (
     BACKBONES,
     BOX_LOSSES,
     RESNET_STAGES,
@@ -35,7 +36,7 @@ from models.config import (
     as_tuples,
     octave_sizes,
 )
-from models.losses import classification_loss
+from .losses import classification_loss
 
 __all__ = [
     "BACKBONES",
@@ -76,7 +77,7 @@ class RetinaNet(nn.Module):
 
         Where no RetinaNetConfig means the same, a ValueError says what stands against it.
         """
-        from models.convert import config_of
+        from .convert import config_of
 
         copy = cls(config_of(model))
         copy.load_state_dict(model.state_dict())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from models.checkpoint import load_checkpoint
-from models.data import DataError
-from models.draw import is_ours
-from models.log import LOG, step_of
-from models.outputs import claim, write_whole
+from .checkpoint import load_checkpoint
+from .data import DataError
+from .draw import is_ours
+from .log import LOG, step_of
+from .outputs import claim, write_whole
 
 CHECKPOINT, BEST, PICTURE = "checkpoint.pt", "best.pt", "detections.png"
 FILES = (CHECKPOINT, BEST, LOG, PICTURE, "not-finite*.json", "tensorboard/events.out.tfevents.*")

@@ -26,14 +26,15 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.harness import describe
-from models.data import CocoDataset, DataError, Id, TrainingStream, collate
-from models.draw import save_figure
-from models.evaluate import category_ids, check_truth, detect_all, evaluate
-from models.losses import IGNORED, rows_of
-from models.outputs import claim, claim_folder, write_whole
-from models.recipes import Recipe, with_model
-from models.retinanet import BOX_LOSSES, RetinaNet
-from models.train import TrainingDiverged, train
+
+from .data import CocoDataset, DataError, Id, TrainingStream, collate
+from .draw import save_figure
+from .evaluate import category_ids, check_truth, detect_all, evaluate
+from .losses import IGNORED, rows_of
+from .outputs import claim, claim_folder, write_whole
+from .recipes import Recipe, with_model
+from .retinanet import BOX_LOSSES, RetinaNet
+from .train import TrainingDiverged, train
 
 FIGURES = ("AP", "AP50", "AP75")
 ASPECT_RATIOS = {1: (1.0,), 2: (0.5, 2.0), 3: (0.5, 1.0, 2.0)}

@@ -21,16 +21,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from models.checkpoint import load_checkpoint, load_weights, save_checkpoint
-from models.data import CocoDataset, DataError, TrainingStream, collate, mix
-from models.distributed import rank, world_size
-from models.outputs import write_whole
-from models.ranges import check, whole
-from models.recipes import PRECISIONS, Recipe
-from models.resume import check_same_run, fingerprint
-from models.retinanet import RetinaNet, Target
-from models.run_folder import BEST
-from models.validation import Validation
+from .checkpoint import load_checkpoint, load_weights, save_checkpoint
+from .data import CocoDataset, DataError, TrainingStream, collate, mix
+from .distributed import rank, world_size
+from .outputs import write_whole
+from .ranges import check, whole
+from .recipes import PRECISIONS, Recipe
+from .resume import check_same_run, fingerprint
+from .retinanet import RetinaNet, Target
+from .run_folder import BEST
+from .validation import Validation
 
 Sample = tuple[Tensor, Target]
 Batch = tuple[list[Tensor], list[Target]]

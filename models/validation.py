@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.data import DataError
-from models.ranges import check, optional, whole
-from models.retinanet import RetinaNet
+from .data import DataError
+from .ranges import check, optional, whole
+from .retinanet import RetinaNet
 
 MEASURE = "AP"
 

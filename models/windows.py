@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from models.ranges import check, whole
+from .ranges import check, whole
 
 
 def windows(

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from models.bench import bench, table
-from models.commands.common import DATA_HELP, files_of
-from models.data import TrainingStream, collate, open_data
-from models.outputs import claim, write_whole
-from models.ranges import check, whole
-from models.recipes import PRECISIONS
-from models.train import keep_freed_memory, to_device
+from ..bench import bench, table
+from ..commands.common import DATA_HELP, files_of
+from ..data import TrainingStream, collate, open_data
+from ..outputs import claim, write_whole
+from ..ranges import check, whole
+from ..recipes import PRECISIONS
+from ..train import keep_freed_memory, to_device
 
 HELP = "time the parts of a training step beside torchvision's"
 

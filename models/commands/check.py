@@ -7,10 +7,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from models.commands.common import DATA_HELP, add_image_arguments
-from models.data import DataError
-from models.data.check import Report, check_data
-from models.outputs import claim, write_whole
+from ..commands.common import DATA_HELP, add_image_arguments
+from ..data import DataError
+from ..data.check import Report, check_data
+from ..outputs import claim, write_whole
 
 HELP = "read a whole data set, images included, and say what is wrong with it"
 

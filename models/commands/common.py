@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.data import CocoDataset, DataError, open_data
-from models.distributed import rank
-from models.recipes import RECIPES, Recipe, with_model
+from ..data import CocoDataset, DataError, open_data
+from ..distributed import rank
+from ..recipes import RECIPES, Recipe, with_model
 
 DATA_HELP = "a COCO-format folder, or 'trees', the built-in aerial photographs"
 

@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 import json
 
-from models.commands.common import find_recipe
-from models.recipes import RECIPES
+from ..commands.common import find_recipe
+from ..recipes import RECIPES
 
 HELP = "the recipes as JSON, which train --recipe takes"
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from models.data import read_voc, write_conversion
+from ..data import read_voc, write_conversion
 
 HELP = "a Pascal VOC folder as a COCO-format folder"
 

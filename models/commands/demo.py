@@ -7,14 +7,14 @@ import dataclasses
 import time
 from pathlib import Path
 
-from models.checkpoint import expected_bytes
-from models.data import open_data, prepare_backbone_weights
-from models.draw import draw_comparison
-from models.evaluate import detect, evaluate, save_results, to_results
-from models.outputs import claim_folder, locked, remade
-from models.recipes import RECIPES, Recipe
-from models.run_folder import CHECKPOINT
-from models.train import keep_freed_memory, train
+from ..checkpoint import expected_bytes
+from ..data import open_data, prepare_backbone_weights
+from ..draw import draw_comparison
+from ..evaluate import detect, evaluate, save_results, to_results
+from ..outputs import claim_folder, locked, remade
+from ..recipes import RECIPES, Recipe
+from ..run_folder import CHECKPOINT
+from ..train import keep_freed_memory, train
 
 HELP = "train on trees, evaluate, draw, time the kernels"
 

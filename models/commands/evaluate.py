@@ -7,13 +7,13 @@ import dataclasses
 import itertools
 from pathlib import Path
 
-from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, files_of, open_split
-from models.data import DataError
-from models.draw import draw_curves
-from models.evaluate import category_ids, compare, detect_all, save_figures, save_results
-from models.outputs import claim
-from models.ranges import check, optional, whole
+from ..checkpoint import load_model
+from ..commands.common import add_data_arguments, files_of, open_split
+from ..data import DataError
+from ..draw import draw_curves
+from ..evaluate import category_ids, compare, detect_all, save_figures, save_results
+from ..outputs import claim
+from ..ranges import check, optional, whole
 
 HELP = "pycocotools' table for a checkpoint"
 

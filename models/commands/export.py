@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from focalops._library import CUDA_LIBRARY, LIBRARY
-from models.checkpoint import load_model
-from models.deploy import Detector, disagreement, forms, milliseconds, to_batch
-from models.outputs import claim
-from models.ranges import check, whole
+
+from ..checkpoint import load_model
+from ..deploy import Detector, disagreement, forms, milliseconds, to_batch
+from ..outputs import claim
+from ..ranges import check, whole
 
 HELP = "package a checkpoint for C++, and time the ways to run it"
 

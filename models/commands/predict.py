@@ -10,15 +10,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from models.checkpoint import load_model
-from models.commands.common import add_large_images
-from models.data import IMAGE_SUFFIXES, DataError, list_files
-from models.data.images import decode
-from models.draw import draw_contact_sheet, draw_detections, draw_tile, is_ours
-from models.evaluate import detect
-from models.outputs import claim
-from models.predictions import FILES, Found, rounded, writers
-from models.ranges import check, real
+from ..checkpoint import load_model
+from ..commands.common import add_large_images
+from ..data import IMAGE_SUFFIXES, DataError, list_files
+from ..data.images import decode
+from ..draw import draw_contact_sheet, draw_detections, draw_tile, is_ours
+from ..evaluate import detect
+from ..outputs import claim
+from ..predictions import FILES, Found, rounded, writers
+from ..ranges import check, real
 
 HELP = "the detections in images, drawn and as data"
 DESCRIPTION = (

@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from models.checkpoint import load_model
-from models.commands.common import add_data_arguments, find_recipe, for_data, open_split
-from models.data import CocoDataset, prepare_backbone_weights
-from models.outputs import claim, claim_folder, locked
-from models.ranges import check, optional, whole
-from models.recipes import Recipe
-from models.study import DISTRIBUTION, STUDIES, run_distribution, run_study
-from models.train import (
+from ..checkpoint import load_model
+from ..commands.common import add_data_arguments, find_recipe, for_data, open_split
+from ..data import CocoDataset, prepare_backbone_weights
+from ..outputs import claim, claim_folder, locked
+from ..ranges import check, optional, whole
+from ..recipes import Recipe
+from ..study import DISTRIBUTION, STUDIES, run_distribution, run_study
+from ..train import (
     TrainingInterrupted,
     TrainingStopped,
     keep_freed_memory,

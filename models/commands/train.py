@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from models.checkpoint import expected_bytes, load_checkpoint
-from models.commands.common import add_data_arguments, find_recipe, for_data, open_split
-from models.data import CocoDataset, prepare_backbone_weights
-from models.distributed import from_first, rank
-from models.draw import draw_comparison
-from models.evaluate import category_ids, check_truth, detect, detect_all, evaluate
-from models.finetune import take_weights
-from models.log import Log
-from models.losses import CLASSIFICATION_LOSSES
-from models.outputs import claim_folder, locked
-from models.ranges import check, option, optional, whole
-from models.recipes import PRECISIONS, RECIPES, Recipe, with_model
-from models.resume import differences, fingerprint, other_recipe
-from models.retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
-from models.run_folder import (
+from ..checkpoint import expected_bytes, load_checkpoint
+from ..commands.common import add_data_arguments, find_recipe, for_data, open_split
+from ..data import CocoDataset, prepare_backbone_weights
+from ..distributed import from_first, rank
+from ..draw import draw_comparison
+from ..evaluate import category_ids, check_truth, detect, detect_all, evaluate
+from ..finetune import take_weights
+from ..log import Log
+from ..losses import CLASSIFICATION_LOSSES
+from ..outputs import claim_folder, locked
+from ..ranges import check, option, optional, whole
+from ..recipes import PRECISIONS, RECIPES, Recipe, with_model
+from ..resume import differences, fingerprint, other_recipe
+from ..retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
+from ..run_folder import (
     BEST,
     CHECKPOINT,
     PICTURE,
@@ -34,8 +34,8 @@ from models.run_folder import (
     claim_run,
     remove_run,
 )
-from models.train import TrainingInterrupted, TrainingStopped, keep_freed_memory, train
-from models.validation import Validation
+from ..train import TrainingInterrupted, TrainingStopped, keep_freed_memory, train
+from ..validation import Validation
 
 HELP = "train a detector"
 

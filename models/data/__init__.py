@@ -1,14 +1,14 @@
 """Images and boxes: COCO-format folders, Pascal VOC, the built-in `trees`, the stream of training samples."""
 
-from models.data.annotations import Id, as_coco, id_order, load_annotations, numbered
-from models.data.coco import CocoDataset, Target, match_categories
-from models.data.downloads import open_data, prepare_backbone_weights, trees
-from models.data.errors import DataError
-from models.data.findings import Finding
-from models.data.images import read_image
-from models.data.layouts import IMAGE_SUFFIXES, find_split, list_files, splits
-from models.data.stream import CROWD, TrainingStream, collate, mix, random_crop
-from models.data.voc import convert_voc, read_voc, voc_to_coco, write_conversion
+from ..data.annotations import Id, as_coco, id_order, load_annotations, numbered
+from ..data.coco import CocoDataset, Target, match_categories
+from ..data.downloads import open_data, prepare_backbone_weights, trees
+from ..data.errors import DataError
+from ..data.findings import Finding
+from ..data.images import read_image
+from ..data.layouts import IMAGE_SUFFIXES, find_split, list_files, splits
+from ..data.stream import CROWD, TrainingStream, collate, mix, random_crop
+from ..data.voc import convert_voc, read_voc, voc_to_coco, write_conversion
 
 __all__ = [
     "CROWD",

@@ -17,8 +17,8 @@ from typing import Any
 
 from pycocotools.coco import COCO
 
-from models.data.errors import DataError
-from models.data.findings import Finding, only_met
+from ..data.errors import DataError
+from ..data.findings import Finding, only_met
 
 Id = int | float | str
 Entry = dict[str, Any]

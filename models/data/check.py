@@ -14,13 +14,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from models.data.annotations import Id, parse
-from models.data.coco import DARK, CocoDataset, dark_images
-from models.data.downloads import trees
-from models.data.errors import DataError
-from models.data.findings import Finding, only_met
-from models.data.images import decode
-from models.data.layouts import IMAGE_SUFFIXES, find_split, list_files, splits
+from ..data.annotations import Id, parse
+from ..data.coco import DARK, CocoDataset, dark_images
+from ..data.downloads import trees
+from ..data.errors import DataError
+from ..data.findings import Finding, only_met
+from ..data.images import decode
+from ..data.layouts import IMAGE_SUFFIXES, find_split, list_files, splits
 
 
 @dataclass

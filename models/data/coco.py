@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from models.data.annotations import Id, as_coco, has_area, id_order, read_annotations, refuse
-from models.data.errors import DataError
-from models.data.findings import Finding, only_met
-from models.data.images import Header, read_header, read_image
-from models.data.layouts import find_split, image_folder, locate
+from ..data.annotations import Id, as_coco, has_area, id_order, read_annotations, refuse
+from ..data.errors import DataError
+from ..data.findings import Finding, only_met
+from ..data.images import Header, read_header, read_image
+from ..data.layouts import find_split, image_folder, locate
 
 Target = dict[str, Any]
 

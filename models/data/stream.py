@@ -13,8 +13,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from models.data.coco import CocoDataset, Target
-from models.data.errors import DataError
+from ..data.coco import CocoDataset, Target
+from ..data.errors import DataError
 
 
 class TrainingStream(Dataset):

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
-from models.data.errors import DataError
-from models.data.images import read_header
-from models.data.layouts import IMAGE_SUFFIXES, list_files
+from ..data.errors import DataError
+from ..data.images import read_header
+from ..data.layouts import IMAGE_SUFFIXES, list_files
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2
 VocObject = tuple[str, Box, bool]  # class, box, difficult
@@ -98,7 +98,7 @@ def read_voc(root: Path) -> Conversion:
 
 def write_conversion(conversion: Conversion, out: Path, *, overwrite: bool = False) -> None:
     """Nothing is written unless everything can be."""
-    from models.outputs import claim, reason, write_whole  # not above: it imports this package
+    from ..outputs import claim, reason, write_whole  # not above: it imports this package
 
     files = {out / f"{split}.json": dataset for split, dataset in conversion.splits.items()}
     link, target = out / "images", conversion.image_dir.resolve()
