@@ -57,6 +57,29 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_two_at_once_do_not_write_into_one_folder(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    image, out = save(tmp_path / "image.png"), tmp_path / "out"
+    holder = (
+        "import sys, pathlib; from models.outputs import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    out.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(out)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        assert run(checkpoint, image, "--out", out) == 1
+        assert "is being written to by another process" in capsys.readouterr().err
+        other.communicate()
+    assert run(checkpoint, image, "--out", out) == 0
+    assert sorted(contents(out)) == ["image.png"]
+
+
 # ---- Names ---------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> None:
     rows = evaluation.by_category(data.categories)
     print("\n     AP   AP50  category")
     for row in rows:
-        print(f"{row['AP']:7.3f} {row['AP50']:6.3f}  {row['name']}")
+        name = " ".join(row["name"].split())  # one may hold line breaks
+        print(f"{row['AP']:7.3f} {row['AP50']:6.3f}  {name}")
     save_figures(figures, evaluation.figures(), rows)
     draw_curves(curves, f"{options.checkpoint.parent.name}, {data.annotation_file.name}", rows)
     print(f"\nresults: {options.out}, {figures}, {curves}")

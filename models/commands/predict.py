@@ -16,7 +16,7 @@ from ..data import IMAGE_SUFFIXES, DataError, list_files
 from ..data.images import decode
 from ..draw import draw_contact_sheet, draw_detections, draw_tile, is_ours
 from ..evaluate import detect
-from ..outputs import claim
+from ..outputs import claim, claim_folder, locked
 from ..predictions import FILES, Found, rounded, writers
 from ..ranges import check, real
 
@@ -69,6 +69,12 @@ def run(options: argparse.Namespace) -> None:
     if options.no_pictures and not options.format:
         raise ValueError("--no-pictures needs a --format, or nothing would be written")
     files = find_images(options.images)
+    claim_folder(options.out)
+    with locked(options.out):
+        predict(options, files)
+
+
+def predict(options: argparse.Namespace, files: list[Path]) -> None:
     names = picture_names(files)
     pictures = {} if options.no_pictures else {f: options.out / n for f, n in names.items()}
     options.format = [*dict.fromkeys(options.format)]
