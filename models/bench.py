@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .recipes import PRECISIONS
 from .retinanet import RetinaNet
+from .structures import HeadOutputs
 
 PHASES = ("forward", "loss", "backward", "post-process")
 Figures = dict[str, dict[str, float]]  # phase -> implementation -> milliseconds
@@ -82,15 +83,16 @@ def _round(
     def forward() -> tuple[Any, Any]:
         nonlocal batch
         batch, scaled = model.transform(images, targets)
-        features = model.backbone(batch.tensors)
-        features = features if is_ours else list(features.values())
-        outputs = model.head(features)
-        return features, (outputs if is_ours else dict(outputs), scaled)
+        if is_ours:
+            outputs = model.network(batch.tensors)
+            return outputs.cls_logits, (outputs, scaled)
+        features = list(model.backbone(batch.tensors).values())
+        return features, (dict(model.head(features)), scaled)
 
     def loss() -> Tensor:
         anchors = model.anchor_generator(batch, features)
         if is_ours:
-            losses = model.compute_loss(*leaves, anchors[0], scaled)
+            losses = model.loss_step(leaves, anchors[0], scaled)
         else:
             losses = model.compute_loss(scaled, leaves, anchors)
         total = sum(losses.values())
@@ -100,7 +102,7 @@ def _round(
     def post_process() -> list[dict[str, Tensor]]:
         anchors = model.anchor_generator(batch, features)
         if is_ours:
-            return model.postprocess_detections(*leaves, anchors[0], batch.image_sizes)
+            return model.detections(leaves, anchors[0], batch.image_sizes)
         sizes = [f.shape[-2] * f.shape[-1] * 9 for f in features]
         split = {key: list(value.split(sizes, dim=1)) for key, value in leaves.items()}
         anchors = [list(a.split(sizes)) for a in anchors]
@@ -109,7 +111,7 @@ def _round(
     model.train()
     features, (outputs, scaled) = timed("forward", forward)
     if is_ours:
-        leaves: Any = [[_leaf(level) for level in levels] for levels in outputs]
+        leaves: Any = HeadOutputs(*([_leaf(level) for level in levels] for levels in outputs))
         ends = [level for levels in outputs for level in levels]
         starts = [level for levels in leaves for level in levels]
     else:

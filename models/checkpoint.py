@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from .data import DataError
+from .detector import Detector
+from .detectors import create
 from .outputs import reason, written_whole
 from .recipes import Recipe
-from .retinanet import RetinaNet
 
 CHECKSUM = "checksum"
 
@@ -97,15 +98,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return {**checkpoint, "recipe": recipe}
 
 
-def load_model(path: Path, device: str = "cpu") -> tuple[RetinaNet, Recipe, dict[int, str]]:
+def load_model(path: Path, device: str = "cpu") -> tuple[Detector, Recipe, dict[int, str]]:
     """The model (its averaged weights where there are any), recipe, categories in label order."""
     checkpoint = load_checkpoint(path)
     recipe = checkpoint["recipe"]
-    model = RetinaNet(recipe.model)
+    model = create(recipe.model)
     if "average" in checkpoint:
         average = AveragedModel(model)
         load_weights(average, checkpoint["average"], path)
-        model = cast(RetinaNet, average.module)
+        model = cast(Detector, average.module)
     else:
         load_weights(model, checkpoint["model"], path)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -133,7 +134,7 @@ def load_weights(module: nn.Module, weights: Any, path: Path) -> None:
 def expected_bytes(recipe: Recipe) -> int:
     """The size that a run's checkpoint will have, but for a few percent."""
     with torch.device("meta"):  # shapes without memory
-        model = RetinaNet(recipe.model)
+        model = create(recipe.model)
     state = model.state_dict().values()
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = {"sgd": 1, "adamw": 2}[recipe.optimizer]

@@ -1,10 +1,10 @@
-"""RetinaNet as it is deployed: a batch of images in, padded detections out, nothing else.
+"""A detector as it is deployed: a batch of images in, padded detections out, nothing else.
 
 The transform at the front of torchvision's detectors resizes image by image on the host, and what they return
-is as long as the detections are many. A Detector takes and returns tensors of static shapes, so that the whole
+is as long as the detections are many. A StaticDetector takes and returns tensors of static shapes, so that the whole
 model compiles to one graph, exports with a dynamic batch and image size, runs from C++ without Python
 (models/cpp), and is captured in a CUDA graph. Where the model resizes its images the size of the batch depends on
-theirs: `Detector.prepare` resizes before the graph, as models/cpp does, and the graph gives the boxes in pixels of
+theirs: `StaticDetector.prepare` resizes before the graph, as models/cpp does, and the graph gives the boxes in pixels of
 the images as they were.
 """
 
@@ -21,19 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focalops import detect
+from .detector import Detector
+from .structures import PaddedDetections
 
-from .retinanet import RetinaNet
-
-DIVISOR = 32  # of the height and width of a batch, as in torchvision's transform
-
-# boxes (B, D, 4) in pixels of the batch, scores (B, D), labels (B, D), counts (B,)
-PaddedDetections = tuple[Tensor, Tensor, Tensor, Tensor]
-Run = Callable[..., PaddedDetections]  # of what Detector.prepare returns
+Run = Callable[..., PaddedDetections]  # of what StaticDetector.prepare returns
 
 
-class Detector(nn.Module):
-    """The detections of a RetinaNet for images that lie in one tensor, padded as by focalops.detect.
+class StaticDetector(nn.Module):
+    """The detections of a Detector for images that lie in one tensor, padded as by focalops.detect.
 
     In half precision, `detector.bfloat16()`, so are the convolutions; anchors, boxes and scores stay float32.
     """
@@ -41,11 +36,9 @@ class Detector(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: RetinaNet) -> None:
+    def __init__(self, model: Detector) -> None:
         super().__init__()
-        self.config = model.config
-        self.backbone, self.head = model.backbone, model.head
-        self.anchor_generator = model.anchor_generator
+        self.model = model
         for name in ("mean", "std"):
             values = torch.tensor(getattr(model.config, f"image_{name}")).view(3, 1, 1)
             self.register_buffer(name, values.to(next(model.parameters()).device))
@@ -54,11 +47,28 @@ class Detector(nn.Module):
     @property
     def size_limits(self) -> tuple[int, int] | None:
         """What the shorter and at most the longer side are resized to; None: images keep their size."""
-        config = self.config
+        config = self.model.config
         if config.min_size is None:
             return None
         sizes = config.min_size if isinstance(config.min_size, tuple) else (config.min_size,)
         return sizes[-1], config.max_size
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a program that runs the package has to know of the images that it takes."""
+        limits = dict(zip(("min_size", "max_size"), self.size_limits or (), strict=False))
+        numbers = {"size_divisor": self.model.config.size_divisor, **limits}
+        return {name: str(number) for name, number in numbers.items()}
+
+    def to_batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Images (3, H_i, W_i) in one tensor (B, 3, H, W), and their sizes (B, 2): what the detector takes."""
+        divisor = self.model.config.size_divisor
+        sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)
+        height, width = (-(-int(extent) // divisor) * divisor for extent in sizes.amax(dim=0))
+        batch = images[0].new_zeros((len(images), 3, height, width))
+        for at, image in zip(batch, images, strict=True):
+            at[:, : image.shape[1], : image.shape[2]] = image
+        return batch, sizes.to(batch.device)
 
     def prepare(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
         """What the deployed forms take: of images (B, 3, H, W) and their sizes (B, 2) the resized images, padded
@@ -78,58 +88,39 @@ class Detector(nn.Module):
                 raise ValueError(f"an image of {width} x {height} pixels is too thin to be resized")
             whole = image[None, :, :height, :width]
             resized.append(F.interpolate(whole, size, mode="bilinear", align_corners=False)[0])
-        return *to_batch(resized), sizes
+        return *self.to_batch(resized), sizes
 
     def forward(
         self,
-        images: Tensor,  # (B, 3, H, W) in 0..1, each image in the upper left; H and W divisible by 32
+        images: Tensor,  # (B, 3, H, W) in 0..1, each image in the upper left; H, W: multiples of size_divisor
         sizes: Tensor,  # (B, 2) float32, their heights and widths
         original_sizes: Tensor
         | None = None,  # (B, 2), before `prepare`, which is called if there are none
     ) -> PaddedDetections:
         if original_sizes is None and self.size_limits is not None:
             images, sizes, original_sizes = self.prepare(images, sizes)
-        config, (height, width) = self.config, images.shape[-2:]
+        height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device)[:, None] < sizes[:, :1, None]
         columns = torch.arange(width, device=images.device) < sizes[:, 1:, None]
         normalised = (images - self.mean) / self.std
-        features = self.backbone(torch.where((rows & columns)[:, None], normalised, 0))
-        cls_logits, box_deltas = self.head(features)
-        feature_sizes = [feature.shape[-2:] for feature in features]
-        boxes, scores, labels, counts = detect(
-            cls_logits,
-            box_deltas,
-            self.anchor_generator.grid((height, width), feature_sizes, images.device),
-            score_threshold=config.score_threshold,
-            topk_per_level=config.topk_candidates,
-            iou_threshold=config.nms_threshold,
-            max_detections=config.detections_per_image,
-            image_sizes=sizes,
-        )
+        batch = torch.where((rows & columns)[:, None], normalised, 0)
+        outputs, anchors = self.model.outputs(batch)
+        boxes, scores, labels, counts = self.model.padded_detections(outputs, anchors, sizes)
         if original_sizes is not None:
             boxes = boxes * (original_sizes / sizes).flip(1).repeat(1, 2)[:, None]
         return boxes, scores, labels, counts
 
 
-def to_batch(images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """What a Detector takes, from images (3, H_i, W_i)."""
-    sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)
-    height, width = (-(-int(extent) // DIVISOR) * DIVISOR for extent in sizes.amax(dim=0))
-    batch = images[0].new_zeros((len(images), 3, height, width))
-    for at, image in zip(batch, images, strict=True):
-        at[:, : image.shape[1], : image.shape[2]] = image
-    return batch, sizes.to(batch.device)
-
-
 @torch.no_grad()
-def export(detector: Detector, images: Tensor, sizes: Tensor) -> torch.export.ExportedProgram:
+def export(detector: StaticDetector, images: Tensor, sizes: Tensor) -> torch.export.ExportedProgram:
     """The detector as a graph of torch's and focalops' ops, for any batch and image size.
 
     It takes what `detector.prepare` returns. The example should have two images or more: torch.export takes
     a dimension of 1 for a constant.
     """
     batch = torch.export.Dim("batch")
-    height, width = (DIVISOR * torch.export.Dim(name) for name in ("height", "width"))
+    divisor = detector.model.config.size_divisor
+    height, width = (divisor * torch.export.Dim(name) for name in ("height", "width"))
     inputs = detector.prepare(images, sizes)
     of_sizes = [{0: batch}] * (len(inputs) - 1)
     return torch.export.export(
@@ -138,23 +129,20 @@ def export(detector: Detector, images: Tensor, sizes: Tensor) -> torch.export.Ex
 
 
 def package(
-    program: torch.export.ExportedProgram, path: Path, size_limits: tuple[int, int] | None = None
+    program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str] | None = None
 ) -> Run:
     """Compiles the program by AOTInductor into a file ending in .pt2, and loads it.
 
-    models/cpp runs such a file without Python, and resizes by `size_limits`, the detector's; in Python
+    models/cpp runs such a file without Python, and makes its batch by `metadata`, the detector's; in Python
     `torch._inductor.aoti_load_package` loads it once focalops is imported.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {}
-    if size_limits is not None:
-        metadata = dict(zip(("min_size", "max_size"), map(str, size_limits), strict=True))
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         whole = Path(scratch) / path.name
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(whole),
-            inductor_configs={"aot_inductor.metadata": metadata},
+            inductor_configs={"aot_inductor.metadata": metadata or {}},
         )
         os.replace(whole, path)
     return torch._inductor.aoti_load_package(str(path))
@@ -183,14 +171,14 @@ def capture(run: Run, *inputs: Tensor) -> Run:
     return replay
 
 
-def forms(detector: Detector, images: Tensor, sizes: Tensor, path: Path) -> dict[str, Run]:
+def forms(detector: StaticDetector, images: Tensor, sizes: Tensor, path: Path) -> dict[str, Run]:
     """Every way to run the detector on what its `prepare` returns; the package is written to the path."""
     program = export(detector, images, sizes)
     ways: dict[str, Run] = {
         "eager": detector,
         "torch.compile": torch.compile(detector, fullgraph=True),
         "torch.export": program.module(),
-        "AOTInductor": package(program, path, detector.size_limits),
+        "AOTInductor": package(program, path, detector.metadata),
     }
     if images.is_cuda:
         inputs = detector.prepare(images, sizes)

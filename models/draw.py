@@ -26,7 +26,7 @@ from torch import Tensor
 from focalops import box_iou
 
 from .outputs import write_whole
-from .retinanet import Detections
+from .structures import Detections
 
 TRUTH, CORRECT, WRONG, MISSED = "#00d5ff", "#ffe119", "#ff4fd8", "#ff6a3d"
 PALETTE = (

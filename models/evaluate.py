@@ -28,10 +28,11 @@ from .data import (
     match_categories,
     numbered,
 )
+from .detector import Detector
 from .distributed import gather, rank, world_size
 from .outputs import write_whole
 from .recipes import Recipe
-from .retinanet import Detections, RetinaNet
+from .structures import Detections
 from .windows import windows
 
 Result = dict[str, Any]  # one box as COCO results have it
@@ -42,7 +43,7 @@ SEVERAL_TIMES = 2  # an unresized image whose sides are within so many max_size 
 
 
 @torch.inference_mode()
-def detect(model: RetinaNet, recipe: Recipe, image: Tensor) -> Detections:
+def detect(model: Detector, recipe: Recipe, image: Tensor) -> Detections:
     """Boxes, scores and labels, best first, of a uint8 (3, H, W) image of any size.
 
     Beside the image it needs the memory of a few of its windows, or of its resized copy: where a recipe
@@ -86,7 +87,7 @@ def window_of(recipe: Recipe, height: int, width: int) -> tuple[int, int] | None
     return side, min(recipe.window_overlap, side // 4)
 
 
-def _detect(model: RetinaNet, recipe: Recipe, image: Tensor) -> Detections:
+def _detect(model: Detector, recipe: Recipe, image: Tensor) -> Detections:
     height, width = image.shape[-2:]
     window = window_of(recipe, height, width)
     if window is None:
@@ -125,7 +126,7 @@ VOTE_IOU = 0.6
 
 
 def _detect_in_symmetry(
-    model: RetinaNet, recipe: Recipe, image: Tensor, turns: int, flip: bool
+    model: Detector, recipe: Recipe, image: Tensor, turns: int, flip: bool
 ) -> Detections:
     """The detections in the image turned to the left so many times and then mirrored, as boxes of the image."""
     turned = torch.rot90(image, turns, (1, 2))
@@ -180,7 +181,7 @@ def check_truth(data: CocoDataset) -> None:
 
 
 def detect_all(
-    model: RetinaNet, recipe: Recipe, ids: Sequence[Id | None], data: CocoDataset
+    model: Detector, recipe: Recipe, ids: Sequence[Id | None], data: CocoDataset
 ) -> list[Result] | None:
     """COCO results for a whole split; under torchrun on rank 0 only, None on the others.
 

@@ -8,32 +8,31 @@ from typing import Any
 from torch import Tensor
 
 from .data import DataError
-from .retinanet import RetinaNet
-
-CLASS_LAYER = "head.classification_head.cls_logits."
+from .detector import Detector
 
 
 def take_weights(
-    model: RetinaNet, path: Path, source: dict[str, Any], categories: dict[int, str]
+    model: Detector, path: Path, source: dict[str, Any], categories: dict[int, str]
 ) -> str:
     """Gives a new model what fits of the checkpoint `source`, read from `path`; says what that was.
 
-    Every tensor of the same name and shape is taken. Of the last classification layer the rows of
-    the categories of the same name are, wherever they stand; the others start anew.
+    Every tensor of the same name and shape is taken. Of the class layers the rows of the categories
+    of the same name are, wherever they stand; the others start anew.
 
     Raises:
         DataError: nothing fits.
     """
     weights = averaged(source)
     own = model.state_dict()  # shares the model's memory
-    whole = [name for name in own if not name.startswith(CLASS_LAYER)]
+    whole = [name for name in own if not name.startswith(model.class_layers)]
+    of_classes = [name for name in own if name.startswith(model.class_layers)]
     fitting = [n for n in whole if getattr(weights.get(n), "shape", None) == own[n].shape]
     if not fitting:
         raise DataError(f"no weights in {path} fit this model: theirs must have the same backbone")
     for name in fitting:
         own[name].copy_(weights[name])
     now = list(categories.values())
-    shared = take_classes(own, weights, list(source["categories"].values()), now)
+    shared = take_classes(own, of_classes, weights, list(source["categories"].values()), now)
     return (
         f"{path}: {len(fitting)} of {len(whole)} tensors are taken"
         f"{without(whole, fitting)}, and of the class layer the rows of {len(shared)} of "
@@ -50,11 +49,15 @@ def averaged(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_classes(
-    own: dict[str, Tensor], weights: dict[str, Any], before: list[str], now: list[str]
+    own: dict[str, Tensor],
+    of_classes: list[str],
+    weights: dict[str, Any],
+    before: list[str],
+    now: list[str],
 ) -> list[str]:
     """Copies the rows of the categories that both have, and returns them."""
     layers = []  # (ours, theirs), both as (A, K, ...)
-    for name in (name for name in own if name.startswith(CLASS_LAYER)):
+    for name in of_classes:
         ours = own[name].unflatten(0, (-1, len(now)))
         theirs = weights.get(name)
         shape = (ours.shape[0] * len(before), *ours.shape[2:])

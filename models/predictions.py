@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .outputs import text_written_whole
-from .retinanet import Detections
+from .structures import Detections
 
 # What each format writes.
 FILES = {

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from .config import RetinaNetConfig, as_tuples, octave_sizes
+from .config import DetectorConfig, as_tuples, octave_sizes
+from .detectors import DETECTORS, from_json, to_json
 from .ranges import (
     Range,
     check_fields,
@@ -20,6 +21,7 @@ from .ranges import (
     switch,
     whole,
 )
+from .retinanet import RetinaNetConfig
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,12 +30,12 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 class Recipe:
     """A model and how it is trained and run. The defaults are the paper's, for COCO."""
 
-    model: RetinaNetConfig = field(default_factory=RetinaNetConfig)
+    model: DetectorConfig = field(default_factory=RetinaNetConfig)
     steps: int = 90_000
     batch_size: int = 16  # of all processes together
     accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
-    compile: bool = False  # the backbone, the head and the loss, by torch.compile
+    compile: bool = False  # the network and the loss, by torch.compile
     seed: int = 0
     # Optimisation
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -79,12 +81,16 @@ class Recipe:
                 f"got {self.window}"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As files have it: JSON's types, but for tuples."""
+        return {**dataclasses.asdict(self), "model": to_json(self.model)}
+
     @classmethod
     def from_dict(cls, values: Any) -> Recipe:
-        """The inverse of dataclasses.asdict, also after JSON turned the tuples into lists."""
+        """The inverse of to_dict, also after JSON turned the tuples into lists."""
         check_names(cls, values)
         own = {name: as_tuples(value) for name, value in values.items() if name != "model"}
-        return cls(**own, model=RetinaNetConfig.from_dict(values.get("model")))
+        return cls(**own, model=from_json(values.get("model")))
 
 
 def with_model(recipe: Recipe, **changes: Any) -> Recipe:
@@ -92,7 +98,10 @@ def with_model(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 RANGES = {
-    "model": Range("a RetinaNetConfig", lambda x: isinstance(x, RetinaNetConfig)),
+    "model": Range(
+        "the configuration of a detector that detectors.py names",
+        lambda x: isinstance(x, DetectorConfig) and x.kind in DETECTORS,
+    ),
     "steps": whole(1),
     "batch_size": whole(1),
     "accumulate": whole(1),

@@ -81,6 +81,8 @@ def check_same_world(path: Path, checkpoint: dict[str, Any], world_size: int) ->
 
 def differences(before: Recipe, now: Recipe) -> dict[str, tuple[Any, Any]]:
     """The fields that differ, those of the model among them, with both values."""
+    if before.model.kind != now.model.kind:  # its fields are others
+        return {"kind": (before.model.kind, now.model.kind)}
     changed = {}
     pairs: tuple[tuple[Any, Any], ...] = ((before, now), (before.model, now.model))
     for a, b in pairs:

@@ -27,13 +27,15 @@ from torch import Tensor
 
 from benchmarks.harness import describe
 
+from .config import BOX_LOSSES
 from .data import CocoDataset, DataError, Id, TrainingStream, collate
+from .detector import Detector
 from .draw import save_figure
 from .evaluate import category_ids, check_truth, detect_all, evaluate
-from .losses import IGNORED, rows_of
+from .losses import IGNORED
+from .losses.classification import rows_of
 from .outputs import claim, claim_folder, write_whole
 from .recipes import Recipe, with_model
-from .retinanet import BOX_LOSSES, RetinaNet
 from .train import TrainingDiverged, train
 
 FIGURES = ("AP", "AP50", "AP75")
@@ -177,7 +179,7 @@ def run_study(
     record_file = out / f"{name}.json"
     settings = {
         "study": name,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.to_dict(),
         "train": _name(data),
         "val": _name(val),
         "pair of annotation files": [_digest(data), _digest(val)],
@@ -221,6 +223,9 @@ def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str,
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         runs = record["runs"]
+        if "recipe" in record:  # as it is written today
+            recipe = Recipe.from_dict(record["recipe"])
+            record["recipe"] = json.loads(json.dumps(recipe.to_dict()))
         is_record = all(key in run for r in runs.values() for run in r.values() for key in FIGURES)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         is_record = False
@@ -342,7 +347,7 @@ GAMMAS = (0.0, 0.5, 1.0, 2.0)
 
 @torch.no_grad()
 def probabilities_of_the_truth(
-    model: RetinaNet, stream: TrainingStream, images: int, device: str
+    model: Detector, stream: TrainingStream, images: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """p_t of the positive and of the negative logits of `images` samples, float32 on the CPU."""
     model.train()  # the anchors' targets are found only there; batch norms must be frozen
@@ -353,11 +358,9 @@ def probabilities_of_the_truth(
             [image.to(device) for image in batch],
             [{name: value.to(device) for name, value in t.items()} for t in targets],
         )
-        features = model.backbone(transformed.tensors)
-        cls_logits, _ = model.head(features)
-        anchors = model.anchor_generator(transformed, features)[0]
-        classes = model.classes(model.match(anchors, resized), resized)[0]
-        rows = rows_of(cls_logits, model.config.num_classes)[0]
+        outputs, anchors = model.outputs(transformed.tensors)
+        classes = model.loss_step.match(outputs, anchors, resized).classes[0]
+        rows = rows_of(outputs.cls_logits, model.config.num_classes)[0]
         kept = classes != IGNORED
         truth = classes[kept, None] == torch.arange(rows.shape[1], device=rows.device)
         p = rows[kept].float().sigmoid()
@@ -376,7 +379,7 @@ def cumulative_share(p_t: Tensor, gamma: float) -> Tensor:
 
 
 def run_distribution(
-    model: RetinaNet, stream: TrainingStream, out: Path, source: str, images: int, device: str
+    model: Detector, stream: TrainingStream, out: Path, source: str, images: int, device: str
 ) -> Path:
     """DISTRIBUTION.md and .png; the paper reads from its figure that the hardest fifth of the positives
     has about half of their loss whatever gamma is, and that with gamma 2 nearly all of the negatives'

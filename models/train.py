@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import math
 import signal
@@ -23,13 +22,15 @@ from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, load_weights, save_checkpoint
 from .data import CocoDataset, DataError, TrainingStream, collate, mix
+from .detector import Detector
+from .detectors import create
 from .distributed import rank, world_size
 from .outputs import write_whole
 from .ranges import check, whole
 from .recipes import PRECISIONS, Recipe
 from .resume import check_same_run, fingerprint
-from .retinanet import RetinaNet, Target
 from .run_folder import BEST
+from .structures import Target
 from .validation import Validation
 
 Sample = tuple[Tensor, Target]
@@ -43,16 +44,16 @@ def train(
     *,
     device: str = "cpu",
     pretrained: bool = True,
-    initialise: Callable[[RetinaNet], None] | None = None,  # gives a new run other weights
+    initialise: Callable[[Detector], None] | None = None,  # gives a new run other weights
     resume: bool = False,
     workers: int = 0,
     checkpoint_every: int = 1000,
     log: Callable[[int, dict[str, float]], None] | None = None,  # gets every step's figures
-    saved: Callable[[int, RetinaNet], None] | None = None,  # gets the evaluation model after a save
+    saved: Callable[[int, Detector], None] | None = None,  # gets the evaluation model after a save
     validation: Validation | None = None,  # its best model goes to BEST beside checkpoint_file
     begin: Callable[[], None]
     | None = None,  # called before anything is written, after a first step
-) -> RetinaNet:
+) -> Detector:
     """Trains, writes checkpoint_file now and then and at the end, returns the evaluation model.
 
     Under torchrun every process takes its share of each batch. What a step computes depends on the
@@ -67,7 +68,7 @@ def train(
     """
     check("checkpoint_every", checkpoint_every, whole(1))
     torch.manual_seed(recipe.seed)
-    model = RetinaNet(recipe.model, pretrained_backbone=pretrained and not resume)
+    model = create(recipe.model, pretrained_backbone=pretrained and not resume)
     if initialise is not None and not resume:
         initialise(model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -76,7 +77,7 @@ def train(
         if recipe.ema_decay
         else None
     )
-    evaluation_model = model if average is None else cast(RetinaNet, average.module)
+    evaluation_model = model if average is None else cast(Detector, average.module)
     optimizer = build_optimizer(recipe, model)
     kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
@@ -90,7 +91,7 @@ def train(
     }
 
     constant = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": recipe.to_dict(),
         "categories": data.categories,
         "world_size": world_size(),
         "data": fingerprint(data),
@@ -144,9 +145,8 @@ def train(
                 model.train()
 
     if recipe.compile:  # not before: the average is a copy to be evaluated
-        model.backbone.compile()
-        model.head.compile()
-        model.compute_loss = torch.compile(model.compute_loss)  # type: ignore[method-assign]
+        model.network = torch.compile(model.network)  # type: ignore[method-assign]
+        model.loss_step.compile()
     model.train()
     parallel: Any = DistributedDataParallel(model) if world_size() > 1 else model
     samples = iter(loader)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .data import DataError
+from .detector import Detector
 from .ranges import check, optional, whole
-from .retinanet import RetinaNet
 
 MEASURE = "AP"
 
@@ -20,7 +20,7 @@ class Validation:
     `evaluate` returns the figures, MEASURE among them, the same on every rank.
     """
 
-    evaluate: Callable[[RetinaNet], dict[str, float]]
+    evaluate: Callable[[Detector], dict[str, float]]
     every: int
     patience: int | None = None  # evaluations in a row that may bring nothing better
     data: dict[str, Any] = field(default_factory=dict)  # the fingerprint of what it evaluates on
@@ -38,7 +38,7 @@ class Validation:
         """Every so many steps and after the last one, but not twice after a run was resumed."""
         return step > self.last_step and (step % self.every == 0 or step == steps)
 
-    def __call__(self, step: int, model: RetinaNet) -> bool:
+    def __call__(self, step: int, model: Detector) -> bool:
         """Whether the model is the best so far."""
         self.figures, self.last_step = self.evaluate(model.eval()), step
         value = self.figures[MEASURE]

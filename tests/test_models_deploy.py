@@ -45,7 +45,8 @@ def check_detections(found, expected, tolerances=(0, 0, 0, 0)) -> None:
 
 @torch.no_grad()
 def test_detector_is_the_eager_model(model, images):
-    boxes, scores, labels, counts = deploy.Detector(model)(*deploy.to_batch(images))
+    detector = deploy.StaticDetector(model)
+    boxes, scores, labels, counts = detector(*detector.to_batch(images))
     for i, expected in enumerate(model(images)):
         count = counts[i]
         assert count == len(expected["scores"]) > 5
@@ -68,7 +69,8 @@ def resizing() -> RetinaNet:
 def test_images_are_resized_as_the_model_resizes_them(resizing, shape):
     image = torch.rand(3, *shape)
     (expected,) = resizing([image])
-    boxes, scores, labels, counts = deploy.Detector(resizing)(*deploy.to_batch([image]))
+    detector = deploy.StaticDetector(resizing)
+    boxes, scores, labels, counts = detector(*detector.to_batch([image]))
     assert counts[0] == len(expected["scores"]) > 5
     # Normalising after the resize instead of before rounds otherwise.
     torch.testing.assert_close(boxes[0, : counts[0]], expected["boxes"], rtol=0, atol=1e-3)
@@ -78,22 +80,23 @@ def test_images_are_resized_as_the_model_resizes_them(resizing, shape):
 
 @torch.no_grad()
 def test_a_batch_of_several_sizes_is_resized(resizing, images):
-    detector, batch = deploy.Detector(resizing), deploy.to_batch(images)
+    detector = deploy.StaticDetector(resizing)
+    batch = detector.to_batch(images)
     boxes, scores, _, counts = detector(*batch)
     for i, expected in enumerate(resizing(images)):
         torch.testing.assert_close(boxes[i, : counts[i]], expected["boxes"], rtol=0, atol=1e-3)
         torch.testing.assert_close(scores[i, : counts[i]], expected["scores"], rtol=0, atol=1e-5)
     exported = deploy.export(detector, *batch).module()
-    other = deploy.to_batch([torch.rand(3, 40, 77)])
+    other = detector.to_batch([torch.rand(3, 40, 77)])
     check_detections(exported(*detector.prepare(*other)), detector(*other))
     with pytest.raises(ValueError, match="3000 x 2 pixels is too thin to be resized"):
-        detector(*deploy.to_batch([torch.rand(3, 2, 3000)]))
+        detector(*detector.to_batch([torch.rand(3, 2, 3000)]))
 
 
 @torch.no_grad()
 def test_what_lies_in_the_padding_is_not_seen(model, images):
-    detector = deploy.Detector(model)
-    batch, sizes = deploy.to_batch(images)
+    detector = deploy.StaticDetector(model)
+    batch, sizes = detector.to_batch(images)
     expected = detector(batch, sizes)
     batch[0, :, 96:] = torch.nan
     batch[1, :, :, 60:] = 7
@@ -102,8 +105,8 @@ def test_what_lies_in_the_padding_is_not_seen(model, images):
 
 @torch.no_grad()
 def test_half_precision(model, images):
-    detector = deploy.Detector(RetinaNet(CONFIG)).bfloat16()
-    batch, sizes = deploy.to_batch(images)
+    detector = deploy.StaticDetector(RetinaNet(CONFIG)).bfloat16()
+    batch, sizes = detector.to_batch(images)
     boxes, scores, _, counts = detector(batch.bfloat16(), sizes)
     assert boxes.dtype == scores.dtype == torch.float32
     assert (counts > 5).all() and (boxes[0, :, 2] <= 120).all() and (boxes[1, :, 3] <= 128).all()
@@ -111,25 +114,27 @@ def test_half_precision(model, images):
 
 @torch.no_grad()
 def test_compiles_to_one_graph(model, images):
-    detector, batch = deploy.Detector(model), deploy.to_batch(images)
+    detector = deploy.StaticDetector(model)
+    batch = detector.to_batch(images)
     compiled = torch.compile(detector, fullgraph=True)
     check_detections(compiled(*batch), detector(*batch), ROUNDING)
 
 
 @torch.no_grad()
 def test_exports_for_any_batch_and_size(model, images):
-    detector = deploy.Detector(model)
-    exported = deploy.export(detector, *deploy.to_batch(images)).module()
+    detector = deploy.StaticDetector(model)
+    exported = deploy.export(detector, *detector.to_batch(images)).module()
     for shapes in ([(96, 120), (128, 60)], [(200, 65)], [(64, 64), (96, 96), (32, 300)]):
-        batch = deploy.to_batch([torch.rand(3, *shape) for shape in shapes])
+        batch = detector.to_batch([torch.rand(3, *shape) for shape in shapes])
         check_detections(exported(*batch), detector(*batch))
 
 
 @torch.no_grad()
 def test_runs_from_cpp_without_python(resizing, images, tmp_path):
-    detector, batch = deploy.Detector(resizing), deploy.to_batch(images)
+    detector = deploy.StaticDetector(resizing)
+    batch = detector.to_batch(images)
     package = tmp_path / "detector.pt2"
-    run = deploy.package(deploy.export(detector, *batch), package, detector.size_limits)
+    run = deploy.package(deploy.export(detector, *batch), package, detector.metadata)
     check_detections(run(*detector.prepare(*batch)), detector(*batch), ROUNDING)
 
     pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), dtype=np.uint8)
@@ -148,7 +153,7 @@ def test_runs_from_cpp_without_python(resizing, images, tmp_path):
     result = detect(package, tmp_path / "image.ppm", library)
     assert result.returncode == 0, result.stderr
     image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    boxes, scores, labels, counts = detector(*deploy.to_batch([image]))
+    boxes, scores, labels, counts = detector(*detector.to_batch([image]))
     rows = torch.tensor([[float(x) for x in line.split()] for line in result.stdout.splitlines()])
     assert len(rows) == counts[0] > 5
     expected = torch.cat((labels[0, :, None], scores[0, :, None], boxes[0]), dim=1)
@@ -162,8 +167,8 @@ def test_runs_from_cpp_without_python(resizing, images, tmp_path):
 def test_cuda_graph(model, images, backend):
     if backend != "cuda":
         pytest.skip("needs a GPU")
-    detector = deploy.Detector(RetinaNet(CONFIG)).cuda()
-    batch, sizes = (t.cuda() for t in deploy.to_batch(images))
+    detector = deploy.StaticDetector(RetinaNet(CONFIG)).cuda()
+    batch, sizes = (t.cuda() for t in detector.to_batch(images))
     replay = deploy.capture(detector, batch, sizes)
     for other in (batch, batch.flip(0), batch * 0.5):
         check_detections(replay(other, sizes), detector(other, sizes))
@@ -171,7 +176,8 @@ def test_cuda_graph(model, images, backend):
 
 def test_disagreement_says_what_differs(model, images):
     with torch.no_grad():
-        expected = deploy.Detector(model)(*deploy.to_batch(images))
+        detector = deploy.StaticDetector(model)
+        expected = detector(*detector.to_batch(images))
     assert deploy.disagreement(expected, expected) is None
     boxes, scores, labels, counts = expected
     moved = boxes + torch.tensor([[[0.0]], [[9.0]]])

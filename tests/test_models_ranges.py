@@ -14,11 +14,11 @@ import torch
 from models_fixtures import make_coco_folder
 from tiny_backbone import TINY_RECIPE
 
-from models import config, recipes
+from models import recipes
 from models.__main__ import main
 from models.command_line import COMMANDS
-from models.config import RetinaNetConfig
 from models.recipes import RECIPES, Recipe
+from models.retinanet import RetinaNetConfig
 
 NAN, INF = math.nan, math.inf
 
@@ -88,7 +88,10 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
 
 @pytest.mark.parametrize(
     ("kind", "table", "ranges"),
-    [(Recipe, RECIPE_FIELDS, recipes.RANGES), (RetinaNetConfig, MODEL_FIELDS, config.RANGES)],
+    [
+        (Recipe, RECIPE_FIELDS, recipes.RANGES),
+        (RetinaNetConfig, MODEL_FIELDS, RetinaNetConfig.ranges()),
+    ],
 )
 def test_every_field_has_a_range(kind: type, table: dict, ranges: dict) -> None:
     names = {field.name for field in dataclasses.fields(kind)}

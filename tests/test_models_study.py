@@ -18,9 +18,12 @@ from test_models_retinanet import TINY
 
 from models import study
 from models.__main__ import main
+from models.config import CLASSIFICATION_LOSSES
 from models.data import open_data
-from models.losses import CLASSIFICATION_LOSSES, OHEM_BATCH, classification_loss, rows_of
+from models.losses import Matched
+from models.losses.classification import OHEM_BATCH, classification_loss, rows_of
 from models.recipes import Recipe
+from models.structures import HeadOutputs
 from models.train import TrainingInterrupted
 
 RECIPE = Recipe(
@@ -49,25 +52,28 @@ def run_study(name: str, coco: Path, recipe: Path, out: Path, *more: str) -> int
     return main([*arguments, "--no-pretrained", "--device", "cpu", "--out", str(out), *more])
 
 
-def head(classes: int = 2) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor]:
+def head(classes: int = 2) -> Matched:
     levels = [torch.randn(2, 3 * classes, 6, 4) * 3, torch.randn(2, 3 * classes, 3, 2) * 3]
     anchors = torch.rand(90, 2).repeat(1, 2) * 90 + torch.tensor([-9.0, -9, 9, 9])
     labels = torch.randint(0, classes + 1, (2, 90))
     labels[:, ::7] = -100
-    return levels, labels, torch.tensor([3, 0]), anchors
+    outputs = HeadOutputs(levels, [])
+    matches = labels.where(labels < classes, -1)  # the losses of the classes do not look at them
+    return Matched(outputs, anchors, [], matches, labels, torch.tensor([3, 0]))
 
 
 def check_loss(name: str, expected_of, **config) -> None:
     """expected_of(p of the truth (kept anchors, K), truth, index of the kept anchors) of each image."""
-    levels, labels, counts, anchors = head()
+    matched = head()
+    labels, counts = matched.classes, matched.normalizers
     total = torch.zeros((), dtype=torch.float64)
-    for i, rows in enumerate(rows_of(levels, 2).double()):
+    for i, rows in enumerate(rows_of(matched.outputs.cls_logits, 2).double()):
         kept = (labels[i] != -100).nonzero().squeeze(1)
         truth = F.one_hot(labels[i, kept], 3)[:, :2].bool()
         x_t = torch.where(truth, rows[kept], -rows[kept])
-        total += expected_of(x_t, truth, kept, anchors, max(int(counts[i]), 1))
+        total += expected_of(x_t, truth, kept, matched.anchors, max(int(counts[i]), 1))
     model = dataclasses.replace(TINY, classification_loss=name, **config)
-    loss = classification_loss(levels, labels, counts, anchors, model)
+    loss = classification_loss(matched, model)
     torch.testing.assert_close(loss.double(), total, rtol=1e-5, atol=1e-5)
 
 
@@ -102,10 +108,10 @@ def test_ohem_takes_the_hardest_of_each_place():
 
 @pytest.mark.parametrize("loss", CLASSIFICATION_LOSSES)
 def test_losses_are_differentiable(loss):
-    levels, labels, counts, anchors = head()
-    levels = [level.requires_grad_() for level in levels]
+    matched = head()
+    levels = [level.requires_grad_() for level in matched.outputs.cls_logits]
     model = dataclasses.replace(TINY, classification_loss=loss)
-    classification_loss(levels, labels, counts, anchors, model).backward()
+    classification_loss(matched, model).backward()
     assert all(level.grad.isfinite().all() and level.grad.any() for level in levels)
 
 

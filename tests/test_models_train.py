@@ -24,8 +24,8 @@ from models.__main__ import main
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.data import CocoDataset, DataError
 from models.log import Log
+from models.losses.matching import normalizers
 from models.recipes import Recipe
-from models.retinanet import normalizers
 from models.train import Batches, TrainingInterrupted, TrainingStopped, lr_factor, train
 
 RECIPE = TINY_RECIPE

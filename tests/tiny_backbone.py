@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torchvision.models._api import register_model
 
 from models.__main__ import main
+from models.config import BACKBONES, RESNET_STAGES
 from models.recipes import Recipe
-from models.retinanet import BACKBONES, RESNET_STAGES, RetinaNetConfig
+from models.retinanet import RetinaNetConfig
 
 
 class TinyBackbone(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 
 from ..commands.common import find_recipe
@@ -17,6 +16,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    recipes = {name: dataclasses.asdict(find_recipe(name)) for name in options.names or RECIPES}
+    recipes = {name: find_recipe(name).to_dict() for name in options.names or RECIPES}
     only_one = len(options.names) == 1
     print(json.dumps(recipes[options.names[0]] if only_one else recipes, indent=1))

@@ -40,9 +40,9 @@ def run(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace, recipe: Recipe) -> None:
     start = time.monotonic()
-    prepare_backbone_weights(recipe.model.backbone)
+    prepare_backbone_weights(recipe.model.pretrained_backbone)
     data, val = open_data("trees", "train"), open_data("trees", "val")
-    backbone, crowns = recipe.model.backbone, len(data.coco.anns)
+    backbone, crowns = recipe.model.pretrained_backbone, len(data.coco.anns)
     print(f"Training RetinaNet ({backbone}) on an aerial photograph with {crowns} tree crowns.")
     model = train(recipe, data, options.out / CHECKPOINT, device=options.device)
 

@@ -10,7 +10,7 @@ import torch
 from focalops._library import CUDA_LIBRARY, LIBRARY
 
 from ..checkpoint import load_model
-from ..deploy import Detector, disagreement, forms, milliseconds, to_batch
+from ..deploy import StaticDetector, disagreement, forms, milliseconds
 from ..outputs import claim
 from ..ranges import check, whole
 
@@ -47,9 +47,9 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"--out must be a file ending in .pt2, got {str(options.out)!r}")
     claim([options.out], overwrite=options.overwrite, inputs=[options.checkpoint])
     model, _, _ = load_model(options.checkpoint, options.device)
-    detector = Detector(model)
+    detector = StaticDetector(model)
     noise = torch.rand(options.batch_size, 3, *options.size, device=options.device)
-    batch = to_batch(list(noise))
+    batch = detector.to_batch(list(noise))
     inputs = detector.prepare(*batch)
     ways = forms(detector, *batch, options.out)
     expected = detector(*inputs)
@@ -68,5 +68,5 @@ def run(options: argparse.Namespace) -> None:
         least, most = detector.size_limits
         print(
             f"models/cpp/detect resizes images: the shorter side to {least} unless the longer one would exceed "
-            f"{most}; other callers do so before the graph, as Detector.prepare does"
+            f"{most}; other callers do so before the graph, as StaticDetector.prepare does"
         )

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
 def comparison(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Path:
     val = open_split(options, options.val_split)
     if not options.no_pretrained:
-        prepare_backbone_weights(recipe.model.backbone)
+        prepare_backbone_weights(recipe.model.pretrained_backbone)
     try:
         return run_study(
             options.name,
@@ -109,7 +109,7 @@ def distribution(options: argparse.Namespace, recipe: Recipe, data: CocoDataset)
     else:
         claim([*outputs, trained], overwrite=options.overwrite)
         if not options.no_pretrained:
-            prepare_backbone_weights(recipe.model.backbone)
+            prepare_backbone_weights(recipe.model.pretrained_backbone)
         pretrained = not options.no_pretrained
         model = train(recipe, data, trained, device=options.device, pretrained=pretrained)
         source = f"{recipe.steps} steps on {data.annotation_file.name}"

@@ -14,18 +14,19 @@ from typing import Any
 
 from ..checkpoint import expected_bytes, load_checkpoint
 from ..commands.common import add_data_arguments, find_recipe, for_data, open_split
+from ..config import BACKBONES, BOX_LOSSES, CLASSIFICATION_LOSSES, TIMM
 from ..data import CocoDataset, prepare_backbone_weights
+from ..detector import Detector
+from ..detectors import DETECTORS
 from ..distributed import from_first, rank
 from ..draw import draw_comparison
 from ..evaluate import category_ids, check_truth, detect, detect_all, evaluate
 from ..finetune import take_weights
 from ..log import Log
-from ..losses import CLASSIFICATION_LOSSES
 from ..outputs import claim_folder, locked
 from ..ranges import check, option, optional, whole
 from ..recipes import PRECISIONS, RECIPES, Recipe, with_model
 from ..resume import differences, fingerprint, other_recipe
-from ..retinanet import BACKBONES, BOX_LOSSES, TIMM, RetinaNet, RetinaNetConfig
 from ..run_folder import (
     BEST,
     CHECKPOINT,
@@ -96,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         default=None,
-        help="backbone, head and loss, by torch.compile",
+        help="network and loss, by torch.compile",
     )
     recipe.add_argument("--optimizer", choices=("sgd", "adamw"))
     recipe.add_argument("--learning-rate", type=float)
@@ -148,10 +149,10 @@ def run(options: argparse.Namespace) -> None:
             check_same_recipe(options, last, recipe, given)
         validation = validator(options, recipe, data)
         pretrained = not options.no_pretrained and checkpoint is None
-        if source is not None and source["recipe"].model.backbone == recipe.model.backbone:
+        if source is not None and same_backbone(source["recipe"], recipe):
             pretrained = False  # what --weights has takes their place
         if pretrained:
-            prepare_backbone_weights(recipe.model.backbone)
+            prepare_backbone_weights(recipe.model.pretrained_backbone)
         from_first(lambda: make_room(options, recipe))
         with Log(options.out, options.log_every, options.tensorboard) as log:
             if options.resume and checkpoint is None:
@@ -176,6 +177,10 @@ def run(options: argparse.Namespace) -> None:
                 )
     if rank() == 0:
         say_trained(options.out, recipe, validation)
+
+
+def same_backbone(source: Recipe, recipe: Recipe) -> bool:
+    return source.model.pretrained_backbone == recipe.model.pretrained_backbone
 
 
 @contextlib.contextmanager
@@ -207,7 +212,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 def recipe_options(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the recipe and of its model that were given as options."""
-    fields = {f.name for config in (Recipe, RetinaNetConfig) for f in dataclasses.fields(config)}
+    configs: list[Any] = [Recipe, *(config for config, _ in DETECTORS.values())]
+    fields = {f.name for config in configs for f in dataclasses.fields(config)}
     given = {n: v for n, v in vars(options).items() if n in fields and v is not None}
     if "min_size" in given:
         sizes = tuple(given["min_size"])
@@ -233,6 +239,9 @@ def with_options(base: Recipe, given: dict[str, Any]) -> Recipe:
     if "crop" in given and given["crop"] != base.crop:
         of_model.setdefault("min_size", None)  # crops keep their size unless told otherwise
     own = {name: value for name, value in given.items() if name in fields}
+    unknown = of_model.keys() - {f.name for f in dataclasses.fields(base.model)}
+    if unknown:
+        raise ValueError(f"{option(min(unknown))} is nothing that a {base.model.kind} has")
     try:
         return dataclasses.replace(base, **own, model=dataclasses.replace(base.model, **of_model))
     except ValueError as error:
@@ -288,7 +297,7 @@ def validator(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) ->
             file=sys.stderr,
         )
 
-    def evaluation(model: RetinaNet) -> dict[str, float]:
+    def evaluation(model: Detector) -> dict[str, float]:
         results = detect_all(model, recipe, ids, val)
 
         def figures() -> dict[str, float]:
@@ -305,8 +314,8 @@ def validator(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) ->
     )
 
 
-def starter(file: Path, source: dict[str, Any], data: CocoDataset) -> Callable[[RetinaNet], None]:
-    def start(model: RetinaNet) -> None:
+def starter(file: Path, source: dict[str, Any], data: CocoDataset) -> Callable[[Detector], None]:
+    def start(model: Detector) -> None:
         taken = take_weights(model, file, source, data.categories)
         if rank() == 0:
             print(taken)
@@ -327,10 +336,10 @@ def say_trained(out: Path, recipe: Recipe, validation: Validation | None) -> Non
 
 def progress_picture(
     recipe: Recipe, data: CocoDataset, out: Path, log: Log
-) -> Callable[[int, RetinaNet], None]:
+) -> Callable[[int, Detector], None]:
     """Draws the detections on the first image beside its ground truth, for DIR/detections.png and the log."""
 
-    def draw(step: int, model: RetinaNet) -> None:
+    def draw(step: int, model: Detector) -> None:
         image, truth = data[0]
         picture = out / PICTURE
         title = f"{data.image_path(0).name} after {step} steps"

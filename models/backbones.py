@@ -1,0 +1,94 @@
+"""Classifiers of torchvision's and timm's as backbones: images to the features of their stages."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+from .config import BACKBONES, TIMM, NetworkConfig
+
+
+def backbone(config: NetworkConfig, pretrained: bool) -> nn.Module:
+    """(B, 3, H, W) -> the features of each of its levels, finest first, in a dictionary: "c3" and so on, up to "c5"."""
+    from_timm = config.backbone.startswith(TIMM)
+    return (TimmBody if from_timm else torchvision_body)(config, pretrained)
+
+
+def torchvision_body(config: NetworkConfig, pretrained: bool) -> nn.Module:
+    stages = BACKBONES[config.backbone]
+    classifier = torchvision.models.get_model(
+        config.backbone,
+        weights="IMAGENET1K_V1" if pretrained else None,
+        norm_layer=functools.partial(
+            FrozenBatchNorm2d if config.frozen_batch_norm else nn.BatchNorm2d,
+            eps=config.batch_norm_eps,
+        ),
+    )
+    for stage in stages[: len(stages) - config.trainable_stages]:
+        for module in stage:
+            classifier.get_submodule(module).requires_grad_(False)
+    outputs = {
+        stage[-1]: f"c{level}"
+        for level, stage in enumerate(stages, start=1)
+        if level >= config.min_level
+    }
+    return create_feature_extractor(classifier, outputs)
+
+
+class TimmBody(nn.Module):
+    """A convolutional model of timm's, by its own name."""
+
+    def __init__(self, config: NetworkConfig, pretrained: bool) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise ValueError(f"backbone {config.backbone!r} needs the package timm") from None
+        create = functools.partial(
+            timm.create_model, config.backbone.removeprefix(TIMM), features_only=True
+        )
+        try:
+            info: Any = create(pretrained=False).feature_info
+        except RuntimeError as error:
+            raise ValueError(f"backbone {config.backbone!r}: {error}") from None
+        last = {reduction: index for index, reduction in enumerate(info.reduction())}
+        self.levels = range(config.min_level, min(config.max_level, 5) + 1)
+        if any(2**level not in last for level in self.levels):
+            raise ValueError(
+                f"backbone {config.backbone!r} must have the strides "
+                f"{[2**level for level in self.levels]}, got {info.reduction()}"
+            )
+        self.model = create(
+            pretrained=pretrained, out_indices=[last[2**level] for level in self.levels]
+        )
+        if config.frozen_batch_norm:
+            self.model = timm.layers.freeze_batch_norm_2d(self.model)
+        frozen = [i for r, i in last.items() if r <= 2 ** (5 - config.trainable_stages)]
+        if frozen:
+            # In order of the forward pass: all parameters up to the last of that stage's.
+            module = info.module_name(max(frozen))
+            prefixes = (f"{module}.", f"{module.replace('.', '_')}.")
+            parameters = list(self.model.named_parameters())
+            ends = [n for n, (name, _) in enumerate(parameters) if name.startswith(prefixes)]
+            for _, parameter in parameters[: max(ends, default=-1) + 1]:
+                parameter.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        features = self.model(images)
+        return {f"c{level}": f for level, f in zip(self.levels, features, strict=True)}
+
+
+@torch.no_grad()
+def channels(body: nn.Module) -> list[int]:
+    """Of the features of each of its levels."""
+    was_training = body.training
+    body.eval()  # batch statistics must not see the probe
+    features = list(body(torch.zeros(1, 3, 64, 64)).values())
+    body.train(was_training)
+    return [feature.shape[1] for feature in features]

@@ -1,0 +1,42 @@
+"""The detectors by name: what a recipe, a checkpoint and a study's record call the `kind` of their model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from .config import DetectorConfig, as_tuples
+from .detector import Detector
+from .ranges import check, check_names, one_of
+from .retinanet import RetinaNet, RetinaNetConfig
+
+# A model is made from its configuration and whether its backbone starts with ImageNet weights.
+DETECTORS: dict[str, tuple[type[DetectorConfig], Callable[..., Detector]]] = {
+    "retinanet": (RetinaNetConfig, RetinaNet),
+}
+OF_OLD = "retinanet"  # the kind of what was written before there were kinds
+
+
+def create(config: DetectorConfig, pretrained_backbone: bool = False) -> Detector:
+    _, model = DETECTORS[config.kind]
+    return model(config, pretrained_backbone)
+
+
+def to_json(config: DetectorConfig) -> dict[str, Any]:
+    """{"kind": ..., and its fields}."""
+    return {"kind": config.kind, **dataclasses.asdict(config)}
+
+
+def from_json(values: Any) -> DetectorConfig:
+    """The inverse of to_json, also after JSON turned the tuples into lists.
+
+    Raises:
+        ValueError: it is no dictionary, its kind or a field is unknown, or a value is outside its range.
+    """
+    fields = dict(values) if isinstance(values, dict) else values
+    kind = fields.pop("kind", OF_OLD) if isinstance(fields, dict) else OF_OLD
+    check("kind", kind, one_of(tuple(DETECTORS)))
+    config, _ = DETECTORS[kind]
+    check_names(config, fields)
+    return config(**{name: as_tuples(value) for name, value in fields.items()})

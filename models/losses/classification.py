@@ -1,0 +1,98 @@
+"""The classification losses of the paper's comparison. All but the focal loss are plain PyTorch, image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from focalops import dense_focal_loss, nms, sigmoid_focal_loss_star
+from focalops.reference import head_rows
+
+from ..config import LossConfig
+from .matching import IGNORED, Matched
+
+OHEM_BATCH, OHEM_NMS = 128, 0.5  # the paper's best
+HINGE = 0.5  # the probability of the truth from which on the loss is 0
+
+
+def classification_loss(matched: Matched, config: LossConfig) -> Tensor:
+    """The sum over the images, each divided by its normalizer."""
+    return LOSSES[config.classification_loss](matched, config)
+
+
+def focal(matched: Matched, config: LossConfig) -> Tensor:
+    """With gamma 0 the alpha-balanced cross entropy, with alpha -1 the plain one."""
+    return dense_focal_loss(
+        matched.outputs.cls_logits,
+        matched.classes,
+        config.alpha,
+        config.gamma,
+        normalizer=matched.normalizers,
+    )
+
+
+# ---- Of one image: rows (N, K), labels (N,), normalizer (), anchors (N, 4) ------------------------
+
+
+def focal_star(
+    rows: Tensor, labels: Tensor, normalizer: Tensor, anchors: Tensor, config: LossConfig
+) -> Tensor:
+    """Lin et al., appendix A."""
+    return sigmoid_focal_loss_star(
+        rows, labels, config.alpha, config.gamma, "sum", beta=config.beta, normalizer=normalizer
+    )
+
+
+def ohem(
+    rows: Tensor, labels: Tensor, normalizer: Tensor, anchors: Tensor, config: LossConfig
+) -> Tensor:
+    """Online hard example mining (Shrivastava et al., 2016): the mean cross entropy of the anchors of
+    the highest loss, after NMS by it."""
+    of_anchors = F.binary_cross_entropy_with_logits(
+        rows.float(), one_hot(labels, config.num_classes), reduction="none"
+    ).sum(dim=1)
+    valid = (labels != IGNORED).nonzero().squeeze(1)
+    hardest = nms(anchors[valid], of_anchors[valid].detach(), OHEM_NMS)[:OHEM_BATCH]
+    return of_anchors[valid[hardest]].mean()
+
+
+def hinge(
+    rows: Tensor, labels: Tensor, normalizer: Tensor, anchors: Tensor, config: LossConfig
+) -> Tensor:
+    """A hinge on the probability of the truth, which the paper found unstable."""
+    kept = labels != IGNORED
+    truth = one_hot(labels, config.num_classes)[kept].bool()
+    p = rows.float()[kept].sigmoid()
+    return (HINGE - torch.where(truth, p, 1 - p)).clamp(min=0).sum() / normalizer.clamp(min=1)
+
+
+Loss = Callable[[Matched, LossConfig], Tensor]
+
+
+def image_by_image(loss: Callable[[Tensor, Tensor, Tensor, Tensor, LossConfig], Tensor]) -> Loss:
+    def of_batch(matched: Matched, config: LossConfig) -> Tensor:
+        rows = rows_of(matched.outputs.cls_logits, config.num_classes)
+        images = zip(rows, matched.classes, matched.normalizers, strict=True)
+        return torch.stack([loss(*image, matched.anchors, config) for image in images]).sum()
+
+    return of_batch
+
+
+LOSSES: dict[str, Loss] = {
+    "focal": focal,
+    "focal_star": image_by_image(focal_star),
+    "ohem": image_by_image(ohem),
+    "hinge": image_by_image(hinge),
+}
+
+
+def rows_of(levels: list[Tensor], columns: int) -> Tensor:
+    """(B, N, columns), the anchors of an image in the order level, row, column, anchor."""
+    return torch.cat([head_rows(level, columns) for level in levels], dim=1)
+
+
+def one_hot(labels: Tensor, num_classes: int) -> Tensor:  # (N,) -> (N, K), 0 where there is none
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()

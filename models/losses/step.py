@@ -1,0 +1,45 @@
+"""From a network's outputs to the losses of a training step."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from focalops import class_index_targets
+
+from ..config import LossConfig, MatchingConfig
+from ..structures import HeadOutputs, Target
+from .box import box_loss
+from .classification import classification_loss
+from .matching import Matched, match, normalizers
+
+
+class LossStep(nn.Module):
+    """Each image's losses are divided by its normalizer, then averaged over the images.
+
+    It is a module so that what it is made of may have parameters: the model's state, and the optimizer, have them then.
+    """
+
+    def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
+        super().__init__()
+        self.matching, self.loss = matching, loss
+
+    def forward(
+        self,
+        outputs: HeadOutputs,
+        anchors: Tensor,  # (N, 4)
+        targets: list[Target],
+    ) -> dict[str, Tensor]:
+        matched = self.match(outputs, anchors, targets)
+        return {
+            "classification": classification_loss(matched, self.loss) / len(targets),
+            "bbox_regression": box_loss(matched, self.loss) / len(targets),
+        }
+
+    def match(self, outputs: HeadOutputs, anchors: Tensor, targets: list[Target]) -> Matched:
+        matches = match(anchors, targets, self.matching)  # (B, N)
+        classes = class_index_targets(
+            matches, [t["labels"] for t in targets], self.loss.num_classes
+        )
+        counts = (matches >= 0).sum(dim=1)  # (B,)
+        divisors = normalizers(counts, self.loss.normalizer)
+        return Matched(outputs, anchors, targets, matches, classes, divisors)
