@@ -3,6 +3,7 @@
 // sentences.
 #pragma once
 
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,7 @@
 
 #include "dtypes.h"
 #include "math/focal.h"
+#include "math/row_losses.h"
 
 namespace focalops {
 
@@ -372,16 +374,22 @@ inline void check_classes(const char* op, const Tensor& inputs) {
   }
 }
 
-inline void check_gamma(const char* op, const char* name, double gamma) {
-  if (!(gamma >= 0)) {
-    fail(op, ": ", name, " must be >= 0, got ", gamma);
+inline void check_non_negative(const char* op, const char* name, double given) {
+  if (!(given >= 0)) {
+    fail(op, ": ", name, " must be >= 0, got ", given);
   }
 }
 
-// alpha weights the positives, 1 - alpha the negatives; a negative alpha neither.
-inline void check_alpha(const char* op, double alpha) {
-  if (!(alpha <= 1)) {
-    fail(op, ": alpha must lie in [0, 1], or be negative for none, got ", alpha);
+inline void check_unit(const char* op, const char* name, double given) {
+  if (!(given >= 0 && given <= 1)) {
+    fail(op, ": ", name, " must lie in [0, 1], got ", given);
+  }
+}
+
+// Such is alpha, which weights the positives by itself and the negatives by 1 - alpha.
+inline void check_unit_or_none(const char* op, const char* name, double given) {
+  if (!(given <= 1)) {
+    fail(op, ": ", name, " must lie in [0, 1], or be negative for none, got ", given);
   }
 }
 
@@ -389,11 +397,11 @@ inline void check_focal_loss(const Tensor& inputs, const Tensor& targets,
                              const FocalParams& params) {
   const char* op = focal_loss_name(params);
   check_targets(op, inputs, targets, true);
+  check_unit_or_none(op, "alpha", params.alpha);
   if (params.beta.has_value() && !(params.gamma > 0)) {
     fail(op, ": gamma must be > 0, got ", params.gamma);
   }
-  check_gamma(op, "gamma", params.gamma);
-  check_alpha(op, params.alpha);
+  check_non_negative(op, "gamma", params.gamma);
 }
 
 inline void check_focal_loss_backward(const Tensor& grad_output, const Tensor& inputs,
@@ -430,19 +438,6 @@ inline void check_focal_loss_sum(const Tensor& inputs, const Tensor& targets,
   check_normalizer(focal_loss_name(params), inputs, normalizer);
 }
 
-inline const char* row_loss_name(int64_t loss) {
-  constexpr const char* names[] = {"sigmoid_focal_loss", "quality_focal_loss",
-                                   "varifocal_loss",     "matchability_aware_loss",
-                                   "ia_bce_loss",        "softmax_focal_loss"};
-  return names[loss];
-}
-
-inline void check_smoothing(const char* op, double label_smoothing) {
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
-    fail(op, ": label_smoothing must lie in [0, 1], got ", label_smoothing);
-  }
-}
-
 // One number a row, such as its weight: of the shape of the class indices.
 inline void check_row_numbers(const char* op, const char* name, const std::optional<Tensor>& given,
                               const char* like_name, const Tensor& like, ScalarType dtype) {
@@ -472,63 +467,73 @@ inline void check_class_weight(const char* op, const std::optional<Tensor>& give
   }
 }
 
-inline void check_weight_of_negatives(const char* op, double alpha) {
-  if (!(alpha >= 0)) {
-    fail(op, ": alpha must be >= 0, got ", alpha);
+inline void check_parameter(const char* op, const Parameter& parameter, double given) {
+  switch (parameter.domain) {
+    case Domain::kAny:
+      return;
+    case Domain::kNonNegative:
+      return check_non_negative(op, parameter.name, given);
+    case Domain::kUnit:
+      return check_unit(op, parameter.name, given);
+    case Domain::kUnitOrNone:
+      return check_unit_or_none(op, parameter.name, given);
   }
 }
 
-inline void check_class_indices(const Tensor& targets, int64_t loss) {
-  if (loss < 0 || loss >= kNumRowLosses) {
-    fail("_class_indices: loss must be one of those in csrc/math/focal.h, got ", loss);
+// Calls f with the member of row_losses::All that `loss` names.
+template <typename F>
+void with_row_loss(const char* op, const std::string& loss, F&& f) {
+  if (!row_losses::All::find(loss, f)) {
+    fail(op, ": loss must be one of ", row_losses::All::names(), ", got '", loss, "'");
   }
+}
+
+template <typename Loss>
+void check_num_parameters(const std::vector<double>& given) {
+  if (given.size() != std::size(Loss::kParameters)) {
+    std::string names;
+    for (const Parameter& parameter : Loss::kParameters) {
+      names += (names.empty() ? "" : ", ") + std::string(parameter.name);
+    }
+    fail("row_loss_sum: parameters must be those of ", Loss::kName, ", (", names, "), got ",
+         given.size(), " numbers");
+  }
+}
+
+// Says whether the classes of a row exclude each other.
+inline bool check_class_indices(const Tensor& targets, const std::string& loss) {
+  bool is_softmax = false;
+  with_row_loss("_class_indices", loss,
+                [&](auto member) { is_softmax = decltype(member)::kIsSoftmax; });
   if (!is_index(targets.scalar_type())) {
-    fail(row_loss_name(loss), ": class-index targets must be int32 or int64, got ",
-         dtype_of(targets));
+    fail(loss, ": class-index targets must be int32 or int64, got ", dtype_of(targets));
   }
+  return is_softmax;
 }
 
-inline void check_row_loss(const Tensor& inputs, const Tensor& targets,
-                           const std::optional<Tensor>& scores, int64_t loss,
+inline void check_row_loss(const std::string& loss, const Tensor& inputs, const Tensor& targets,
+                           const std::optional<Tensor>& scores,
                            const std::vector<double>& parameters,
                            const std::optional<Tensor>& weight,
                            const std::optional<Tensor>& class_weight,
                            const std::optional<Tensor>& normalizer) {
-  if (!knows_row_loss(loss, parameters.size())) {
-    fail("row_loss_sum: loss and parameters must be one of those in csrc/math/focal.h, got loss ",
-         loss, " and ", parameters.size(), " parameters");
-  }
-  const char* op = row_loss_name(loss);
-  check_targets(op, inputs, targets, false);
-  if (static_cast<RowLoss>(loss) == RowLoss::softmax) {
-    check_classes(op, inputs);
-  }
-  const ScalarType dtype = compute_dtype(inputs.scalar_type());
-  check_row_numbers(op, "scores", scores, "targets", targets, dtype);
-  check_row_numbers(op, "weight", weight, "targets", targets, dtype);
-  check_class_weight(op, class_weight, inputs, inputs.size(inputs.dim() - 1));
-  check_normalizer(op, inputs, normalizer);
-  switch (static_cast<RowLoss>(loss)) {
-    case RowLoss::focal:
-      check_gamma(op, "gamma", parameters[1]);
-      check_alpha(op, parameters[0]);
-      return check_smoothing(op, parameters[2]);
-    case RowLoss::quality:
-      return check_gamma(op, "beta", parameters[0]);
-    case RowLoss::matchability:
-      check_weight_of_negatives(op, parameters[1]);
-      return check_gamma(op, "gamma", parameters[0]);
-    case RowLoss::varifocal:
-      check_weight_of_negatives(op, parameters[0]);
-      return check_gamma(op, "gamma", parameters[1]);
-    case RowLoss::iou_aware:
-      if (!(parameters[0] >= 0 && parameters[0] <= 1)) {
-        fail(op, ": alpha must lie in [0, 1], got ", parameters[0]);
-      }
-      return check_gamma(op, "gamma", parameters[1]);
-    default:
-      return check_gamma(op, "gamma", parameters[1]);
-  }
+  with_row_loss("row_loss_sum", loss, [&](auto member) {
+    using Loss = decltype(member);
+    check_num_parameters<Loss>(parameters);
+    const char* op = Loss::kName;
+    check_targets(op, inputs, targets, false);
+    if constexpr (Loss::kIsSoftmax) {
+      check_classes(op, inputs);
+    }
+    const ScalarType dtype = compute_dtype(inputs.scalar_type());
+    check_row_numbers(op, "scores", scores, "targets", targets, dtype);
+    check_row_numbers(op, "weight", weight, "targets", targets, dtype);
+    check_class_weight(op, class_weight, inputs, inputs.size(inputs.dim() - 1));
+    check_normalizer(op, inputs, normalizer);
+    for (size_t i = 0; i < parameters.size(); ++i) {
+      check_parameter(op, Loss::kParameters[i], parameters[i]);
+    }
+  });
 }
 
 // What dense_focal_loss takes beside logits and labels.
@@ -595,9 +600,9 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
   if (classes >= int64_t{1} << 30) {
     fail(op, ": cls_logits must have fewer than 2^30 classes, got ", classes);
   }
-  check_gamma(op, "gamma", options.gamma);
-  check_alpha(op, options.alpha);
-  check_smoothing(op, options.label_smoothing);
+  check_unit_or_none(op, "alpha", options.alpha);
+  check_non_negative(op, "gamma", options.gamma);
+  check_unit(op, "label_smoothing", options.label_smoothing);
   const ScalarType dtype = compute_dtype(first.scalar_type());
   check_row_numbers(op, "weight", options.weight, "labels", labels, dtype);
   if (anchors > 0) {

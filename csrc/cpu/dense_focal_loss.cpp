@@ -138,7 +138,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
                                  {data_of<T>(weight), data_of<T>(class_weight)},
                                  options.ignore_index};
     const std::vector<double> parameters{options.alpha, options.gamma, options.label_smoothing};
-    dispatch_focal_row_loss<T>(parameters, [&](const auto& formula) {
+    row_losses::Focal::dispatch<T>(parameters, [&](const auto& formula) {
       torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
         Block<T> block;
         size_t l = 0;

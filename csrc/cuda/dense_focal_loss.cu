@@ -328,8 +328,8 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
     auto head = make_head<Head<scalar_t, RowWeights<T>>>(levels, shape, labels,
                                                          options.ignore_index, normalizer, grads);
     head.extras = {data_of<T>(weight), data_of<T>(class_weight)};
-    dispatch_focal_row_loss<T>({options.alpha, options.gamma, options.label_smoothing},
-                               [&](const auto& formula) { run(head, formula); });
+    row_losses::Focal::dispatch<T>({options.alpha, options.gamma, options.label_smoothing},
+                                   [&](const auto& formula) { run(head, formula); });
   });
   return loss;
 }
