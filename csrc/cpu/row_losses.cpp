@@ -1,5 +1,7 @@
 // The losses of rows with a weight, a score or smoothed targets, on the CPU: one pass over the
 // logits, as in focal_loss.cpp.
+#include "../checks/row_losses.h"
+#include "../math/row_losses.h"
 #include "focal_loss.h"
 #include "softmax_focal_loss.h"
 
@@ -70,7 +72,7 @@ Tensor row_loss_sum_inplace_cpu(const Tensor& inputs, const Tensor& targets,
                                 const std::optional<Tensor>& class_weight, int64_t ignore_index,
                                 const std::optional<Tensor>& normalizer, double min_normalizer) {
   check_row_loss(name, inputs, targets, scores, parameters, weight, class_weight, normalizer);
-  check_overwritten(name.c_str(), "inputs", inputs, false);
+  check_overwritten_rows(name.c_str(), inputs);
   return row_loss(name, inputs, targets, scores, parameters, weight, class_weight, ignore_index,
                   normalizer, min_normalizer, inputs);
 }

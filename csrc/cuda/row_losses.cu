@@ -4,6 +4,8 @@
 //
 // Bytes moved, s = size of the logits: loss 1s, with gradient 2s; a class index, and what else
 // there is of a row.
+#include "../checks/row_losses.h"
+#include "../math/row_losses.h"
 #include "focal_loss.cuh"
 #include "softmax_focal_loss.cuh"
 

@@ -237,6 +237,10 @@ struct FocalParams {
   std::optional<double> beta;
 };
 
+inline const char* focal_loss_name(const FocalParams& params) {
+  return params.beta.has_value() ? "sigmoid_focal_loss_star" : "sigmoid_focal_loss";
+}
+
 // Calls f with the number of gamma that the formulas are compiled for.
 template <typename F>
 void dispatch_gamma(double gamma, F&& f) {
