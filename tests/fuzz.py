@@ -54,22 +54,7 @@ CHOICES = (
 )
 
 
-def kept_or_suppressor(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """What nms_match says, in the words of its documentation."""
-    keep = reference.nms(boxes, scores, iou_threshold)
-    group = torch.full((len(boxes),), -1)
-    for i, box in enumerate(boxes):
-        over = reference.box_iou(boxes[keep], box[None]).flatten().double() > iou_threshold
-        if not (box.isnan().any() or scores[i].isnan()) and over.any():
-            group[i] = keep[over.nonzero()[0, 0]]
-    group[keep] = keep
-    return group
-
-
-REFERENCES = {
-    **{name: getattr(reference, name, None) for name in MAKERS},
-    "nms_match": kept_or_suppressor,
-}
+REFERENCES = {name: getattr(reference, name, None) for name in MAKERS}
 
 
 @dataclass
