@@ -122,6 +122,9 @@ def test_its_deployed_form_is_the_eager_model(finished: Path) -> None:
     images = [torch.rand(3, 96, 120), torch.rand(3, 70, 50)]
     batch = detector.to_batch(images)
     assert batch[0].shape == (2, 3, 96, 128)
+    # The first image becomes 88 x 110, the second 123 x 88.
+    assert detector.prepare(*batch)[0].shape == (2, 3, 128, 112)
+    assert model.transform(images)[0].tensors.shape == (2, 3, 128, 112)
     exported = deploy.export(detector, *batch).module()
     for image in (*images, torch.rand(3, 40, 77)):
         (expected,) = model([image])
