@@ -143,8 +143,8 @@ def _common_batch(boxes1: Tensor, boxes2: Tensor) -> tuple[int, ...] | None:
 
 
 def _corners(boxes: Tensor, fmt: str) -> Tensor:
-    if boxes.shape[-1:] != (4,):
-        return boxes
+    if boxes.shape[-1:] != (4,) or not boxes.is_floating_point():
+        return boxes  # for the op to refuse: what holds coordinates is floating by now
     place, size = boxes[..., :2], boxes[..., 2:]
     if fmt == "cxcywh":
         place = place - 0.5 * size
@@ -230,9 +230,11 @@ def decode_boxes(
         return reference.decode_boxes(
             deltas, anchors, weights, clip, one_or_each, ctr_clamp=ctr_clamp
         )
-    if ctr_clamp is not None:
-        deltas = _clamp_shifts(deltas, anchors, weights, ctr_clamp)
     dtype = coordinates_dtype(deltas, anchors)
+    if ctr_clamp is not None:
+        # Both ways to the anchors start here, so that their gradients are added before they are rounded.
+        anchors = as_coordinates(anchors, dtype)
+        deltas = _clamp_shifts(deltas, anchors, weights, ctr_clamp)
     if deltas.dtype not in FLOATING or dtype == torch.float64:
         deltas = as_coordinates(deltas, dtype)
     deltas, anchors = broadcast(deltas, as_coordinates(anchors, dtype))

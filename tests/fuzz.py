@@ -351,7 +351,8 @@ class Round:
         if isinstance(boxes := a.get("boxes1"), Tensor):
             # The derivative of an overlap by a coordinate has terms of 1 / side, which may cancel; the slack has
             # the largest coordinate over the least side.
-            self.terms = 1 / max(largest_of(boxes), largest_of(a["boxes2"]), 1)
+            number = max(boxes.shape[-2:-1] + a["boxes2"].shape[-2:-1], default=1)
+            self.terms = number / max(largest_of(boxes), largest_of(a["boxes2"]), 1)
 
         def run(function: Callable[..., Any] = function, a: Arguments = a, **how: Any) -> Outcome:
             return outcome_of(lambda: with_gradients(name, function, a, **how))

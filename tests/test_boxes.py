@@ -539,3 +539,27 @@ def test_ctr_clamp(weights, dtype, device):
     assert_close_to_float64(decode(decode_boxes), decode(reference.decode_boxes), deltas, anchors)
     unclamped = decode_boxes(deltas, anchors, weights, image_size=(90, 80))
     assert not torch.equal(decode(decode_boxes)(deltas, anchors), unclamped)
+
+
+def test_bool_boxes_of_another_format_are_refused_in_a_sentence():
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match=r"boxes1 must be .*, got torch\.bool") as error:
+            box_iou(
+                torch.ones(2, 4, dtype=torch.bool, device=device),
+                torch.ones(2, 4, device=device),
+                fmt="cxcywh",
+            )
+        assert "\n" not in str(error.value)
+
+
+def test_the_gradient_of_half_anchors_is_rounded_once():
+    """ctr_clamp leads to the anchors a second way, whose gradient has to be added before that."""
+    deltas = torch.tensor([[-3.1934, 17.2344, 4.9219, -0.2379]]).half()
+    anchors = torch.tensor([[-13.6094, 16.3750, -10.1484, 21.8906]]).half()
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        x = anchors.detach().to(dtype).requires_grad_()
+        boxes = decode_boxes(deltas.to(dtype), x, clip=0.5, ctr_clamp=32)
+        boxes.backward(torch.tensor([[0.375, 1, -0.5, 0.125]]))
+        grads.append(x.grad)
+    assert torch.equal(grads[0], grads[1].half())
