@@ -25,10 +25,12 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ABI_TARGET = "2.10"  # the oldest torch that the op libraries load on
+OLDEST_TORCH = (2, 10)  # that the op libraries load on
+ABI_TARGET = ".".join(map(str, OLDEST_TORCH))
 DEFAULT_ARCHS = ["8.0", "9.0", "10.0", "12.0"]
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+COMMON_FLAGS = ["-std=c++17", "-O3"]
+COMMON_FLAGS.append("-DTORCH_TARGET_VERSION=0x{:02x}{:02x}{:012x}".format(*OLDEST_TORCH, 0))
 CXX_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = [
     "-DUSE_CUDA",
@@ -156,8 +158,9 @@ class BuildNative(build_ext):
         except ImportError as error:
             needed = "pip install torch pybind11 ninja"
             raise SystemExit(f"building focalops needs {error.name}: {needed}") from None
-        if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 10]:
-            raise SystemExit(f"focalops needs torch 2.10 or newer, got {torch.__version__}")
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+            needed = f"focalops needs torch {ABI_TARGET} or newer"
+            raise SystemExit(f"{needed}, got {torch.__version__}")
 
         self.pybind11 = pybind11.get_include()
         self.torch = Path(torch.__file__).parent

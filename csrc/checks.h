@@ -71,7 +71,7 @@ template <typename... Args>
   throw std::runtime_error(out.str());
 }
 
-// `op` and `name` as in the Python signature.
+// `op` and `name` are those of the Python signature.
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
   if (!is_floating(tensor.scalar_type())) {
     fail(op, ": ", name, " must be float16, bfloat16, float32 or float64, got ", dtype_of(tensor));
@@ -105,8 +105,7 @@ inline void check_coordinates(const char* op, const char* name, const Tensor& te
   }
 }
 
-// What follows a tensor that has passed: `tensor` must have the dtype of `like` and be on its
-// device.
+// `tensor` follows one that has passed, `like`: it must have its dtype and be on its device.
 inline void check_like(const char* op, const char* name, const Tensor& tensor,
                        const char* like_name, const Tensor& like) {
   check_same_device(op, name, tensor, like_name, like);

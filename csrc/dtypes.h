@@ -1,4 +1,4 @@
-// Which C++ type a tensor's elements have, and which one they are computed in.
+// The C++ type that a tensor's elements have, and the one that they are computed in.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -74,7 +74,7 @@ void dispatch_index(ScalarType dtype, F&& f) {
   return f(TypeTag<int64_t>{});
 }
 
-// What a tensor that need not be there holds, as the kernels read it; null where it is not there.
+// A tensor that need not be there, as the kernels read it; null where it is not there.
 inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? std::optional<Tensor>(torch::stable::contiguous(*tensor))
                             : std::nullopt;
@@ -83,6 +83,11 @@ inline std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
 template <typename T>
 const T* data_of(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+T* data_of(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
 }  // namespace focalops

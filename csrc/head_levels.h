@@ -13,7 +13,7 @@ namespace focalops {
 
 constexpr size_t kMaxLevels = 8;
 
-// What the levels of a head have in common.
+// The levels of a head have this in common.
 struct HeadShape {
   int64_t images, anchors, classes;  // anchors of a position
   int64_t rows;                      // of an image, over all levels: one an anchor

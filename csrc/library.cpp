@@ -19,12 +19,12 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "beta, int ignore_index,"
       " Tensor? normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor "
       "grad)");
-  // The same with the gradient written over inputs.
+  // Does the same with the gradient written over inputs.
   m.def(
       "_sigmoid_focal_loss_sum_(Tensor(a!) inputs, Tensor targets, float alpha, float gamma, "
       "float? beta, int ignore_index, Tensor? normalizer, float min_normalizer) -> Tensor loss");
-  // The same of rows with class indices and what else they may have: a score of the true class, a
-  // weight, a weight of the column. loss: the name of a member of row_losses::All
+  // Does the same of rows with class indices and what else they may have: a score of the true
+  // class, a weight, a weight of the column. loss: the name of a member of row_losses::All
   // (math/row_losses.h), which says what its parameters are.
   m.def(
       "row_loss_sum(Tensor inputs, Tensor targets, Tensor? scores, str loss, float[] parameters, "
@@ -37,13 +37,13 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   // A copy of class indices that row_loss_sum would take; on the CPU another index is an error, as
   // there.
   m.def("_class_indices(Tensor targets, str loss, int num_classes, int ignore_index) -> Tensor");
-  // cls_logits: up to 8 levels (B, A * K, H, W); labels, weight: (B, N); class_weight: (K,);
-  // normalizer: 0-d or (B,); grads: one a level, none unless compute_grad.
+  // cls_logits: up to kMaxLevels levels (B, A * K, H, W); labels, weight: (B, N); class_weight:
+  // (K,); normalizer: 0-d or (B,); grads: one a level, none unless compute_grad.
   m.def(
       "dense_focal_loss(Tensor[] cls_logits, Tensor labels, float alpha, float gamma, float "
       "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
       "normalizer, float min_normalizer, bool compute_grad) -> (Tensor loss, Tensor[] grads)");
-  // The same with the gradients written over cls_logits.
+  // Does the same with the gradients written over cls_logits.
   m.def(
       "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, float "
       "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
@@ -80,9 +80,9 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float[] image_size, bool compute_grad_anchors) -> (Tensor grad_deltas, Tensor "
       "grad_anchors)");
 
-  // deltas: up to 8 levels (B, A * 4, H, W); anchors: (N, 4); gt_boxes: (B, M, 4); matches: (B, N);
-  // loss: 0 L1, 1 smooth L1, 2 .. 5 the IoU family; normalizer: 0-d or (B,); grads: one a level,
-  // none unless compute_grad.
+  // deltas: up to kMaxLevels levels (B, A * 4, H, W); anchors: (N, 4); gt_boxes: (B, M, 4);
+  // matches: (B, N); loss: 0 L1, 1 smooth L1, 2 .. 5 the IoU family; normalizer: 0-d or (B,);
+  // grads: one a level, none unless compute_grad.
   m.def(
       "dense_box_loss(Tensor[] deltas, Tensor anchors, Tensor gt_boxes, Tensor matches, int loss,"
       " float[] weights, float clip, float beta, float eps, Tensor? normalizer, float "
@@ -117,8 +117,8 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float score_threshold, int max_detections)"
       " -> (Tensor indices, Tensor kept_scores, Tensor num_kept)");
 
-  // detections, padded with 0, 0 and -1. cls_logits: up to 8 levels (B, A * K, H, W); box_deltas:
-  // (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width.
+  // detections, padded with 0, 0 and -1. cls_logits: up to kMaxLevels levels (B, A * K, H, W);
+  // box_deltas: (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width.
   m.def(
       "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, Tensor? image_sizes,"
       " float[] weights, float clip, float score_threshold, int topk_per_level,"

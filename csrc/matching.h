@@ -1,14 +1,14 @@
-// What match_anchors is asked for.
+// The options of match_anchors.
 #pragma once
 
 #include <cstdint>
 
 namespace focalops {
 
-// What a ground-truth box is to the matching.
+// A ground-truth box plays one of these roles in the matching.
 enum Role : uint8_t { kObject, kCrowd, kNothing };
 
-// Which anchors a box gets whose IoU with none reaches the threshold.
+// A box whose IoU with no anchor reaches the threshold gets anchors by one of these rules.
 enum class LowQuality { kNone, kOwnBest, kLastBox, kLastBoxFirstAnchor };
 
 struct MatchRule {

@@ -1,5 +1,5 @@
-// The Python module `_C`: what is not an op. It links to neither torch nor CUDA, so that it loads,
-// and can say what was built, wherever the package is imported.
+// The Python module `_C` has what is not an op. It links to neither torch nor CUDA, so that it
+// loads, and can say what was built, wherever the package is imported.
 
 #include <pybind11/pybind11.h>
 
@@ -13,7 +13,7 @@ constexpr char kCompiler[] = "clang " __clang_version__;
 constexpr char kCompiler[] = "g++ " __VERSION__;
 #endif
 
-// How the native libraries were built; None for what does not apply.
+// Tells how the native libraries were built; None for what does not apply.
 py::dict build_info() {
   py::dict info;
   info["torch_version"] = FOCALOPS_TORCH_VERSION;

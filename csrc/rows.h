@@ -32,7 +32,8 @@ inline Tensor new_gradient(const Tensor& boxes, bool is_wanted) {
   return is_wanted ? new_rows(boxes, boxes.scalar_type()) : torch::stable::new_empty(boxes, {0});
 }
 
-// The gradient of pairs; that of their sum is one number for all, and stays one.
+// The gradient of the losses of pairs. Where it is one number for all, such as that of their sum,
+// it is read with stride 0 and never expanded.
 struct PairUpstream {
   Tensor tensor;
   int64_t stride;
@@ -76,7 +77,7 @@ void dispatch_iou(ScalarType dtype, int64_t kind, double union_eps, double outer
   });
 }
 
-// The same of a matrix, which may also be of kind 4.
+// Does the same for a matrix, which may also be of kind 4.
 template <typename F>
 void dispatch_iou_matrix(ScalarType dtype, int64_t kind, double eps, const F& f) {
   if (kind != static_cast<int64_t>(IouKind::kForeground)) {

@@ -1,4 +1,4 @@
-// What LibTorch's stable ABI lacks at TORCH_TARGET_VERSION (2.10). Each shim says when it can go.
+// LibTorch's stable ABI lacks these at TORCH_TARGET_VERSION. Each shim says when it can go.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

@@ -144,6 +144,16 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     raise ValueError(f"{name} must be {several}{words}, got {_in_words(value)}")
 
 
+MAX_LEVELS = 8  # kMaxLevels in csrc/head_levels.h
+
+
+def check_num_levels(op: str, name: str, levels: Sequence[Tensor]) -> None:
+    check(
+        1 <= len(levels) <= MAX_LEVELS,
+        lambda: f"{op}: {name} must be 1 to {MAX_LEVELS} levels, got {len(levels)}",
+    )
+
+
 def check_image_size(op: str, name: str, level: Tensor, what: str) -> None:
     numbers = level.shape[1] * level.shape[2] * level.shape[3]
     check(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from focalops._arguments import MAX_LEVELS
 from focalops.anchors import AnchorGenerator
 from focalops.box_losses import dense_box_loss, generalized_box_iou_loss
 from focalops.boxes import decode_boxes
@@ -142,9 +143,6 @@ def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
             reasons += _overridden(where, part, origin, "forward")
         what = f"{name}: the copies of the heads' outputs"
         _swap(model, "forward", _forward, what, reasons, report)
-
-
-MAX_LEVELS = 8  # of dense_focal_loss and detect
 
 
 def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:

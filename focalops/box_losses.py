@@ -13,6 +13,7 @@ from focalops import reference
 from focalops._arguments import (
     check_are_constant,
     check_image_size,
+    check_num_levels,
     checked_normalizer,
     choice,
     floats,
@@ -316,7 +317,7 @@ def _check_dense(
     normalizer: Tensor | None,
 ) -> None:
     op = "dense_box_loss"
-    check(1 <= len(deltas) <= 8, lambda: f"{op}: deltas must be 1 to 8 levels, got {len(deltas)}")
+    check_num_levels(op, "deltas", deltas)
     first = deltas[0]
     dtype = compute_dtype(first.dtype)
     check_floating(op, "deltas[0]", first)

@@ -12,6 +12,7 @@ from focalops import reference
 from focalops._arguments import (
     check_are_constant,
     check_image_size,
+    check_num_levels,
     checked_normalizer,
     choice,
     flag,
@@ -959,10 +960,7 @@ def _check_dense(
     normalizer: Tensor | None,
 ) -> None:
     op = "dense_focal_loss"
-    check(
-        1 <= len(cls_logits) <= 8,
-        lambda: f"{op}: cls_logits must be 1 to 8 levels, got {len(cls_logits)}",
-    )
+    check_num_levels(op, "cls_logits", cls_logits)
     first = cls_logits[0]
     check_floating(op, "cls_logits[0]", first)
     for i, level in enumerate(cls_logits):

@@ -150,7 +150,7 @@ def match_anchors(
 
 
 def _low_quality(rule: str, allowed: bool, min_pos_iou: float, gt_max_assign_all: bool) -> int:
-    """As LowQuality in csrc/checks.h."""
+    """As LowQuality in csrc/matching.h."""
     choice("rule", rule, RULES)
     allowed = flag("allow_low_quality_matches", allowed)
     gt_max_assign_all = flag("gt_max_assign_all", gt_max_assign_all)

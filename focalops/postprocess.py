@@ -11,6 +11,7 @@ from torch import Tensor
 from focalops import reference
 from focalops._arguments import (
     as_sizes,
+    check_num_levels,
     flag,
     floats,
     number,
@@ -165,10 +166,7 @@ def _check(
     max_detections: int,
 ) -> None:
     op = "detect"
-    check(
-        1 <= len(cls_logits) <= 8,
-        lambda: f"{op}: cls_logits must be 1 to 8 levels, got {len(cls_logits)}",
-    )
+    check_num_levels(op, "cls_logits", cls_logits)
     check(
         len(box_deltas) == len(cls_logits),
         lambda: (

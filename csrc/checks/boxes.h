@@ -1,4 +1,4 @@
-// What the ops of boxes refuse: IoU, its losses, and the coder.
+// The ops of boxes refuse these arguments: IoU, its losses, and the coder.
 #pragma once
 
 #include <string>
@@ -18,7 +18,7 @@ inline const char* iou_name(int64_t kind) {
   return kNames[kind];
 }
 
-// Of the family, and kind 4: the intersection over the area of the first box.
+// kind is one of the family, or 4: the intersection over the area of the first box.
 inline void check_box_iou(const Tensor& boxes1, const Tensor& boxes2, int64_t kind) {
   const char* op = kind == 4 ? "box_iou" : iou_name(kind);
   check_coordinates(op, "boxes1", boxes1);

@@ -1,4 +1,4 @@
-// What dense_box_loss refuses.
+// dense_box_loss refuses these arguments.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// What dense_focal_loss refuses.
+// dense_focal_loss refuses these arguments.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace focalops {
 
-// What dense_focal_loss takes beside logits and labels.
+// dense_focal_loss takes these beside logits and labels.
 struct HeadLossOptions {
   double alpha, gamma, label_smoothing;
   std::optional<Tensor> weight, class_weight;

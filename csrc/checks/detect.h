@@ -1,4 +1,4 @@
-// What detect refuses.
+// detect refuses these arguments.
 #pragma once
 
 #include <optional>

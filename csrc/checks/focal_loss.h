@@ -1,4 +1,4 @@
-// What the focal losses of a tensor of logits refuse, and the losses of rows with them.
+// The focal losses of a tensor of logits refuse these arguments, and the losses of rows with them.
 #pragma once
 
 #include <optional>
@@ -8,13 +8,12 @@
 
 namespace focalops {
 
-// targets of the shape of inputs are dense, of the shape of inputs without its last dimension are
-// class indices.
+// Targets of the shape of inputs are dense, those without its last dimension are class indices.
 inline bool targets_are_dense(const Tensor& inputs, const Tensor& targets) {
   return inputs.dim() == targets.dim();
 }
 
-// What all losses ask of inputs and targets.
+// All losses ask this of inputs and targets.
 inline void check_targets(const char* op, const Tensor& inputs, const Tensor& targets,
                           bool may_be_dense) {
   check_floating(op, "inputs", inputs);

@@ -1,4 +1,4 @@
-// What all ops of a head's levels refuse.
+// All ops of a head's levels refuse these arguments.
 #pragma once
 
 #include <optional>

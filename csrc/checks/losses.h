@@ -1,4 +1,4 @@
-// What all classification losses refuse: of rows and of a head's levels.
+// All classification losses refuse these arguments, those of rows and those of a head's levels.
 #pragma once
 
 #include <optional>

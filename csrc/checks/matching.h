@@ -1,4 +1,4 @@
-// What match_anchors refuses.
+// match_anchors refuses these arguments.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// What the kinds of NMS refuse.
+// The kinds of NMS refuse these arguments.
 #pragma once
 
 #include <optional>

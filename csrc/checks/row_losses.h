@@ -1,4 +1,4 @@
-// What the losses of rows refuse; what the numbers of each must be is in its row of the table.
+// The losses of rows refuse these arguments; the table says what the numbers of each loss must be.
 #pragma once
 
 #include <iterator>

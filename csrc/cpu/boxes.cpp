@@ -218,7 +218,7 @@ FOCALOPS_SIMD void pair_losses(IouFormula<Kind, T> formula, const BoxLanes<T>& f
   }
 }
 
-// By the boxes of `first`; `stride` of the upstream gradient is 0 or 1.
+// Differentiates by the boxes of `first`; `stride` of the upstream gradient is 0 or 1.
 template <IouKind Kind, typename T>
 FOCALOPS_SIMD void pair_loss_gradients(IouFormula<Kind, T> formula, const T* upstream,
                                        int64_t stride, const BoxLanes<T>& first,

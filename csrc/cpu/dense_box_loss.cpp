@@ -11,6 +11,7 @@
 #include "../checks/dense_box_loss.h"
 #include "../head_levels.h"
 #include "../math/box_loss.h"
+#include "../normalizer.h"
 #include "../rows.h"
 #include "memory.h"
 
@@ -24,14 +25,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cpu(
     const std::vector<Tensor>& deltas, const Tensor& anchors_, const Tensor& gt_boxes_,
     const Tensor& matches_, int64_t kind, const std::vector<double>& weights, double clip,
-    double beta, double eps, const std::optional<Tensor>& normalizer_, double min_normalizer,
+    double beta, double eps, const std::optional<Tensor>& normalizer, double min_normalizer,
     bool compute_grad) {
   const HeadShape shape =
-      check_dense_box_loss(deltas, anchors_, gt_boxes_, matches_, kind, weights, beta, normalizer_);
+      check_dense_box_loss(deltas, anchors_, gt_boxes_, matches_, kind, weights, beta, normalizer);
   const auto levels = head_levels(deltas, shape);
   const Tensor anchors = torch::stable::contiguous(anchors_),
                gt_boxes = torch::stable::contiguous(gt_boxes_),
                matches = torch::stable::contiguous(matches_);
+  const auto given = contiguous(normalizer);
   const int64_t max_boxes = gt_boxes.size(1);
   Tensor loss = torch::stable::new_empty(anchors, {});
   std::vector<Tensor> grads;
@@ -49,15 +51,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cpu(
   dispatch_floating(deltas[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    std::vector<T> divisors(shape.images, static_cast<T>(min_normalizer));
-    if (normalizer_.has_value()) {
-      const Tensor normalizer = torch::stable::contiguous(*normalizer_);
-      const auto* values = static_cast<const T*>(normalizer.const_data_ptr());
-      for (int64_t b = 0; b < shape.images; ++b) {
-        const T given = values[normalizer.dim() == 1 ? b : 0];
-        divisors[b] = given < divisors[b] ? divisors[b] : given;  // a NaN stays
-      }
-    }
+    const auto divisors = normalizer_of<T>(given, min_normalizer);
     const auto* anchor_data = static_cast<const T*>(anchors.const_data_ptr());
     const auto* box_data = static_cast<const T*>(gt_boxes.const_data_ptr());
     const auto* match_data = static_cast<const int64_t*>(matches.const_data_ptr());
@@ -73,11 +67,10 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cpu(
           const int64_t image = (task - first_task[l]) / stretches;
           const int64_t first = (task - first_task[l]) % stretches * kStretch;
           const int64_t end = std::min(first + kStretch, level.positions);
-          const T divisor = divisors[image];
-          // A float16 gradient over a large normalizer would be 0: the backward divides it.
-          const T scale = std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
+          const T divisor = divisors.divisor(image);
+          const T scale = gradient_scale<scalar_t>(divisor);
 
-          // Deltas of an anchor at a position: `step` apart.
+          // The 4 deltas of an anchor at a position are `step` apart.
           const int64_t step = level.has_rows ? 1 : level.positions;
           const auto at = [&](int64_t position, int64_t anchor) {
             const int64_t size = 4 * shape.anchors * level.positions;

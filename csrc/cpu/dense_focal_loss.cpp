@@ -1,7 +1,7 @@
 // The focal loss of a head's levels on the CPU, where the head left them: one pass over the logits.
 //
 // Work is cut into pieces, each of one image of one level: the unit of parallel work, and of the
-// sum's order. Rows (channels_last) are evaluated as in focal_loss.cpp. Of planes (contiguous) a
+// sum's order. Rows (channels_last) are evaluated as in focal_loss.cpp. In planes (contiguous) a
 // piece is a stretch of one anchor's positions through all classes: its labels are read once and
 // sorted by class, so that each plane finds its positives in turn.
 #include <vector>
@@ -16,7 +16,7 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which pieces a level consists of.
+// A level consists of these pieces.
 struct Pieces {
   int64_t first;
   int64_t of_image;
@@ -42,8 +42,8 @@ struct Head {
     const int64_t first_row = image * shape.rows + level.first_row;
     const int64_t size = level.positions * shape.anchors * shape.classes;  // of an image
     if (level.has_rows) {
-      const int64_t end = std::min((part + 1) * kChunk, size);
-      for (int64_t begin = part * kChunk; begin < end; begin += kBlock) {
+      const int64_t end = std::min((part + 1) * kLogitsPerChunk, size);
+      for (int64_t begin = part * kLogitsPerChunk; begin < end; begin += kBlock) {
         const int64_t n = std::min(kBlock, end - begin);
         evaluate_rows<WithGrad>(logits + image * size, labels + first_row, extras.from(first_row),
                                 shape.classes, ignore_index, begin, n, formula, block, invalid);
@@ -105,18 +105,20 @@ struct Head {
 // Writes the gradients into `grads`, where there are any; they may be the logits themselves.
 Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& shape,
                         const Tensor& labels_, const HeadLossOptions& options,
-                        const std::optional<Tensor>& normalizer, double min_normalizer,
+                        const std::optional<Tensor>& normalizer_, double min_normalizer,
                         const std::vector<Tensor>& grads) {
   const bool compute_grad = !grads.empty();
   const Tensor labels = torch::stable::contiguous(labels_);
-  const auto weight = contiguous(options.weight), class_weight = contiguous(options.class_weight);
+  const auto weight = contiguous(options.weight), class_weight = contiguous(options.class_weight),
+             given = contiguous(normalizer_);
   const Tensor& like = levels[0].tensor;
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
   std::vector<Pieces> pieces;
   int64_t num_pieces = 0;
   for (const HeadLevel& level : levels) {
     const int64_t stretches = ceil_div(level.positions, kBlock);
-    const int64_t chunks = ceil_div(level.positions * shape.anchors * shape.classes, kChunk);
+    const int64_t chunks =
+        ceil_div(level.positions * shape.anchors * shape.classes, kLogitsPerChunk);
     const int64_t of_image = level.has_rows ? chunks : shape.anchors * stretches;
     pieces.push_back({num_pieces, of_image, stretches});
     num_pieces += shape.images * of_image;
@@ -127,14 +129,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
     using scalar_t = tag_t<decltype(scalar_tag)>;
     using index_t = tag_t<decltype(index_tag)>;
     using T = compute_t<scalar_t>;
-    std::vector<T> divisors(shape.images, static_cast<T>(min_normalizer));
-    if (normalizer.has_value()) {
-      const Tensor given = torch::stable::contiguous(*normalizer);
-      const auto* values = static_cast<const T*>(given.const_data_ptr());
-      for (int64_t b = 0; b < shape.images; ++b) {
-        divisors[b] = clamped_divisor(values[given.dim() == 1 ? b : 0], divisors[b]);
-      }
-    }
+    const auto normalizer = normalizer_of<T>(given, min_normalizer);
     Head<scalar_t, index_t> head{shape,
                                  static_cast<const index_t*>(labels.const_data_ptr()),
                                  {data_of<T>(weight), data_of<T>(class_weight)},
@@ -153,7 +148,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
           double sum = 0;
           if (compute_grad) {
             auto* grad = static_cast<scalar_t*>(grads[l].mutable_data_ptr());
-            const T scale = gradient_scale<scalar_t>(divisors[image]);
+            const T scale = gradient_scale<scalar_t>(normalizer.divisor(image));
             head.template evaluate<true>(levels[l], pieces[l], image, part, formula, block,
                                          [&](int64_t at, int64_t n, const auto& values) {
                                            sum += sum_of(values.loss, n);
@@ -164,7 +159,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
                 levels[l], pieces[l], image, part, formula, block,
                 [&](int64_t, int64_t n, const auto& values) { sum += sum_of(values.loss, n); });
           }
-          sums[piece] = sum / divisors[image];
+          sums[piece] = sum / normalizer.divisor(image);
         }
       });
     });

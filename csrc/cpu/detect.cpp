@@ -1,4 +1,5 @@
-// From a head's outputs to detections on the CPU: one pass over the logits at the speed of memory.
+// Detections are made of a head's outputs on the CPU in one pass over the logits, at the speed of
+// memory.
 //
 // A level of an image is contiguous memory in both layouts, and is compared with the threshold as
 // such; only what passes is scored and gets an index. The pass is cut into pieces, the unit of

@@ -21,7 +21,7 @@ FOCALOPS_SIMD void evaluate_soft(const T* x, const T* t, T* loss, T* grad, int64
   }
 }
 
-// Whether all lie in [0, 1], told by one comparison each: as unsigned numbers the bits of what does
+// Says whether all lie in [0, 1], by one comparison each: as unsigned numbers the bits of what does
 // not are larger than those of 1. So are those of -0.
 template <typename T>
 FOCALOPS_SIMD bool all_in_unit_interval(const T* t, int64_t n) {
@@ -214,7 +214,7 @@ void scale_cpu(const Tensor& tensor, const Tensor& factors_) {
         continue;
       }
       auto* data = static_cast<scalar_t*>(tensor.mutable_data_ptr()) + slice * size;
-      torch::stable::parallel_for(0, size, kChunk, [&](int64_t begin, int64_t end) {
+      torch::stable::parallel_for(0, size, kLogitsPerChunk, [&](int64_t begin, int64_t end) {
         scale(data + begin, factor, end - begin);
       });
     }

@@ -1,4 +1,4 @@
-// What the focal losses share on the CPU: a block of logits in the L1 cache, evaluated as vectors.
+// The focal losses share this on the CPU: a block of logits in the L1 cache, evaluated as vectors.
 //
 // Class-index targets name one positive in a row of K. A block of logits is loaded into a buffer
 // and evaluated as if all were negatives, one formula for the whole block; then the few positives
@@ -13,6 +13,7 @@
 #include "../checks.h"
 #include "../dtypes.h"
 #include "../math/focal.h"
+#include "../normalizer.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -20,9 +21,8 @@ namespace focalops {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // logits in the buffers of one thread; they stay in the L1 cache
-constexpr int64_t kChunk =
-    16 *
-    kBlock;  // the unit of parallel work, and of the sum's order: it is the same on any machine
+// The unit of parallel work, and of the sum's order, which is the same on any machine.
+constexpr int64_t kLogitsPerChunk = 16 * kBlock;
 
 template <bool WithGrad, typename T, typename Loss>
 FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n, Loss formula) {
@@ -53,7 +53,7 @@ FOCALOPS_SIMD void convert(const From* from, To* to, int64_t n) {
   }
 }
 
-// Values as they are computed: those of half precision are converted into the buffer.
+// Returns the values as they are computed: those of half precision are converted into the buffer.
 template <typename From, typename T>
 const T* as_computed(const From* from, T* buffer, int64_t n) {
   if constexpr (std::is_same_v<From, T>) {
@@ -97,7 +97,7 @@ struct Range {
   int64_t begin, end;  // in the block
 };
 
-// What rows may have beside a class index; null where they have not.
+// Rows may have these beside a class index; null where they have not.
 template <typename T>
 struct RowExtras {
   const T* weight = nullptr;        // [rows]
@@ -163,7 +163,7 @@ class InvalidIndex {
   std::atomic<int64_t> index_{kNone};
 };
 
-// The logits begin .. begin + n of rows of K.
+// Evaluates the logits begin .. begin + n of rows of K.
 template <bool WithGrad, typename scalar_t, typename index_t, typename Loss,
           typename T = compute_t<scalar_t>>
 void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtras<T>& extras,
@@ -233,11 +233,11 @@ struct ClassIndexTargets {
 template <bool WithGrad, typename Targets, typename Loss, typename Consume>
 void for_each_block(Targets& targets, int64_t numel, const Loss& formula, const Consume& consume) {
   using T = typename Targets::T;
-  const int64_t num_chunks = (numel + kChunk - 1) / kChunk;
+  const int64_t num_chunks = (numel + kLogitsPerChunk - 1) / kLogitsPerChunk;
   torch::stable::parallel_for(0, num_chunks, 1, [&](int64_t first_chunk, int64_t last_chunk) {
     Block<T> block;
-    const int64_t end = std::min(last_chunk * kChunk, numel);
-    for (int64_t begin = first_chunk * kChunk; begin < end; begin += kBlock) {
+    const int64_t end = std::min(last_chunk * kLogitsPerChunk, numel);
+    for (int64_t begin = first_chunk * kLogitsPerChunk; begin < end; begin += kBlock) {
       const int64_t n = std::min(kBlock, end - begin);
       targets.template evaluate<WithGrad>(begin, n, formula, block);
       consume(begin, n, block);
@@ -246,33 +246,13 @@ void for_each_block(Targets& targets, int64_t numel, const Loss& formula, const 
   targets.finish();
 }
 
-// By what the forward multiplies a gradient. A float16 gradient over a large normalizer is 0 before
-// a loss scaler can help: the backward divides it instead.
-template <typename scalar_t, typename T>
-T gradient_scale(T divisor) {
-  return std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
-}
-
-template <typename T>
-T clamped_divisor(T given, T least) {
-  return given < least ? least : given;  // a NaN stays
-}
-
-template <typename T>
-T divisor_of(const std::optional<Tensor>& normalizer, double min_normalizer) {
-  const T least = static_cast<T>(min_normalizer);
-  return normalizer.has_value()
-             ? clamped_divisor(*static_cast<const T*>(normalizer->const_data_ptr()), least)
-             : least;
-}
-
 // The sum of the losses over the divisor, written to `loss`; the gradient goes to `grad`, where
 // there is one; it may be the logits themselves.
 template <typename scalar_t, typename Targets, typename Loss, typename T = compute_t<scalar_t>>
 void sum_losses(Targets& targets, int64_t numel, const Loss& formula,
                 const std::optional<Tensor>& normalizer, double min_normalizer,
                 const std::optional<Tensor>& grad, Tensor& loss) {
-  const T divisor = divisor_of<T>(normalizer, min_normalizer);
+  const T divisor = normalizer_of<T>(normalizer, min_normalizer).divisor();
   const T grad_scale = gradient_scale<scalar_t>(divisor);
   std::vector<double> block_sums((numel + kBlock - 1) / kBlock);
   if (grad.has_value()) {

@@ -71,7 +71,7 @@ class KeptBoxes {
     ++size_;
   }
 
-  // By the kept boxes from place `first` on; some before it are looked at again.
+  // Looks at the kept boxes from place `first` on, and at some before it again.
   bool suppress(const Box<T>& box, const Suppression<T>& suppresses, int64_t first = 0) const {
     const int64_t block = first / kLanes;
     const auto run = suppresses.by_distance ? &is_suppressed<true, T> : &is_suppressed<false, T>;

@@ -20,7 +20,7 @@ namespace focalops {
 namespace {
 
 constexpr int64_t kTile = 256;  // anchors in the buffers of one thread; they stay in the L1 cache
-constexpr int64_t kChunk = 8 * kTile;  // the unit of parallel work
+constexpr int64_t kAnchorsPerChunk = 8 * kTile;  // the unit of parallel work
 
 template <typename T>
 struct AnchorTile {
@@ -236,8 +236,8 @@ class ImageMatcher {
  private:
   template <typename F>
   void for_each_tile(int64_t chunk, AnchorTile<T>& tile, const F& f) const {
-    const int64_t end = std::min((chunk + 1) * kChunk, num_anchors_);
-    for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
+    const int64_t end = std::min((chunk + 1) * kAnchorsPerChunk, num_anchors_);
+    for (int64_t begin = chunk * kAnchorsPerChunk; begin < end; begin += kTile) {
       const int64_t n = std::min(kTile, end - begin);
       load_tile(anchors_ + 4 * begin, n, tile);
       ignore_crowds(tile);
@@ -316,7 +316,7 @@ Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
   const std::vector<int64_t> counts = read_counts(gt_boxes, counts_);
   const int64_t num_images = gt_boxes.size(0), max_boxes = gt_boxes.size(1),
                 num_anchors = anchors.size(0);
-  const int64_t num_chunks = (num_anchors + kChunk - 1) / kChunk;
+  const int64_t num_chunks = (num_anchors + kAnchorsPerChunk - 1) / kAnchorsPerChunk;
   Tensor matches = torch::stable::new_empty(anchors, {num_images, num_anchors}, ScalarType::Long);
 
   dispatch_compute(anchors.scalar_type(), [&](auto tag) {

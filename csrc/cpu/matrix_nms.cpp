@@ -39,7 +39,7 @@ struct Met {
   T least_left;
 };
 
-// What box i meets in those before it.
+// Returns what box i meets in those before it.
 template <typename T, typename Decay>
 FOCALOPS_SIMD Met<T> meet(const ClassBoxes<T>& boxes, int64_t i, const Decay& decay) {
   const T *x1 = boxes.x1.data(), *y1 = boxes.y1.data(), *x2 = boxes.x2.data(),

@@ -143,8 +143,8 @@ Tensor nms_cpu(const Tensor& boxes_, const Tensor& scores_, const std::optional<
   return indices;
 }
 
-// One image at a time for a thread. The boxes of all classes come in order of score, each compared
-// with what its own class has kept, until max_detections are kept.
+// A thread takes one image at a time. The boxes of all classes come in order of score, each
+// compared with what its own class has kept, until max_detections are kept.
 std::tuple<Tensor, Tensor> multiclass_nms_cpu(const Tensor& boxes_, const Tensor& scores_,
                                               const std::optional<Tensor>& labels_,
                                               const std::optional<Tensor>& counts_,

@@ -16,8 +16,8 @@ struct Item {
   int64_t index;
 };
 
-// Stable and ascending. A byte in which all keys agree costs no pass: float32 scores take 4, the
-// ids of 80 classes one.
+// The sort is stable and ascending. A byte in which all keys agree costs no pass: float32 scores
+// take 4, the ids of 80 classes one.
 void radix_sort(std::vector<Item>& items) {
   constexpr int kBytes = 8, kValues = 256;
   std::vector<std::array<int64_t, kValues>> counts(kBytes);
@@ -44,7 +44,7 @@ void radix_sort(std::vector<Item>& items) {
   }
 }
 
-// Ascending keys for descending scores; 0 and -0 are equal.
+// Keys ascend where scores descend; 0 and -0 are equal.
 uint64_t descending_key(float score) {
   uint32_t bits;
   score += 0.0f;

@@ -10,7 +10,7 @@
 namespace focalops {
 namespace {
 
-// What is left of an image's boxes.
+// The boxes of an image that are left.
 template <typename T>
 struct Remaining {
   std::vector<T> x1, y1, x2, y2, scores;  // a NaN score: not to be kept any more

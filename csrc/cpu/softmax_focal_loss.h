@@ -30,16 +30,16 @@ FOCALOPS_SIMD T exponentials(T* x, T largest, int64_t n) {
   return sum;
 }
 
-// As sum_losses, of class-index targets.
+// Does what sum_losses does, for class-index targets.
 template <typename scalar_t, typename index_t, typename T = compute_t<scalar_t>>
 void sum_softmax_losses(ClassIndexTargets<scalar_t, index_t>& rows, int64_t num_rows,
                         const SoftmaxFocalLoss<T>& formula, const std::optional<Tensor>& normalizer,
                         double min_normalizer, const std::optional<Tensor>& grad, Tensor& loss) {
   const int64_t num_classes = rows.num_classes;
-  const T divisor = divisor_of<T>(normalizer, min_normalizer);
+  const T divisor = normalizer_of<T>(normalizer, min_normalizer).divisor();
   const T grad_scale = gradient_scale<scalar_t>(divisor);
   auto* out = grad.has_value() ? static_cast<scalar_t*>(grad->mutable_data_ptr()) : nullptr;
-  const int64_t rows_of_chunk = std::max<int64_t>(kChunk / num_classes, 1);
+  const int64_t rows_of_chunk = std::max<int64_t>(kLogitsPerChunk / num_classes, 1);
   std::vector<double> sums((num_rows + rows_of_chunk - 1) / rows_of_chunk);
 
   torch::stable::parallel_for(0, sums.size(), 1, [&](int64_t first_chunk, int64_t last_chunk) {

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// By the first set; the family is symmetric.
+// Differentiates by the first set; the family is symmetric.
 template <IouKind Kind, typename T>
 __global__ void __launch_bounds__(kThreads)
     box_pair_loss_backward_kernel(IouFormula<Kind, T> formula, const T* grad_output, int64_t stride,
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- box coding ---------------------------------------------------------------------------------
 
-// What row i of a broadcast layout is; the division is spared where nothing is broadcast.
+// Row i of a broadcast layout as (outer, inner); the division is spared where nothing is broadcast.
 struct RowIndex {
   int64_t outer, inner;
 

@@ -13,29 +13,17 @@
 #include "../math/box_loss.h"
 #include "../rows.h"
 #include "focal_loss.cuh"
+#include "head_items.cuh"
 
 namespace focalops {
 namespace {
-
-constexpr int kMaxLevels = 8;
-
-struct Level {
-  const void* deltas;
-  void* grad;  // null: not wanted
-  int64_t positions;
-  int64_t first_row;
-  int64_t first_item;
-  int64_t items_of_image;
-  FastDivisor vectors_of_plane{1};
-  bool has_rows;
-};
 
 template <typename scalar_t_>
 struct Head {
   using scalar_t = scalar_t_;
   using T = compute_t<scalar_t>;
 
-  Level levels[kMaxLevels];
+  LossLevel levels[kMaxLevels];
   int num_levels;
   int64_t num_items;
   int anchors_of_position;
@@ -65,7 +53,7 @@ __device__ __forceinline__ BoxLossAndGrad<T> evaluate(const Head<scalar_t>& head
 }
 
 template <typename scalar_t, typename Loss, typename T = compute_t<scalar_t>>
-__device__ __forceinline__ T evaluate_row(const Head<scalar_t>& head, const Level& level,
+__device__ __forceinline__ T evaluate_row(const Head<scalar_t>& head, const LossLevel& level,
                                           int64_t image, int64_t part, T scale,
                                           const Loss& formula) {
   const int64_t rows = level.positions * head.anchors_of_position;
@@ -77,7 +65,7 @@ __device__ __forceinline__ T evaluate_row(const Head<scalar_t>& head, const Leve
   const int64_t match = head.matches[image * head.rows + row];
   BoxLossAndGrad<T> value{0, {0, 0, 0, 0}};
   if (match >= 0) {
-    const scalar_t* from = static_cast<const scalar_t*>(level.deltas) + at;
+    const scalar_t* from = static_cast<const scalar_t*>(level.data) + at;
     const auto deltas = load_vector<4>(from, 0, 4, false);
     value = evaluate(head, image, row, match,
                      Deltas<T>{static_cast<T>(deltas.data[0]), static_cast<T>(deltas.data[1]),
@@ -92,7 +80,7 @@ __device__ __forceinline__ T evaluate_row(const Head<scalar_t>& head, const Leve
 }
 
 template <typename scalar_t, typename Loss, typename T = compute_t<scalar_t>>
-__device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const Level& level,
+__device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const LossLevel& level,
                                              int64_t image, int64_t part, T scale,
                                              const Loss& formula) {
   constexpr int N = kVectorSize<scalar_t>;
@@ -121,7 +109,7 @@ __device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const L
     const int64_t row = level.first_row + i * head.anchors_of_position + anchor;
     const int64_t match = head.matches[image * head.rows + row];
     if (match >= 0) {
-      const scalar_t* from = static_cast<const scalar_t*>(level.deltas) + at + i;
+      const scalar_t* from = static_cast<const scalar_t*>(level.data) + at + i;
       const auto value =
           evaluate(head, image, row, match,
                    Deltas<T>{static_cast<T>(from[0]), static_cast<T>(from[size]),
@@ -150,13 +138,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
                           double* partials) {
   double sum = 0;
   for (int64_t item = blockIdx.x; item < head.num_items; item += gridDim.x) {
-    int l = 0;
-    while (l + 1 < head.num_levels && item >= head.levels[l + 1].first_item) {
-      ++l;
-    }
-    const Level& level = head.levels[l];
-    const int64_t image = (item - level.first_item) / level.items_of_image;
-    const int64_t part = item - level.first_item - image * level.items_of_image;
+    const auto [l, image, part] = place_of_item(head, item);
+    const LossLevel& level = head.levels[l];
     const auto divisor = head.normalizer.divisor(image);
     const auto scale = gradient_scale<scalar_t>(divisor);
     const auto item_sum = level.has_rows
@@ -172,76 +155,75 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
 
 // ---- host ---------------------------------------------------------------------------------------
 
+// The tensors are contiguous, `given` is the normalizer, and without gradients `grads` is empty.
+template <typename scalar_t, typename T = compute_t<scalar_t>>
+Head<scalar_t> make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape,
+                         const Tensor& anchors, const Tensor& gt_boxes, const Tensor& matches,
+                         const std::optional<Tensor>& given, double min_normalizer,
+                         const std::vector<Tensor>& grads) {
+  const int64_t max_boxes = gt_boxes.size(1);
+  Head<scalar_t> head{{},
+                      0,
+                      0,
+                      static_cast<int>(shape.anchors),
+                      shape.rows,
+                      Rows<Box<T>, T>(anchors, {0, 4}),
+                      Rows<Box<T>, T>(gt_boxes, {4 * max_boxes, 4}),
+                      max_boxes,
+                      static_cast<const int64_t*>(matches.const_data_ptr()),
+                      normalizer_of<T>(given, min_normalizer)};
+  const auto items_of_image = [&](const HeadLevel& level, int64_t vectors_of_plane) {
+    return ceil_div(shape.anchors * (level.has_rows ? level.positions : vectors_of_plane),
+                    kThreads);
+  };
+  for (size_t l = 0; l < levels.size(); ++l) {
+    append_level<scalar_t>(head, levels[l], grads.empty() ? nullptr : grads[l].mutable_data_ptr(),
+                           shape.images, items_of_image);
+  }
+  return head;
+}
+
 template <typename scalar_t, typename Loss>
-auto* kernel_of(const Loss&) {
-  return &dense_box_loss_kernel<scalar_t, Loss>;
+void launch_loss(const Head<scalar_t>& head, const Loss& formula, const LaunchScope& scope,
+                 Tensor& loss) {
+  using T = compute_t<scalar_t>;
+  auto* kernel = &dense_box_loss_kernel<scalar_t, Loss>;
+  const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
+  Tensor partials = torch::stable::new_empty(loss, {grid}, ScalarType::Double);
+  auto* sums = static_cast<double*>(partials.mutable_data_ptr());
+  launch(kernel, grid, kThreads, 0, scope.stream(), head, formula, sums);
+  launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), sums, grid,
+         Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
 }
 
 std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cuda(
     const std::vector<Tensor>& deltas, const Tensor& anchors_, const Tensor& gt_boxes_,
     const Tensor& matches_, int64_t kind, const std::vector<double>& weights, double clip,
-    double beta, double eps, const std::optional<Tensor>& normalizer_, double min_normalizer,
+    double beta, double eps, const std::optional<Tensor>& normalizer, double min_normalizer,
     bool compute_grad) {
   const HeadShape shape =
-      check_dense_box_loss(deltas, anchors_, gt_boxes_, matches_, kind, weights, beta, normalizer_);
+      check_dense_box_loss(deltas, anchors_, gt_boxes_, matches_, kind, weights, beta, normalizer);
   const LaunchScope scope(anchors_);
   const auto levels = head_levels(deltas, shape);
   const Tensor anchors = torch::stable::contiguous(anchors_),
                gt_boxes = torch::stable::contiguous(gt_boxes_),
                matches = torch::stable::contiguous(matches_);
+  const auto given = contiguous(normalizer);
   Tensor loss = torch::stable::new_empty(anchors, {});
   std::vector<Tensor> grads;
-  if (compute_grad) {
-    for (const HeadLevel& level : levels) {
-      grads.push_back(torch::stable::empty_like(level.tensor));
-    }
+  for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
+    grads.push_back(torch::stable::empty_like(levels[l].tensor));
   }
   if (shape.images * shape.rows == 0) {
     return {torch::stable::zero_(loss), grads};
   }
-  std::optional<Tensor> given;  // held until the launch
-  if (normalizer_.has_value()) {
-    given = torch::stable::contiguous(*normalizer_);
-  }
   dispatch_floating(deltas[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
-    using T = compute_t<scalar_t>;
-    const int64_t max_boxes = gt_boxes.size(1);
-    Head<scalar_t> head{
-        {},
-        static_cast<int>(levels.size()),
-        0,
-        static_cast<int>(shape.anchors),
-        shape.rows,
-        Rows<Box<T>, T>(anchors, {0, 4}),
-        Rows<Box<T>, T>(gt_boxes, {4 * max_boxes, 4}),
-        max_boxes,
-        static_cast<const int64_t*>(matches.const_data_ptr()),
-        {given.has_value() ? static_cast<const T*>(given->const_data_ptr()) : nullptr,
-         static_cast<T>(min_normalizer), given.has_value() && given->dim() == 1}};
-    for (size_t l = 0; l < levels.size(); ++l) {
-      const HeadLevel& from = levels[l];
-      Level& to = head.levels[l];
-      to.deltas = from.tensor.const_data_ptr();
-      to.grad = compute_grad ? grads[l].mutable_data_ptr() : nullptr;
-      to.positions = from.positions;
-      to.first_row = from.first_row;
-      to.first_item = head.num_items;
-      to.has_rows = from.has_rows;
-      const int64_t vectors = ceil_div(from.positions, kVectorSize<scalar_t>);
-      const int64_t units = shape.anchors * (from.has_rows ? from.positions : vectors);
-      to.vectors_of_plane = FastDivisor(vectors > 0 ? vectors : 1);
-      to.items_of_image = ceil_div(units, kThreads);
-      head.num_items += shape.images * to.items_of_image;
-    }
-    dispatch_box_loss<T>(kind, box_coder<T>(weights, clip), beta, eps, [&](const auto& formula) {
-      auto* kernel = kernel_of<scalar_t>(formula);
-      const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
-      Tensor partials = torch::stable::new_empty(anchors, {grid}, ScalarType::Double);
-      auto* sums = static_cast<double*>(partials.mutable_data_ptr());
-      launch(kernel, grid, kThreads, 0, scope.stream(), head, formula, sums);
-      launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), sums, grid,
-             Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
+    const auto head = make_head<scalar_t>(levels, shape, anchors, gt_boxes, matches, given,
+                                          min_normalizer, grads);
+    const auto coder = box_coder<compute_t<scalar_t>>(weights, clip);
+    dispatch_box_loss<compute_t<scalar_t>>(kind, coder, beta, eps, [&](const auto& formula) {
+      launch_loss(head, formula, scope, loss);
     });
   });
   return {loss, grads};

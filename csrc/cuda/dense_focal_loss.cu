@@ -17,23 +17,12 @@
 #include "../head_levels.h"
 #include "../math/row_losses.h"
 #include "focal_loss.cuh"
+#include "head_items.cuh"
 
 namespace focalops {
 namespace {
 
-constexpr int kMaxLevels = 8;
 constexpr int64_t kClassesOfSlice = 16;
-
-struct Level {
-  const void* logits;
-  void* grad;
-  int64_t positions;
-  int64_t first_row;
-  int64_t first_item;
-  int64_t items_of_image;
-  FastDivisor vectors_of_plane{1};
-  bool has_rows;
-};
 
 // Extras is void or RowWeights<T>.
 template <typename scalar_t_, typename Extras_>
@@ -42,10 +31,10 @@ struct Head {
   using T = compute_t<scalar_t>;
   using Extras = Extras_;
 
-  Level levels[kMaxLevels];
+  LossLevel levels[kMaxLevels];
   int num_levels;
   int64_t num_items;
-  Indices labels;  // [B, rows]
+  Integers labels;  // [B, rows]
   int64_t rows;
   int64_t ignore_index;
   int anchors;
@@ -59,19 +48,19 @@ struct Head {
 
 // Evaluates a thread's share of item `part` of an image and returns the sum of its losses.
 template <bool WithGrad, typename Head, typename Loss, typename T = typename Head::T>
-__device__ __forceinline__ T evaluate_rows(const Head& head, const Level& level, int64_t image,
+__device__ __forceinline__ T evaluate_rows(const Head& head, const LossLevel& level, int64_t image,
                                            int64_t part, T scale, const Loss& formula) {
   using scalar_t = typename Head::scalar_t;
   constexpr int N = kVectorSize<scalar_t>;
   const int64_t rows = level.positions * head.anchors, size = rows * head.classes;
-  const int64_t begin = part * kChunk<scalar_t>, first_row = begin / head.classes;
+  const int64_t begin = part * kLogitsPerChunk<scalar_t>, first_row = begin / head.classes;
   const auto first_column = static_cast<uint32_t>(begin - first_row * head.classes);
   // From here on all is counted from the beginning of the chunk, in 32 bits.
-  const int left = static_cast<int>(min(size - begin, kChunk<scalar_t>));
-  const int rows_left = static_cast<int>(min(rows - first_row, kChunk<scalar_t>));
+  const int left = static_cast<int>(min(size - begin, kLogitsPerChunk<scalar_t>));
+  const int rows_left = static_cast<int>(min(rows - first_row, kLogitsPerChunk<scalar_t>));
   const int64_t first_label = image * head.rows + level.first_row + first_row;
-  const Indices labels = head.labels.from(first_label);
-  const auto* logits = static_cast<const scalar_t*>(level.logits) + image * size + begin;
+  const Integers labels = head.labels.from(first_label);
+  const auto* logits = static_cast<const scalar_t*>(level.data) + image * size + begin;
   const bool aligned = is_aligned(logits);
 
   Vector<scalar_t, N> vectors[kUnroll<scalar_t>];
@@ -139,8 +128,9 @@ __device__ __forceinline__ Values<T, N> evaluate_plane(const Vector<scalar_t, N>
 }
 
 template <bool WithGrad, typename Head, typename Loss, typename T = typename Head::T>
-__device__ __forceinline__ T evaluate_planes(const Head& head, const Level& level, int64_t image,
-                                             int64_t part, T scale, const Loss& formula) {
+__device__ __forceinline__ T evaluate_planes(const Head& head, const LossLevel& level,
+                                             int64_t image, int64_t part, T scale,
+                                             const Loss& formula) {
   using scalar_t = typename Head::scalar_t;
   using Extras = typename Head::Extras;
   constexpr int N = kVectorSize<scalar_t>;
@@ -179,7 +169,7 @@ __device__ __forceinline__ T evaluate_planes(const Head& head, const Level& leve
 
   T sum = 0;
   const int64_t first_plane = (image * head.anchors + anchor) * head.classes;
-  const auto* logits = static_cast<const scalar_t*>(level.logits);
+  const auto* logits = static_cast<const scalar_t*>(level.data);
   for (int first = begin; first < end; first += kPlanes<Head>) {
     Vector<scalar_t, N> vectors[kPlanes<Head>];
 #pragma unroll
@@ -225,13 +215,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Head>)
     dense_focal_loss_kernel(const __grid_constant__ Head head, Loss formula, double* partials) {
   double sum = 0;
   for (int64_t item = blockIdx.x; item < head.num_items; item += gridDim.x) {
-    int l = 0;
-    while (l + 1 < head.num_levels && item >= head.levels[l + 1].first_item) {
-      ++l;
-    }
-    const Level& level = head.levels[l];
-    const int64_t image = (item - level.first_item) / level.items_of_image;
-    const int64_t part = item - level.first_item - image * level.items_of_image;
+    const auto [l, image, part] = place_of_item(head, item);
+    const LossLevel& level = head.levels[l];
     const auto divisor = head.normalizer.divisor(image);
     const auto scale = gradient_scale<typename Head::scalar_t>(divisor);
     const auto item_sum = level.has_rows
@@ -254,9 +239,9 @@ Head make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape, con
   using scalar_t = typename Head::scalar_t;
   const int64_t slices = ceil_div(shape.classes, kClassesOfSlice);
   Head head{{},
-            static_cast<int>(levels.size()),
             0,
-            {labels.const_data_ptr(), labels.scalar_type() == ScalarType::Long},
+            0,
+            Integers(labels),
             shape.rows,
             ignore_index,
             static_cast<int>(shape.anchors),
@@ -266,25 +251,14 @@ Head make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape, con
             FastDivisor(slices),
             normalizer,
             {}};
+  const auto items_of_image = [&](const HeadLevel& level, int64_t vectors_of_plane) {
+    return level.has_rows ? ceil_div(level.positions * shape.anchors * shape.classes,
+                                     kLogitsPerChunk<scalar_t>)
+                          : ceil_div(vectors_of_plane * slices * shape.anchors, kThreads);
+  };
   for (size_t l = 0; l < levels.size(); ++l) {
-    const HeadLevel& from = levels[l];
-    Level& to = head.levels[l];
-    to.logits = from.tensor.const_data_ptr();
-    to.grad = grads.empty() ? nullptr : grads[l].mutable_data_ptr();
-    to.positions = from.positions;
-    to.first_row = from.first_row;
-    to.first_item = head.num_items;
-    to.has_rows = from.has_rows;
-    if (from.has_rows) {
-      to.items_of_image =
-          ceil_div(from.positions * shape.anchors * shape.classes, kChunk<scalar_t>);
-    } else {
-      const int64_t vectors = ceil_div(from.positions, kVectorSize<scalar_t>);
-      const int64_t units = vectors * slices * shape.anchors;
-      to.vectors_of_plane = FastDivisor(vectors > 0 ? vectors : 1);
-      to.items_of_image = ceil_div(units, kThreads);
-    }
-    head.num_items += shape.images * to.items_of_image;
+    append_level<scalar_t>(head, levels[l], grads.empty() ? nullptr : grads[l].mutable_data_ptr(),
+                           shape.images, items_of_image);
   }
   return head;
 }
@@ -319,8 +293,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
   dispatch_floating(like.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    const Normalizer<T> normalizer{data_of<T>(given), static_cast<T>(min_normalizer),
-                                   given.has_value() && given->dim() == 1};
+    const auto normalizer = normalizer_of<T>(given, min_normalizer);
     if (!weight.has_value() && !class_weight.has_value() && options.label_smoothing == 0) {
       const auto head = make_head<Head<scalar_t, void>>(levels, shape, labels, options.ignore_index,
                                                         normalizer, grads);

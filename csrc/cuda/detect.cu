@@ -1,4 +1,5 @@
-// From a head's outputs to detections on CUDA: one read of the logits, nothing waits for the host.
+// Detections are made of a head's outputs on CUDA: the logits are read once, nothing waits for the
+// host.
 //
 // A level of an image, here a segment, is contiguous memory in both layouts. filter compares it
 // with the threshold, 16 bytes at a time, and appends what passes to the segment's buffer, which
@@ -22,6 +23,7 @@
 #include "../head_levels.h"
 #include "../math/detect.h"
 #include "../rows.h"
+#include "head_items.cuh"
 #include "nms.cuh"
 
 namespace focalops {
@@ -47,14 +49,14 @@ struct Level {
 };
 
 struct Head {
-  Level levels[kMostLevels];
+  Level levels[kMaxLevels];
   int num_levels;
   int64_t images;
   int64_t num_items;
   uint32_t anchors, classes;
 };
 
-// What is known of the topk-th key of a segment: its upper bits, the others are 0.
+// A cut holds what is known of the topk-th key of a segment: its upper bits, the others are 0.
 struct Cut {
   uint64_t prefix;
   uint32_t wanted;   // it is the wanted-th of the keys with these upper bits
@@ -113,7 +115,7 @@ __device__ __forceinline__ uint32_t block_inclusive_sum(uint32_t value) {
   return value;
 }
 
-// What the counts of a digit add to a cut. All of the block must call it.
+// Adds to a cut what the counts of a digit tell. All of the block must call it.
 __device__ __forceinline__ Cut refined(const Cut& cut, const uint32_t* histogram, int digit,
                                        const Segments& segments) {
   constexpr int kBinsOfThread = kBins / kThreads;
@@ -200,13 +202,8 @@ __global__ void __launch_bounds__(kThreads, 3)  // with 4 blocks it spills on sm
   const int64_t first_item = head.num_items * blockIdx.x / gridDim.x;
   const int64_t last_item = head.num_items * (blockIdx.x + int64_t{1}) / gridDim.x;
   for (int64_t item = first_item; item < last_item; ++item) {
-    int l = 0;
-    while (l + 1 < head.num_levels && item >= head.levels[l + 1].first_item) {
-      ++l;
-    }
+    const auto [l, image, part] = place_of_item(head, item);
     const Level& level = head.levels[l];
-    const int64_t image = (item - level.first_item) / level.items_of_image;
-    const int64_t part = item - level.first_item - image * level.items_of_image;
     const int64_t segment = l * head.images + image;
     if (segment != current) {
       flush();
@@ -223,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // with 4 blocks it spills on sm
       }
     }
     if constexpr (stage == Stage::kRefine) {
-      // Of the blocks that found it, the one that has the segment's first item.
+      // Of the blocks that found it, the one that has the segment's first item writes it.
       if (part == 0 && thread == 0) {
         segments.cuts[digit * segments.size + segment] = cut;
       }
@@ -309,7 +306,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // with 4 blocks it spills on sm
   flush();
 }
 
-// Block (segment, slice), a thread a candidate: how many of its segment are better.
+// Block (segment, slice) has a thread a candidate, which counts how many of its segment are better.
 __global__ void __launch_bounds__(kThreads) rank_kernel(Segments segments, int64_t slices) {
   __shared__ uint64_t others[kThreads];
   const int64_t segment = blockIdx.x / slices, first = blockIdx.x % slices * kThreads;
@@ -345,7 +342,8 @@ struct Candidates {
   int64_t size;       // levels * topk
 };
 
-// A thread for each place of a segment: that of its candidate in the image, and the box.
+// Each place of a segment has a thread, which finds the place of its candidate in the image, and
+// the box.
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     place_kernel(const __grid_constant__ Head head, Segments segments, BoxCoder<float> coder,
@@ -407,8 +405,8 @@ struct Detections {
   int64_t size;
 };
 
-// A block for each image.
-__global__ void __launch_bounds__(kChunk, 1)
+// Each image has a block.
+__global__ void __launch_bounds__(kBoxesPerChunk, 1)
     keep_kernel(Candidates candidates, Segments segments, int64_t images, uint32_t classes,
                 Suppression<float> suppresses, bool class_agnostic, Detections detections) {
   const int64_t image = blockIdx.x;
@@ -424,7 +422,7 @@ __global__ void __launch_bounds__(kChunk, 1)
       keep_best(ImageCandidates{keys, candidates.boxes + image * candidates.size, classes}, size,
                 suppresses, class_agnostic, detections.size, boxes, labels,
                 [&](int64_t at, int64_t place) { scores[at] = score_of_key(keys[place]); });
-  for (int64_t i = count + threadIdx.x; i < detections.size; i += kChunk) {
+  for (int64_t i = count + threadIdx.x; i < detections.size; i += kBoxesPerChunk) {
     boxes[i] = {0, 0, 0, 0};
     scores[i] = 0;
     labels[i] = -1;
@@ -435,11 +433,6 @@ __global__ void __launch_bounds__(kChunk, 1)
 }
 
 // ---- host ---------------------------------------------------------------------------------------
-
-template <typename T>
-T* data_of(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 template <typename scalar_t>
 Head make_head(const std::vector<HeadLevel>& logits, const std::vector<HeadLevel>& deltas,
@@ -461,6 +454,72 @@ Head make_head(const std::vector<HeadLevel>& logits, const std::vector<HeadLevel
   return head;
 }
 
+Tensor new_empty(const Tensor& like, const std::vector<int64_t>& size, ScalarType dtype) {
+  return torch::stable::new_empty(like, size, dtype);
+}
+
+struct OutputTensors {
+  Tensor boxes, scores, labels, counts;
+
+  OutputTensors(const Tensor& like, int64_t images, int64_t max_detections)
+      : boxes(new_empty(like, {images, max_detections, 4}, ScalarType::Float)),
+        scores(new_empty(like, {images, max_detections}, ScalarType::Float)),
+        labels(new_empty(like, {images, max_detections}, ScalarType::Long)),
+        counts(new_empty(like, {images}, ScalarType::Long)) {}
+
+  Detections detections() {
+    return {data_of<Box<float>>(boxes), data_of<float>(scores), data_of<int64_t>(labels),
+            data_of<int64_t>(counts), boxes.size(1)};
+  }
+};
+
+// The memory of Segments; its counters and histograms are 0.
+struct SegmentTensors {
+  Tensor keys, sorted, cuts, zeros;
+  int64_t size, capacity, topk;
+
+  SegmentTensors(const Tensor& like, int64_t size, int64_t topk)
+      : keys(new_empty(like, {size, capacity_for(topk)}, ScalarType::Long)),
+        sorted(new_empty(like, {size, topk}, ScalarType::Long)),
+        cuts(new_empty(like, {kDigits, size, sizeof(Cut) / 8}, ScalarType::Long)),
+        zeros(torch::stable::new_zeros(like, {size * (2 + kDigits * kBins)}, ScalarType::Int)),
+        size(size),
+        capacity(capacity_for(topk)),
+        topk(topk) {}
+
+  static int64_t capacity_for(int64_t topk) { return std::max(2 * topk, kLeastCapacity); }
+
+  Segments segments() {
+    auto* counters = data_of<uint32_t>(zeros);  // counters first, then histograms
+    return {data_of<uint64_t>(keys),
+            counters,
+            counters + size,
+            counters + 2 * size,
+            data_of<Cut>(cuts),
+            data_of<uint64_t>(sorted),
+            size,
+            static_cast<uint32_t>(capacity),
+            static_cast<uint32_t>(topk)};
+  }
+};
+
+// Launches what finds the topk best candidates of each segment and sorts them.
+template <typename scalar_t>
+void find_candidates(const Head& head, const Segments& segments, float least_logit,
+                     const LaunchScope& scope) {
+  const auto run = [&](auto* kernel, int digit) {
+    launch(kernel, resident_grid(kernel, kThreads, 0, head.num_items, scope), kThreads, 0,
+           scope.stream(), head, least_logit, segments, digit);
+  };
+  run(&candidates_kernel<Stage::kFilter, scalar_t>, 0);
+  for (int digit = 1; digit < kDigits; ++digit) {
+    run(&candidates_kernel<Stage::kRefine, scalar_t>, digit);
+  }
+  run(&candidates_kernel<Stage::kGather, scalar_t>, kDigits);
+  const int64_t slices = ceil_div(segments.capacity, kThreads);
+  launch(&rank_kernel, segments.size * slices, kThreads, 0, scope.stream(), segments, slices);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
@@ -470,81 +529,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
                                        topk_per_level, max_detections);
   const Tensor& like = cls_logits[0];
   const LaunchScope scope(like);
-  const auto logits_levels = head_levels(cls_logits, shape);
-  const auto deltas_levels = head_levels(box_deltas, shape);
+  const auto logits = head_levels(cls_logits, shape), deltas = head_levels(box_deltas, shape);
   const Tensor anchors = torch::stable::contiguous(anchors_);
-  std::optional<Tensor> image_sizes;
-  if (image_sizes_.has_value()) {
-    image_sizes = torch::stable::contiguous(*image_sizes_);
-  }
-  const int64_t images = shape.images;
-  const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
-    return torch::stable::new_empty(like, size, dtype);
-  };
-  Tensor boxes = new_empty({images, max_detections, 4}, ScalarType::Float);
-  Tensor scores = new_empty({images, max_detections}, ScalarType::Float);
-  Tensor labels = new_empty({images, max_detections}, ScalarType::Long);
-  Tensor counts = new_empty({images}, ScalarType::Long);
+  const auto image_sizes = contiguous(image_sizes_);
+  const int64_t images = shape.images, num_levels = static_cast<int64_t>(cls_logits.size());
+  OutputTensors outputs(like, images, max_detections);
   if (images == 0) {
-    return {boxes, scores, labels, counts};
+    return {outputs.boxes, outputs.scores, outputs.labels, outputs.counts};
   }
 
-  const int64_t num_levels = static_cast<int64_t>(cls_logits.size());
-  const int64_t num_segments = num_levels * images;
   const int64_t topk = std::min(topk_per_level, std::max<int64_t>(shape.rows * shape.classes, 1));
-  const int64_t capacity = std::max(2 * topk, kLeastCapacity);
-  Tensor keys = new_empty({num_segments, capacity}, ScalarType::Long);
-  Tensor sorted = new_empty({num_segments, topk}, ScalarType::Long);
-  Tensor cuts = new_empty({kDigits, num_segments, sizeof(Cut) / 8}, ScalarType::Long);
-  // Counters first, then histograms.
-  Tensor zeros =
-      torch::stable::new_zeros(like, {num_segments * (2 + kDigits * kBins)}, ScalarType::Int);
-  auto* counters = data_of<uint32_t>(zeros);
-  const Segments segments{data_of<uint64_t>(keys),
-                          counters,
-                          counters + num_segments,
-                          counters + 2 * num_segments,
-                          data_of<Cut>(cuts),
-                          data_of<uint64_t>(sorted),
-                          num_segments,
-                          static_cast<uint32_t>(capacity),
-                          static_cast<uint32_t>(topk)};
-  Tensor all_keys = new_empty({images, num_levels * topk}, ScalarType::Long);
-  Tensor all_boxes = new_empty({images, num_levels * topk, 4}, ScalarType::Float);
-  const Candidates candidates{data_of<uint64_t>(all_keys), data_of<Box<float>>(all_boxes),
+  SegmentTensors segment_tensors(like, num_levels * images, topk);
+  const Segments segments = segment_tensors.segments();
+  Tensor keys = new_empty(like, {images, num_levels * topk}, ScalarType::Long);
+  Tensor boxes = new_empty(like, {images, num_levels * topk, 4}, ScalarType::Float);
+  const Candidates candidates{data_of<uint64_t>(keys), data_of<Box<float>>(boxes),
                               num_levels * topk};
-  const float least_logit = least_logit_above(score_threshold);
-
   dispatch_floating(like.scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
-    const Head head = make_head<scalar_t>(logits_levels, deltas_levels, shape);
+    const Head head = make_head<scalar_t>(logits, deltas, shape);
     if (head.num_items > 0) {
-      const auto run = [&](auto* kernel, int digit) {
-        launch(kernel, resident_grid(kernel, kThreads, 0, head.num_items, scope), kThreads, 0,
-               scope.stream(), head, least_logit, segments, digit);
-      };
-      run(&candidates_kernel<Stage::kFilter, scalar_t>, 0);
-      for (int digit = 1; digit < kDigits; ++digit) {
-        run(&candidates_kernel<Stage::kRefine, scalar_t>, digit);
-      }
-      run(&candidates_kernel<Stage::kGather, scalar_t>, kDigits);
-      const int64_t slices = ceil_div(capacity, kThreads);
-      launch(&rank_kernel, num_segments * slices, kThreads, 0, scope.stream(), segments, slices);
-      const auto coder = box_coder<float>(weights, clip);
-      launch(&place_kernel<scalar_t>, ceil_div(num_segments * topk, kThreads), kThreads, 0,
-             scope.stream(), head, segments, coder,
-             static_cast<const float*>(anchors.const_data_ptr()),
-             image_sizes.has_value() ? static_cast<const float*>(image_sizes->const_data_ptr())
-                                     : nullptr,
+      find_candidates<scalar_t>(head, segments, least_logit_above(score_threshold), scope);
+      launch(&place_kernel<scalar_t>, ceil_div(segments.size * topk, kThreads), kThreads, 0,
+             scope.stream(), head, segments, box_coder<float>(weights, clip),
+             static_cast<const float*>(anchors.const_data_ptr()), data_of<float>(image_sizes),
              candidates);
     }
   });
-  launch(&keep_kernel, images, kChunk, 0, scope.stream(), candidates, segments, images,
+  launch(&keep_kernel, images, kBoxesPerChunk, 0, scope.stream(), candidates, segments, images,
          static_cast<uint32_t>(shape.classes),
          Suppression<float>{round_down<float>(iou_threshold), by_distance}, class_agnostic,
-         Detections{data_of<Box<float>>(boxes), data_of<float>(scores), data_of<int64_t>(labels),
-                    data_of<int64_t>(counts), max_detections});
-  return {boxes, scores, labels, counts};
+         outputs.detections());
+  return {outputs.boxes, outputs.scores, outputs.labels, outputs.counts};
 }
 
 }  // namespace

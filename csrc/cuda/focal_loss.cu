@@ -131,10 +131,8 @@ void dispatch_targets(const Tensor& inputs, const Tensor& targets, int64_t ignor
     const void* data = targets.const_data_ptr();
     if (!targets_are_dense(inputs, targets)) {
       const int64_t num_classes = inputs.size(inputs.dim() - 1);
-      f(ClassIndexTargets<scalar_t>{{data, targets.scalar_type() == ScalarType::Long},
-                                    targets.numel(),
-                                    static_cast<int>(num_classes),
-                                    ignore_index,
+      f(ClassIndexTargets<scalar_t>{Integers(targets), targets.numel(),
+                                    static_cast<int>(num_classes), ignore_index,
                                     FastDivisor(num_classes)});
     } else if (targets.scalar_type() == inputs.scalar_type()) {
       f(DenseTargets<scalar_t, scalar_t>{static_cast<const scalar_t*>(data), is_aligned(data)});

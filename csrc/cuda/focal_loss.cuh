@@ -1,8 +1,10 @@
-// What the focal loss kernels share: from class indices to the losses and gradients of a 16-byte
-// vector of logits, the kernel of contiguous logits, and the sum in a fixed order.
+// The focal loss kernels share this: the way from class indices to the losses and gradients of a
+// 16-byte vector of logits, the kernel of contiguous logits, and the sum in a fixed order.
 #pragma once
 
 #include "../math/focal.h"
+#include "../normalizer.h"
+#include "integers.cuh"
 #include "launch.cuh"
 
 namespace focalops {
@@ -14,7 +16,7 @@ template <typename scalar_t>
 constexpr int kUnroll = std::is_same_v<scalar_t, double> ? 1 : 4;
 
 template <typename scalar_t>
-constexpr int64_t kChunk = int64_t{kThreads} * kUnroll<scalar_t> * kVectorSize<scalar_t>;
+constexpr int64_t kLogitsPerChunk = int64_t{kThreads} * kUnroll<scalar_t> * kVectorSize<scalar_t>;
 
 template <typename T>
 __device__ constexpr T quiet_nan() {
@@ -27,28 +29,14 @@ struct Values {
   T grad[N];
 };
 
-// int32 or int64, told apart at run time: a second set of kernels would save nothing.
-struct Indices {
-  const void* data;
-  bool is_int64;
-
-  __device__ __forceinline__ int64_t operator[](int64_t i) const {
-    return is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  }
-
-  __device__ __forceinline__ Indices from(int64_t i) const {
-    return {static_cast<const char*>(data) + i * (is_int64 ? 8 : 4), is_int64};
-  }
-};
-
 // A bit for each logit of a vector. All are 0 in most vectors: nothing but negatives.
 struct ElementMasks {
   uint32_t positive = 0, ignored = 0, invalid = 0;
 };
 
-// Of N logits from `column` of `row` on; rows are K contiguous logits.
+// Makes the masks of N logits from `column` of `row` on; rows are K contiguous logits.
 template <int N, typename Row>
-__device__ __forceinline__ ElementMasks class_row_masks(const Indices& targets, Row row,
+__device__ __forceinline__ ElementMasks class_row_masks(const Integers& targets, Row row,
                                                         Row num_rows, int column, int num_classes,
                                                         int64_t ignore_index) {
   ElementMasks masks;
@@ -94,7 +82,7 @@ __device__ __forceinline__ Values<T, N> evaluate_hard(const Vector<scalar_t, N>&
   return values;
 }
 
-// What rows may have beside a class index; null where they have not.
+// Rows may have these beside a class index; null where they have not.
 template <typename T>
 struct RowWeights {
   const T* weight;        // [rows]
@@ -112,7 +100,7 @@ struct RowWeights {
   }
 };
 
-// With the score of each row's object, as the quality losses have it.
+// The quality losses also have the score of each row's object.
 template <typename T>
 struct RowExtras : RowWeights<T> {
   const T* scores;  // [rows]
@@ -122,7 +110,7 @@ struct RowExtras : RowWeights<T> {
   }
 };
 
-// As evaluate_hard, with the extras of N logits from `column` of `row` on.
+// Does what evaluate_hard does, with the extras of N logits from `column` of `row` on.
 template <typename scalar_t, int N, typename Extras, typename Row, typename Loss,
           typename T = compute_t<scalar_t>>
 __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N>& logits,
@@ -159,7 +147,7 @@ struct ClassIndexTargets {
   static constexpr int N = kVectorSize<scalar_t>;
   static constexpr int kBlocks = std::is_void_v<Extras> ? 3 : 2;
 
-  Indices targets;
+  Integers targets;
   int64_t num_rows;
   int num_classes;
   int64_t ignore_index;
@@ -197,29 +185,8 @@ struct ClassIndexTargets {
   }
 };
 
-template <typename T>
-struct Normalizer {
-  const T* value;  // null: there is none
-  T least;
-  bool per_image = false;  // value is [B]
-
-  __device__ __forceinline__ T divisor(int64_t image = 0) const {
-    if (value == nullptr) {
-      return least;
-    }
-    const T given = value[per_image ? image : 0];
-    return given < least ? least : given;  // a NaN stays
-  }
-};
-
-// By what the forward multiplies a gradient. A float16 gradient over a large normalizer is 0 before
-// a loss scaler can help: the backward divides it instead.
-template <typename scalar_t, typename T>
-__device__ __forceinline__ T gradient_scale(T divisor) {
-  return std::is_same_v<scalar_t, Half> ? T(1) : 1 / divisor;
-}
-
-// Of the elements i .. i + N of an array of `size`; nearly all vectors lie within it.
+// Adds up the losses of the elements i .. i + N of an array of `size`; nearly all vectors lie
+// within it.
 template <typename T, int N>
 __device__ __forceinline__ T sum_losses(const Values<T, N>& values, int64_t i, int64_t size) {
   T sum = 0;
@@ -282,7 +249,7 @@ struct SumLoss {
   }
 };
 
-// With at least Targets::kBlocks blocks a multiprocessor: without a bound, ptxas settles on fewer
+// At least Targets::kBlocks blocks run on a multiprocessor: without a bound, ptxas settles on fewer
 // registers and spills float64.
 template <typename Loss, typename Targets, typename Sink>
 __global__ void __launch_bounds__(kThreads, Targets::kBlocks)
@@ -291,8 +258,8 @@ __global__ void __launch_bounds__(kThreads, Targets::kBlocks)
   using scalar_t = typename Targets::scalar_t;
   constexpr int N = kVectorSize<scalar_t>;
   sink.begin();
-  for (int64_t begin = blockIdx.x * kChunk<scalar_t>; begin < size;
-       begin += gridDim.x * kChunk<scalar_t>) {
+  for (int64_t begin = blockIdx.x * kLogitsPerChunk<scalar_t>; begin < size;
+       begin += gridDim.x * kLogitsPerChunk<scalar_t>) {
     const auto chunk = targets.begin_chunk(begin);
     Vector<scalar_t, N> logits[kUnroll<scalar_t>];
 #pragma unroll
@@ -333,7 +300,7 @@ void launch_focal_loss(const Tensor& inputs, const Targets& targets, const Loss&
   const auto* logits = static_cast<const scalar_t*>(inputs.const_data_ptr());
   using Sink = decltype(make_sink(int64_t{}));
   auto* kernel = &focal_loss_kernel<Loss, Targets, Sink>;
-  const int64_t chunks = ceil_div(inputs.numel(), kChunk<scalar_t>);
+  const int64_t chunks = ceil_div(inputs.numel(), kLogitsPerChunk<scalar_t>);
   const int64_t grid = resident_grid(kernel, kThreads, 0, chunks, scope);
   launch(kernel, grid, kThreads, 0, scope.stream(), logits, inputs.numel(), is_aligned(logits),
          targets, formula, make_sink(grid));
@@ -347,7 +314,7 @@ void launch_sum(const Tensor& inputs, const Targets& targets, const Loss& formul
                 const std::optional<Tensor>& grad, const LaunchScope& scope, Tensor& loss) {
   using scalar_t = typename Targets::scalar_t;
   using T = compute_t<scalar_t>;
-  const Normalizer<T> normalizer{data_of<T>(given), static_cast<T>(min_normalizer)};
+  const auto normalizer = normalizer_of<T>(given, min_normalizer);
   std::optional<Tensor> partials;
   int64_t count = 0;
   const auto new_partials = [&](int64_t grid) {

@@ -61,8 +61,8 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, c
   STD_CUDA_CHECK(error);
 }
 
-// As many blocks as run at the same time, but no more than there is work for: for kernels that
-// stride over their work.
+// Kernels that stride over their work get as many blocks as run at the same time, but no more than
+// there is work for.
 template <typename Kernel>
 int64_t resident_grid(Kernel* kernel, int block, size_t shared, int64_t work,
                       const LaunchScope& scope) {

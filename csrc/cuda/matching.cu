@@ -19,6 +19,7 @@
 #include "../matching.h"
 #include "../math/box.h"
 #include "../rows.h"
+#include "integers.cuh"
 #include "launch.cuh"
 
 namespace focalops {
@@ -66,20 +67,17 @@ __device__ __forceinline__ unsigned int warp_max(unsigned int value) {
 }
 #endif
 
-// int32 or int64 counts of boxes; none: every image has all of them.
+// Counts of boxes; where there are none, every image has all of them.
 struct Counts {
-  const void* data;
-  bool is_int64;
+  Integers values;
   int64_t stride;
   int64_t most;
 
   __device__ __forceinline__ int64_t operator[](int64_t image) const {
-    if (data == nullptr) {
+    if (values.data == nullptr) {
       return most;
     }
-    const int64_t i = image * stride;
-    const int64_t count =
-        is_int64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    const int64_t count = values[image * stride];
     return count < 0 ? 0 : count > most ? most : count;
   }
 };
@@ -118,7 +116,7 @@ __device__ __forceinline__ void load_boxes(const Rows<Box<T>, T>& gt_boxes, cons
 
 enum class Pass { kMatch, kOwnBest, kLastBox, kFindFirstAnchor };
 
-// What a launch reads and writes.
+// A launch reads and writes these.
 template <typename T>
 struct Matching {
   Rows<Box<T>, T> anchors;   // [A, 4]
@@ -236,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// A thread a box; of boxes with the same first anchor the last gets it.
+// Each box has a thread; of boxes with the same first anchor the last gets it.
 __global__ void __launch_bounds__(kThreads)
     assign_first_anchors_kernel(const unsigned long long* first_of_boxes,  // [B, M]
                                 int64_t num_images, int64_t max_boxes, int64_t num_anchors,
@@ -284,12 +282,7 @@ Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
   if (matches.numel() == 0) {
     return matches;
   }
-  Counts counts{nullptr, false, 0, max_boxes};
-  if (counts_.has_value()) {
-    counts.data = counts_->const_data_ptr();
-    counts.is_int64 = counts_->scalar_type() == ScalarType::Long;
-    counts.stride = counts_->stride(0);
-  }
+  const Counts counts{Integers(counts_), counts_.has_value() ? counts_->stride(0) : 0, max_boxes};
   std::optional<Tensor> roles;
   if (roles_.has_value()) {
     roles = torch::stable::contiguous(*roles_);

@@ -24,7 +24,7 @@ struct SortedBatch {
   int64_t* labels;  // [images, size]
   int64_t size;     // of an image
 
-  // Of a box at `begin + place` and a better one of its class; else 0.
+  // Returns the overlap of a box at `begin + place` and a better one, 0 unless that has its class.
   __device__ __forceinline__ T overlap(const Box<T>& own, T own_area, int64_t own_label,
                                        int64_t better) const {
     const Box<T> box = boxes[better];
@@ -33,7 +33,7 @@ struct SortedBatch {
   }
 };
 
-// One thread a box.
+// Each box has a thread.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     sort_boxes_kernel(const T* boxes, const T* scores, const int64_t* order, Integers labels,
@@ -60,7 +60,7 @@ __device__ __forceinline__ void for_each_better(int64_t place, int64_t size, con
   }
 }
 
-// 8 threads a box: its greatest IoU with a better one.
+// Each box has 8 threads, which find its greatest IoU with a better one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     greatest_iou_kernel(SortedBatch<T> sorted, int64_t total, T* beneath) {
@@ -83,8 +83,9 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   }
 }
 
-// 8 threads a box: what becomes of its score, -inf where that is not above the threshold. By index
-// in the image, so that the stable sort that follows puts the lower index first.
+// Each box has 8 threads, which find what becomes of its score, -inf where that is not above the
+// threshold. By index in the image, so that the stable sort that follows puts the lower index
+// first.
 template <typename T, typename Decay>
 __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     decay_kernel(SortedBatch<T> sorted, const T* scores, const int64_t* order, const T* beneath,
@@ -113,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
   }
 }
 
-// One thread a detection. sorted_scores, order: [images, size]; num_kept: 0 before.
+// Each detection has a thread. sorted_scores, order: [images, size]; num_kept: 0 before.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     write_kernel(const T* sorted_scores, const int64_t* order, int64_t size, int64_t images,
@@ -145,12 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> matrix_nms_cuda(const Tensor& boxes_, const T
   const LaunchScope scope(boxes_);
   const Tensor boxes = torch::stable::contiguous(boxes_);
   const Tensor scores = torch::stable::contiguous(scores_);
-  std::optional<Tensor> labels_tensor;
-  Integers labels{};
-  if (labels_.has_value()) {
-    labels_tensor = torch::stable::contiguous(*labels_);
-    labels = {labels_tensor->const_data_ptr(), labels_tensor->scalar_type() == ScalarType::Long};
-  }
+  const auto labels_tensor = contiguous(labels_);
+  const Integers labels(labels_tensor);
   const int64_t images = boxes.size(0), size = boxes.size(1), total = images * size;
   Tensor indices = torch::stable::new_empty(boxes, {images, max_detections}, ScalarType::Long);
   Tensor kept_scores = torch::stable::new_empty(boxes, {images, max_detections});

@@ -12,6 +12,7 @@
 // boxes in shared memory. Arithmetic is the limit: about 20 instructions a pair, A x 512 pairs a
 // chunk.
 #include <algorithm>
+#include <tuple>
 
 #include "../checks/nms.h"
 #include "nms.cuh"
@@ -20,7 +21,7 @@ namespace focalops {
 namespace {
 
 constexpr int kThreadsPerBox = 8;  // share the comparisons of one later box
-constexpr int kBoxesPerPass = kChunk / kThreadsPerBox;
+constexpr int kBoxesPerPass = kBoxesPerChunk / kThreadsPerBox;
 
 template <typename T>
 struct SortedBoxes {
@@ -33,26 +34,26 @@ struct SortedBoxes {
   }
 };
 
-// One thread a box: the class of each box in order of score.
+// Each box has a thread, which writes the class of the box at its rank.
 template <typename index_t>
-__global__ void __launch_bounds__(kChunk)
+__global__ void __launch_bounds__(kBoxesPerChunk)
     gather_classes_kernel(const index_t* idxs, const int64_t* order, int64_t size,
                           int64_t* classes) {
-  const int64_t rank = int64_t{blockIdx.x} * kChunk + threadIdx.x;
+  const int64_t rank = int64_t{blockIdx.x} * kBoxesPerChunk + threadIdx.x;
   if (rank < size) {
     classes[rank] = idxs[order[rank]];
   }
 }
 
-// One thread a box of a batch: the box at each place of its image, and whether it is out of the
-// question. ranks: its rank by score, null: the place.
+// Each box of a batch has a thread, which writes the box at each place of its image, and whether it
+// is out of the question. ranks: its rank by score, null: the place.
 template <typename scalar_t, typename score_t>
-__global__ void __launch_bounds__(kChunk)
+__global__ void __launch_bounds__(kBoxesPerChunk)
     gather_boxes_kernel(const scalar_t* boxes, const score_t* scores, const int64_t* order,
                         const int64_t* ranks, Integers counts, int64_t images, int64_t size,
                         Box<compute_t<scalar_t>>* sorted, uint8_t* removed) {
   using T = compute_t<scalar_t>;
-  const int64_t place = int64_t{blockIdx.x} * kChunk + threadIdx.x;
+  const int64_t place = int64_t{blockIdx.x} * kBoxesPerChunk + threadIdx.x;
   if (place < images * size) {
     const int64_t image = place / size;
     const int64_t in_image = order[ranks == nullptr ? place : ranks[place]];
@@ -66,16 +67,16 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// Block (chunk, word), a thread for each box of the chunk: which of the word's 32 boxes would
-// suppress this thread's, a later one of the same class. The 32 lie in shared memory, where a warp
-// reads the same box at a time.
+// Block (chunk, word) has a thread for each box of the chunk, which finds out which of the word's
+// 32 boxes would suppress this thread's, a later one of the same class. The 32 lie in shared
+// memory, where a warp reads the same box at a time.
 template <typename T>
-__global__ void __launch_bounds__(kChunk)
+__global__ void __launch_bounds__(kBoxesPerChunk)
     overlaps_kernel(SortedBoxes<T> sorted, Suppression<T> suppresses,
-                    uint32_t* overlaps) {  // [chunks, kWords, kChunk]
+                    uint32_t* overlaps) {  // [chunks, kWords, kBoxesPerChunk]
   __shared__ Box<T> boxes[kWarpSize];
   __shared__ T areas[kWarpSize];
-  const int64_t begin = blockIdx.x / kWords * int64_t{kChunk};
+  const int64_t begin = blockIdx.x / kWords * int64_t{kBoxesPerChunk};
   const int word = blockIdx.x % kWords, thread = threadIdx.x;
   const int64_t first = begin + word * kWarpSize;
   if (thread < kWarpSize && first + thread < sorted.size) {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kChunk)
       }
     }
   }
-  overlaps[int64_t{blockIdx.x} * kChunk + thread] = mask;
+  overlaps[int64_t{blockIdx.x} * kBoxesPerChunk + thread] = mask;
 }
 
 // Settles the chunk that begins at `begin`, in every block alike, and removes the later boxes that
@@ -104,17 +105,17 @@ __global__ void __launch_bounds__(kChunk)
 // that a warp often finds all of its boxes removed, and enough to occupy the device with a few
 // thousand boxes.
 template <typename T>
-__global__ void __launch_bounds__(kChunk)
+__global__ void __launch_bounds__(kBoxesPerChunk)
     chunk_kernel(SortedBoxes<T> sorted, int64_t begin, Suppression<T> suppresses,
                  const uint32_t* overlaps, const int64_t* ranks, uint8_t* removed,
-                 uint8_t* kept) {  // overlaps: [kWords, kChunk], kept: [size] by rank
-  __shared__ Box<T> boxes[kChunk];
-  __shared__ T areas[kChunk];
-  const int64_t own = begin + threadIdx.x, end = begin + kChunk, last = end - 1;
+                 uint8_t* kept) {  // overlaps: [kWords, kBoxesPerChunk], kept: [size] by rank
+  __shared__ Box<T> boxes[kBoxesPerChunk];
+  __shared__ T areas[kBoxesPerChunk];
+  const int64_t own = begin + threadIdx.x, end = begin + kBoxesPerChunk, last = end - 1;
   uint32_t suppressors[kWords];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    suppressors[w] = overlaps[w * kChunk + threadIdx.x];
+    suppressors[w] = overlaps[w * kBoxesPerChunk + threadIdx.x];
   }
   const bool keep = settle_chunk(own < sorted.size && !removed[own], suppressors);
   if (blockIdx.x == 0 && own < sorted.size) {
@@ -154,10 +155,10 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// One thread a rank. counts: kept boxes of each block; total: of all, 0 before.
-__global__ void __launch_bounds__(kChunk)
+// Each rank has a thread. counts: kept boxes of each block; total: of all, 0 before.
+__global__ void __launch_bounds__(kBoxesPerChunk)
     count_kernel(const uint8_t* kept, int64_t size, int64_t* counts, unsigned long long* total) {
-  const int64_t rank = int64_t{blockIdx.x} * kChunk + threadIdx.x;
+  const int64_t rank = int64_t{blockIdx.x} * kBoxesPerChunk + threadIdx.x;
   const Count count = count_flags(rank < size && kept[rank]);
   if (threadIdx.x == 0) {
     counts[blockIdx.x] = count.total;
@@ -165,21 +166,21 @@ __global__ void __launch_bounds__(kChunk)
   }
 }
 
-// One thread a rank: the index of each kept box to its place in the result. A block adds up the
-// counts of those before it, which are few: size / 512.
-__global__ void __launch_bounds__(kChunk)
+// Each rank has a thread, which writes the index of a kept box to its place in the result. A block
+// adds up the counts of those before it, which are few: size / 512.
+__global__ void __launch_bounds__(kBoxesPerChunk)
     write_kernel(const uint8_t* kept, const int64_t* order, int64_t size, const int64_t* counts,
                  int64_t* indices) {
   __shared__ int64_t begin;
   int64_t before = 0;
-  for (int64_t block = threadIdx.x; block < blockIdx.x; block += kChunk) {
+  for (int64_t block = threadIdx.x; block < blockIdx.x; block += kBoxesPerChunk) {
     before += counts[block];
   }
-  before = block_sum<kChunk>(before);
+  before = block_sum<kBoxesPerChunk>(before);
   if (threadIdx.x == 0) {
     begin = before;
   }
-  const int64_t rank = int64_t{blockIdx.x} * kChunk + threadIdx.x;
+  const int64_t rank = int64_t{blockIdx.x} * kBoxesPerChunk + threadIdx.x;
   const bool keep = rank < size && kept[rank];
   const Count count = count_flags(keep);
   if (keep) {
@@ -205,9 +206,9 @@ struct SortedImage {
   }
 };
 
-// A block for each image.
+// Each image has a block.
 template <typename T>
-__global__ void __launch_bounds__(kChunk, 1)  // fewer registers for more blocks would spill
+__global__ void __launch_bounds__(kBoxesPerChunk, 1)  // fewer registers for more blocks would spill
     multiclass_nms_kernel(const Box<T>* all_sorted, const uint8_t* all_removed,
                           const int64_t* all_order, Integers labels, int64_t size,
                           Suppression<T> suppresses, int64_t max_detections, Box<T>* all_kept_boxes,
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(kChunk, 1)  // fewer registers for more blocks
       keep_best(sorted, size, suppresses, false, max_detections,
                 all_kept_boxes + image * max_detections, all_kept_labels + image * max_detections,
                 [&](int64_t at, int64_t place) { indices[at] = order[place]; });
-  for (int64_t i = total + threadIdx.x; i < max_detections; i += kChunk) {
+  for (int64_t i = total + threadIdx.x; i < max_detections; i += kBoxesPerChunk) {
     indices[i] = -1;
   }
   if (threadIdx.x == 0) {
@@ -230,91 +231,104 @@ __global__ void __launch_bounds__(kChunk, 1)  // fewer registers for more blocks
 
 // ---- host ---------------------------------------------------------------------------------------
 
-template <typename T>
-T* data_of(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
+// Boxes in order of score and, where there are classes, one class after the other.
+struct BoxOrder {
+  Tensor by_rank;                        // the index of the box of each rank
+  std::optional<Tensor> classes, ranks;  // of the box at each place; without classes, place is rank
 
-Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs_,
-                double iou_threshold, bool by_distance) {
-  check_nms(boxes_, scores_, idxs_);
-  const LaunchScope scope(boxes_);
-  const Tensor boxes = torch::stable::contiguous(boxes_),
-               scores = torch::stable::contiguous(scores_);
-  const int64_t size = boxes.size(0);
-  const auto new_empty = [&](int64_t n, ScalarType dtype) {
-    return torch::stable::new_empty(boxes, {n}, dtype);
-  };
-  if (size == 0) {
-    return new_empty(0, ScalarType::Long);
-  }
-  const int64_t chunks = ceil_div(size, kChunk);
-  const Tensor order_tensor = std::get<1>(stable_sort_descending(scores));
-  const auto* order = static_cast<const int64_t*>(order_tensor.const_data_ptr());
-
-  // A class after the other, by rank inside a class.
-  std::optional<Tensor> classes_tensor, ranks_tensor;
-  const int64_t *classes = nullptr, *ranks = nullptr;
-  if (idxs_.has_value()) {
+  BoxOrder(const Tensor& scores, const std::optional<Tensor>& idxs_, const LaunchScope& scope)
+      : by_rank(std::get<1>(stable_sort_descending(scores))) {
+    if (!idxs_.has_value()) {
+      return;
+    }
     const Tensor idxs = torch::stable::contiguous(*idxs_);
-    Tensor by_rank = new_empty(size, ScalarType::Long);
+    const int64_t size = idxs.size(0);
+    Tensor class_of_rank = torch::stable::new_empty(scores, {size}, ScalarType::Long);
     dispatch_index(idxs.scalar_type(), [&](auto tag) {
       using index_t = tag_t<decltype(tag)>;
-      launch(&gather_classes_kernel<index_t>, chunks, kChunk, 0, scope.stream(),
-             static_cast<const index_t*>(idxs.const_data_ptr()), order, size,
-             data_of<int64_t>(by_rank));
+      launch(&gather_classes_kernel<index_t>, ceil_div(size, kBoxesPerChunk), kBoxesPerChunk, 0,
+             scope.stream(), static_cast<const index_t*>(idxs.const_data_ptr()),
+             data_of<int64_t>(by_rank), size, data_of<int64_t>(class_of_rank));
     });
-    std::tie(classes_tensor, ranks_tensor) = stable_sort_descending(by_rank);
-    classes = static_cast<const int64_t*>(classes_tensor->const_data_ptr());
-    ranks = static_cast<const int64_t*>(ranks_tensor->const_data_ptr());
+    std::tie(classes, ranks) = stable_sort_descending(class_of_rank);
   }
+};
 
-  Tensor removed = new_empty(size, ScalarType::Byte), kept = new_empty(size, ScalarType::Byte);
-  Tensor overlaps_tensor = new_empty(chunks * kWords * kChunk, ScalarType::Int);
-  auto* overlaps = static_cast<uint32_t*>(overlaps_tensor.mutable_data_ptr());
-  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
-    using scalar_t = tag_t<decltype(tag)>;
-    using T = compute_t<scalar_t>;
-    Tensor sorted_tensor = new_empty(4 * size, compute_dtype(boxes.scalar_type()));
-    auto* sorted = static_cast<Box<T>*>(sorted_tensor.mutable_data_ptr());
-    dispatch_floating(scores.scalar_type(), [&](auto score_tag) {
-      using score_t = tag_t<decltype(score_tag)>;
-      launch(&gather_boxes_kernel<scalar_t, score_t>, chunks, kChunk, 0, scope.stream(),
-             static_cast<const scalar_t*>(boxes.const_data_ptr()),
-             static_cast<const score_t*>(scores.const_data_ptr()), order, ranks, Integers{},
-             int64_t{1}, size, sorted, data_of<uint8_t>(removed));
-    });
-    const SortedBoxes<T> sorted_boxes{sorted, classes, size};
-    const Suppression<T> suppresses{round_down<T>(iou_threshold), by_distance};
-    launch(&overlaps_kernel<T>, chunks * kWords, kChunk, 0, scope.stream(), sorted_boxes,
-           suppresses, overlaps);
-    const int64_t resident =
-        resident_grid(&chunk_kernel<T>, kChunk, 0, ceil_div(size, kBoxesPerPass), scope);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t begin = chunk * kChunk;
-      const int64_t passes = ceil_div(std::max<int64_t>(size - begin - kChunk, 1), kBoxesPerPass);
-      launch(&chunk_kernel<T>, std::min(passes, resident), kChunk, 0, scope.stream(), sorted_boxes,
-             begin, suppresses, overlaps + begin * kWords, ranks, data_of<uint8_t>(removed),
-             data_of<uint8_t>(kept));
-    }
-  });
+// Settles the chunks in their order, one launch a chunk.
+template <typename T>
+void settle_chunks(const SortedBoxes<T>& sorted, const Suppression<T>& suppresses,
+                   const int64_t* ranks, Tensor& removed, Tensor& kept, const LaunchScope& scope) {
+  const int64_t size = sorted.size, chunks = ceil_div(size, kBoxesPerChunk);
+  Tensor overlaps_tensor =
+      torch::stable::new_empty(kept, {chunks * kWords * kBoxesPerChunk}, ScalarType::Int);
+  auto* overlaps = data_of<uint32_t>(overlaps_tensor);
+  launch(&overlaps_kernel<T>, chunks * kWords, kBoxesPerChunk, 0, scope.stream(), sorted,
+         suppresses, overlaps);
+  const int64_t resident =
+      resident_grid(&chunk_kernel<T>, kBoxesPerChunk, 0, ceil_div(size, kBoxesPerPass), scope);
+  for (int64_t begin = 0; begin < size; begin += kBoxesPerChunk) {
+    const int64_t later = std::max<int64_t>(size - begin - kBoxesPerChunk, 1);
+    launch(&chunk_kernel<T>, std::min(ceil_div(later, kBoxesPerPass), resident), kBoxesPerChunk, 0,
+           scope.stream(), sorted, begin, suppresses, overlaps + begin * kWords, ranks,
+           data_of<uint8_t>(removed), data_of<uint8_t>(kept));
+  }
+}
 
-  Tensor counts = new_empty(chunks, ScalarType::Long);
-  Tensor total_tensor = torch::stable::new_zeros(boxes, {1}, ScalarType::Long);
-  launch(&count_kernel, chunks, kChunk, 0, scope.stream(), data_of<uint8_t>(kept), size,
-         data_of<int64_t>(counts),
-         static_cast<unsigned long long*>(total_tensor.mutable_data_ptr()));
-  // The size of the result: the one thing that the host has to wait for.
+// The indices of the kept boxes in order of score. Their number is the one thing that the host has
+// to wait for.
+Tensor indices_of_kept(const Tensor& by_rank, const Tensor& kept, const LaunchScope& scope) {
+  const int64_t size = kept.size(0), chunks = ceil_div(size, kBoxesPerChunk);
+  const auto* flags = static_cast<const uint8_t*>(kept.const_data_ptr());
+  Tensor counts = torch::stable::new_empty(kept, {chunks}, ScalarType::Long);
+  Tensor total_tensor = torch::stable::new_zeros(kept, {1}, ScalarType::Long);
+  launch(&count_kernel, chunks, kBoxesPerChunk, 0, scope.stream(), flags, size,
+         data_of<int64_t>(counts), data_of<unsigned long long>(total_tensor));
   int64_t total = 0;
   STD_CUDA_CHECK(cudaMemcpyAsync(&total, total_tensor.const_data_ptr(), sizeof(total),
                                  cudaMemcpyDeviceToHost, scope.stream()));
   STD_CUDA_CHECK(cudaStreamSynchronize(scope.stream()));
-  Tensor indices = new_empty(total, ScalarType::Long);
+  Tensor indices = torch::stable::new_empty(kept, {total}, ScalarType::Long);
   if (total > 0) {
-    launch(&write_kernel, chunks, kChunk, 0, scope.stream(), data_of<uint8_t>(kept), order, size,
-           data_of<int64_t>(counts), data_of<int64_t>(indices));
+    launch(&write_kernel, chunks, kBoxesPerChunk, 0, scope.stream(), flags,
+           static_cast<const int64_t*>(by_rank.const_data_ptr()), size, data_of<int64_t>(counts),
+           data_of<int64_t>(indices));
   }
   return indices;
+}
+
+Tensor nms_cuda(const Tensor& boxes_, const Tensor& scores_, const std::optional<Tensor>& idxs,
+                double iou_threshold, bool by_distance) {
+  check_nms(boxes_, scores_, idxs);
+  const LaunchScope scope(boxes_);
+  const Tensor boxes = torch::stable::contiguous(boxes_),
+               scores = torch::stable::contiguous(scores_);
+  const int64_t size = boxes.size(0);
+  if (size == 0) {
+    return torch::stable::new_empty(boxes, {0}, ScalarType::Long);
+  }
+  BoxOrder order(scores, idxs, scope);
+  const auto* ranks = data_of<int64_t>(order.ranks);
+  Tensor removed = torch::stable::new_empty(boxes, {size}, ScalarType::Byte);
+  Tensor kept = torch::stable::new_empty(boxes, {size}, ScalarType::Byte);
+  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
+    using scalar_t = tag_t<decltype(tag)>;
+    using T = compute_t<scalar_t>;
+    Tensor sorted_tensor =
+        torch::stable::new_empty(boxes, {4 * size}, compute_dtype(boxes.scalar_type()));
+    auto* sorted = data_of<Box<T>>(sorted_tensor);
+    dispatch_floating(scores.scalar_type(), [&](auto score_tag) {
+      using score_t = tag_t<decltype(score_tag)>;
+      launch(&gather_boxes_kernel<scalar_t, score_t>, ceil_div(size, kBoxesPerChunk),
+             kBoxesPerChunk, 0, scope.stream(),
+             static_cast<const scalar_t*>(boxes.const_data_ptr()),
+             static_cast<const score_t*>(scores.const_data_ptr()), data_of<int64_t>(order.by_rank),
+             ranks, Integers{}, int64_t{1}, size, sorted, data_of<uint8_t>(removed));
+    });
+    settle_chunks(SortedBoxes<T>{sorted, data_of<int64_t>(order.classes), size},
+                  Suppression<T>{round_down<T>(iou_threshold), by_distance}, ranks, removed, kept,
+                  scope);
+  });
+  return indices_of_kept(order.by_rank, kept, scope);
 }
 
 std::tuple<Tensor, Tensor> multiclass_nms_cuda(const Tensor& boxes_, const Tensor& scores_,
@@ -335,16 +349,8 @@ std::tuple<Tensor, Tensor> multiclass_nms_cuda(const Tensor& boxes_, const Tenso
   if (images == 0) {
     return {indices, num_kept};
   }
-  std::optional<Tensor> labels_tensor, counts_tensor;
-  const auto integers_of = [](const std::optional<Tensor>& tensor, std::optional<Tensor>& holder) {
-    if (!tensor.has_value()) {
-      return Integers{};
-    }
-    holder = torch::stable::contiguous(*tensor);
-    return Integers{holder->const_data_ptr(), holder->scalar_type() == ScalarType::Long};
-  };
-  const Integers labels = integers_of(labels_, labels_tensor);
-  const Integers counts = integers_of(counts_, counts_tensor);
+  const auto labels_tensor = contiguous(labels_), counts_tensor = contiguous(counts_);
+  const Integers labels(labels_tensor), counts(counts_tensor);
 
   const Tensor order_tensor = std::get<1>(stable_sort_descending(scores));
   const auto* order = static_cast<const int64_t*>(order_tensor.const_data_ptr());
@@ -359,13 +365,14 @@ std::tuple<Tensor, Tensor> multiclass_nms_cuda(const Tensor& boxes_, const Tenso
     if (total > 0) {
       dispatch_floating(scores.scalar_type(), [&](auto score_tag) {
         using score_t = tag_t<decltype(score_tag)>;
-        launch(&gather_boxes_kernel<scalar_t, score_t>, ceil_div(total, kChunk), kChunk, 0,
-               scope.stream(), static_cast<const scalar_t*>(boxes.const_data_ptr()),
+        launch(&gather_boxes_kernel<scalar_t, score_t>, ceil_div(total, kBoxesPerChunk),
+               kBoxesPerChunk, 0, scope.stream(),
+               static_cast<const scalar_t*>(boxes.const_data_ptr()),
                static_cast<const score_t*>(scores.const_data_ptr()), order, nullptr, counts, images,
                size, sorted, data_of<uint8_t>(removed));
       });
     }
-    launch(&multiclass_nms_kernel<T>, images, kChunk, 0, scope.stream(), sorted,
+    launch(&multiclass_nms_kernel<T>, images, kBoxesPerChunk, 0, scope.stream(), sorted,
            data_of<uint8_t>(removed), order, labels, size,
            Suppression<T>{round_down<T>(iou_threshold), by_distance}, max_detections,
            static_cast<Box<T>*>(kept_tensor.mutable_data_ptr()), data_of<int64_t>(kept_labels),

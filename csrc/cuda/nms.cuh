@@ -1,4 +1,4 @@
-// NMS of a chunk of boxes by a block of threads: what nms.cu and detect.cu share.
+// NMS of a chunk of boxes by a block of threads, which nms.cu and detect.cu share.
 #pragma once
 
 #include "../math/nms.h"
@@ -8,11 +8,11 @@
 namespace focalops {
 namespace {
 
-constexpr int kChunk = 512;                 // boxes in a chunk, and threads in a block
-constexpr int kWords = kChunk / kWarpSize;  // of 32 bits, one for each box of a chunk
+constexpr int kBoxesPerChunk = 512;                 // boxes in a chunk, and threads in a block
+constexpr int kWords = kBoxesPerChunk / kWarpSize;  // of 32 bits, one for each box of a chunk
 
-// How many threads of the block before this one, and how many in all, have their flag set. All of
-// them must call it.
+// Counts how many threads of the block before this one, and how many in all, have their flag set.
+// All of them must call it.
 struct Count {
   int before;
   int total;
@@ -37,11 +37,11 @@ __device__ __forceinline__ Count count_flags(bool flag) {
   return count;
 }
 
-// Whether this thread's box of the chunk is kept. All boxes that are alive are taken for kept, and
-// each corrects itself by those before it until nothing changes. After t rounds the first t boxes
-// are right at least, so that the end is the one result there is; chains of boxes that suppress
-// each other are short, and so are the rounds: seldom 10, never above 513.
-// suppressors: those of this thread's box in the chunk.
+// Says whether this thread's box of the chunk is kept. All boxes that are alive are taken for kept,
+// and each corrects itself by those before it until nothing changes. After t rounds the first t
+// boxes are right at least, so that the end is the one result there is; chains of boxes that
+// suppress each other are short, and so are the rounds: seldom 10, never above 513. suppressors:
+// those of this thread's box in the chunk.
 __device__ __forceinline__ bool settle_chunk(bool alive, const uint32_t (&suppressors)[kWords]) {
   __shared__ uint32_t kept[2][kWords];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -82,14 +82,14 @@ __device__ __forceinline__ int64_t keep_best(const Boxes& boxes, int64_t size,
                                              const Suppression<T>& suppresses, bool class_agnostic,
                                              int64_t max_detections, Box<T>* kept_boxes,
                                              int64_t* kept_labels, const Kept& kept) {
-  __shared__ Box<T> chunk_boxes[kChunk];
-  __shared__ T areas[kChunk];
-  __shared__ int64_t classes[kChunk];
+  __shared__ Box<T> chunk_boxes[kBoxesPerChunk];
+  __shared__ T areas[kBoxesPerChunk];
+  __shared__ int64_t classes[kBoxesPerChunk];
   __shared__ uint32_t alive_words[kWords];
   const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
 
   int64_t total = 0;
-  for (int64_t begin = 0; begin < size && total < max_detections; begin += kChunk) {
+  for (int64_t begin = 0; begin < size && total < max_detections; begin += kBoxesPerChunk) {
     const int64_t place = begin + thread;
     Box<T> box{};
     int64_t label = 0;

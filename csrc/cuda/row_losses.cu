@@ -30,10 +30,9 @@ Tensor row_loss(const std::string& name, const Tensor& inputs, const Tensor& tar
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const int64_t num_classes = inputs.size(inputs.dim() - 1);
-    const Indices indices{targets.const_data_ptr(), targets.scalar_type() == ScalarType::Long};
     if constexpr (Loss::kIsSoftmax) {
       const SoftmaxRows<scalar_t> rows{static_cast<const scalar_t*>(inputs.const_data_ptr()),
-                                       indices,
+                                       Integers(targets),
                                        targets.numel(),
                                        static_cast<int>(num_classes),
                                        ignore_index,
@@ -44,7 +43,7 @@ Tensor row_loss(const std::string& name, const Tensor& inputs, const Tensor& tar
       });
     } else {
       const ClassIndexTargets<scalar_t, RowExtras<T>> rows{
-          indices,
+          Integers(targets),
           targets.numel(),
           static_cast<int>(num_classes),
           ignore_index,

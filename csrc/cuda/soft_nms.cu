@@ -120,12 +120,8 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes_, const Ten
   const LaunchScope scope(boxes_);
   const Tensor boxes = torch::stable::contiguous(boxes_);
   const Tensor scores = torch::stable::contiguous(scores_);
-  std::optional<Tensor> labels_tensor;
-  Integers labels{};
-  if (labels_.has_value()) {
-    labels_tensor = torch::stable::contiguous(*labels_);
-    labels = {labels_tensor->const_data_ptr(), labels_tensor->scalar_type() == ScalarType::Long};
-  }
+  const auto labels_tensor = contiguous(labels_);
+  const Integers labels(labels_tensor);
   const int64_t images = boxes.size(0), size = boxes.size(1);
   Tensor indices = torch::stable::new_empty(boxes, {images, max_detections}, ScalarType::Long);
   Tensor kept_scores = torch::stable::new_empty(boxes, {images, max_detections});

@@ -17,7 +17,7 @@ struct SoftmaxRows {
   using T = compute_t<scalar_t>;
 
   const scalar_t* inputs;  // [num_rows, num_classes]
-  Indices targets;
+  Integers targets;
   int64_t num_rows;
   int num_classes;
   int64_t ignore_index;
@@ -25,7 +25,7 @@ struct SoftmaxRows {
   int lanes;  // of a row, a power of two
 };
 
-// Vectorised: every row begins and ends at a multiple of 16 bytes.
+// Where Vectorised, every row begins and ends at a multiple of 16 bytes.
 template <bool WithGrad, bool Vectorised, typename scalar_t, typename T = compute_t<scalar_t>>
 __global__ void __launch_bounds__(kThreads)
     softmax_focal_loss_kernel(SoftmaxRows<scalar_t> rows, SoftmaxFocalLoss<T> formula,
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__(kThreads)
           row_grad[i] = vector.data[0];
         }
       }
-      if (is_class && lane == target / N % rows.lanes) {  // who has stored it as one of the others
+      if (is_class &&
+          lane == target / N % rows.lanes) {  // this lane has stored it as one of the others
         row_grad[target] = static_cast<scalar_t>(scale * weight * value.grad_true);
       }
     }
@@ -105,13 +106,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// As launch_sum.
+// Does what launch_sum does.
 template <typename scalar_t, typename T = compute_t<scalar_t>>
 void launch_softmax_sum(const Tensor& inputs, SoftmaxRows<scalar_t> rows,
                         const SoftmaxFocalLoss<T>& formula, const std::optional<Tensor>& given,
                         double min_normalizer, const std::optional<Tensor>& grad,
                         const LaunchScope& scope, Tensor& loss) {
-  const Normalizer<T> normalizer{data_of<T>(given), static_cast<T>(min_normalizer)};
+  const auto normalizer = normalizer_of<T>(given, min_normalizer);
   auto* out = grad.has_value() ? static_cast<scalar_t*>(grad->mutable_data_ptr()) : nullptr;
   const bool vectorised =
       rows.num_classes % kVectorSize<scalar_t> == 0 && is_aligned(rows.inputs) && is_aligned(out);

@@ -41,7 +41,8 @@ FOCALOPS_HOST_DEVICE T div(T a, T b) {
 }
 #endif
 
-// Of two numbers; the second where either is a NaN. Written so that loops over them are vectorised.
+// min_of and max_of return the second number where either is a NaN. They are written so that loops
+// over them are vectorised.
 template <typename T>
 FOCALOPS_HOST_DEVICE T min_of(T a, T b) {
   return a < b ? a : b;
@@ -56,7 +57,7 @@ struct alignas(4 * sizeof(T)) Box {
   T x1, y1, x2, y2;
 };
 
-// From memory that need not be aligned as a Box is.
+// The memory need not be aligned as a Box is.
 template <typename T>
 FOCALOPS_HOST_DEVICE Box<T> load_box(const T* coordinates) {
   return {coordinates[0], coordinates[1], coordinates[2], coordinates[3]};
@@ -74,8 +75,8 @@ FOCALOPS_HOST_DEVICE T intersection(const Box<T>& a, const Box<T>& b) {
   return mul(width, height);
 }
 
-// Of x / divisor(d): where d is 0, so is every x here. A division that is always taken can be
-// vectorised.
+// Quotients are x / divisor(d): where d is 0, so is every x here. A division that is always taken
+// can be vectorised.
 template <typename T>
 FOCALOPS_HOST_DEVICE T divisor(T d) {
   return d == 0 ? T(1) : d;
@@ -100,8 +101,8 @@ FOCALOPS_HOST_DEVICE T share_inside(const Box<T>& a, const Box<T>& b, T area) {
   return div(intersection(a, b), divisor(area));
 }
 
-// Whether the boxes overlap by more than an edge. Where they do not, or a coordinate is NaN, their
-// IoU is 0 or NaN.
+// Says whether the boxes overlap by more than an edge. Where they do not, or a coordinate is NaN,
+// their IoU is 0 or NaN.
 template <typename T>
 FOCALOPS_HOST_DEVICE bool intersects(const Box<T>& a, const Box<T>& b) {
   return (a.x1 < b.x2) & (b.x1 < a.x2) & (a.y1 < b.y2) & (b.y1 < a.y2);
@@ -150,7 +151,7 @@ FOCALOPS_HOST_DEVICE T diagonal_angle(const Box<T>& box) {
   return arctangent(div(w, is_point ? T(1) : h));
 }
 
-// What a box has of its own: it is found once where the box meets many others.
+// The terms that a box has of its own are found once where the box meets many others.
 template <typename T>
 struct IouTerms {
   T area;
@@ -304,7 +305,7 @@ FOCALOPS_HOST_DEVICE CenterSize<T> center_size(const Box<T>& box) {
   return {add(box.x1, mul(T(0.5), w)), add(box.y1, mul(T(0.5), h)), w, h};
 }
 
-// From a gradient with respect to center and size to one with respect to the corners.
+// Turns a gradient with respect to center and size into one with respect to the corners.
 template <typename T>
 FOCALOPS_HOST_DEVICE Box<T> corner_gradient(const CenterSize<T>& grad) {
   const T half_x = T(0.5) * grad.x, half_y = T(0.5) * grad.y;
@@ -377,7 +378,8 @@ struct BoxCoder {
   static FOCALOPS_HOST_DEVICE T bounded(T x, T low, T high) {
     return x < low ? low : x > high ? high : x;
   }
-  // As torch.clamp: at a bound there is no gradient, nor of a NaN. Unbounded, low is -infinity.
+  // Does as torch.clamp: at a bound there is no gradient, nor of a NaN. Where x is unbounded, low
+  // is -infinity.
   static FOCALOPS_HOST_DEVICE T inside(T x, T low, T high, T grad) {
     const bool is_inside = (x > low) & (x < high);
     return is_inside | (low < 0) ? grad : T(0);
@@ -392,7 +394,7 @@ struct BoxCoder {
     return {sub(x, half_w), sub(y, half_h), add(x, half_w), add(y, half_h)};
   }
 
-  // With respect to the center and size of the decoded box.
+  // Returns the gradient with respect to the center and size of the decoded box.
   FOCALOPS_HOST_DEVICE CenterSize<T> center_gradient(const Box<T>& upstream,
                                                      const Deltas<T>& deltas,
                                                      const CenterSize<T>& a) const {

@@ -1,5 +1,5 @@
-// From a head's logits to detections: the score of a logit, the order of candidates, and where a
-// candidate's numbers lie in a level.
+// What leads from a head's logits to detections: the score of a logit, the order of candidates, and
+// where a candidate's numbers lie in a level.
 #pragma once
 
 #include <limits>
@@ -20,27 +20,25 @@ FOCALOPS_HOST_DEVICE To bits_as(From from) {
   return to;
 }
 
-// exp(x) for x <= 0, each operation rounded once; 0 below -87. As in focal.h: 2^n e^r.
+struct RoundedOnce {
+  FOCALOPS_HOST_DEVICE static float multiply_add(float a, float b, float c) {
+    return add(mul(a, b), c);
+  }
+  FOCALOPS_HOST_DEVICE static float multiply_subtract(float c, float a, float b) {
+    return sub(c, mul(a, b));
+  }
+};
+
+// exp(x) for x <= 0, each operation rounded once; 0 below -87.
 FOCALOPS_HOST_DEVICE float exp_rounded_once(float x) {
-  const float round_to_int = 12582912.0f;  // 1.5 * 2^23
-  const float shifted = add(mul(x, 1.44269504f), round_to_int);
-  const float n = sub(shifted, round_to_int);
-  const float r = add(sub(x, mul(n, 0.693359375f)), mul(n, 2.12194440e-4f));
-  float p = 0.0013836845755577087f;
-  p = add(mul(p, r), 0.008374815806746483f);
-  p = add(mul(p, r), 0.04166822507977486f);
-  p = add(mul(p, r), 0.16666419804096222f);
-  p = add(mul(p, r), 0.49999991059303284f);
-  p = add(mul(p, r), 1.0f);
-  p = add(mul(p, r), 1.0f);
-  const float power = bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
-  return x < -87.0f ? 0.0f : mul(p, power);
+  const Exponential e = exponential_parts<RoundedOnce>(x);
+  return x < -87.0f ? 0.0f : mul(e.factor, power_of_two(e.power));
 }
 
 }  // namespace detail
 
-// The same bits on every machine, within 3 ulp of the sigmoid: scores order candidates, equal ones
-// go by index. Not for a NaN.
+// A score has the same bits on every machine, within 3 ulp of the sigmoid: scores order candidates,
+// equal ones go by index. The logit must not be a NaN.
 FOCALOPS_HOST_DEVICE float score_of_logit(float x) {
   const float e = detail::exp_rounded_once(x < 0 ? x : -x);
   return div(x < 0 ? e : 1.0f, add(1.0f, e));
@@ -87,15 +85,13 @@ FOCALOPS_HOST_DEVICE uint32_t index_of_key(uint64_t key) {
   return 0xffffffffu - static_cast<uint32_t>(key);
 }
 
-constexpr int kMostLevels = 8;
-
 // How an image of a level lies in memory: rows of K, or planes of H * W (head_levels.h).
 struct LevelLayout {
   uint32_t positions;  // H * W
   uint32_t first_row;
   bool logits_have_rows, deltas_have_rows;
 
-  // Of the logit at an offset, counted from the level's image.
+  // The index of the logit at an offset, counted from the level's image.
   FOCALOPS_HOST_DEVICE uint32_t index(uint32_t offset, uint32_t anchors, uint32_t classes) const {
     uint32_t in_level = offset;
     if (!logits_have_rows) {
@@ -106,7 +102,7 @@ struct LevelLayout {
     return first_row * classes + in_level;
   }
 
-  // deltas: of the level's image.
+  // `deltas` points to those of the level's image.
   template <typename T>
   FOCALOPS_HOST_DEVICE Deltas<float> load_deltas(const T* deltas, uint32_t row,
                                                  uint32_t anchors) const {

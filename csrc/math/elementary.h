@@ -16,26 +16,37 @@ struct Exponential {
   uint32_t power;
 };
 
-// By e^r with |r| <= ln(2) / 2; within an ulp. For |x| of at most some hundreds, and NaN, which
-// makes the factor NaN and any power, hence an unsigned one.
+// A product and a sum that the compiler may contract to one operation; RoundedOnce in detect.h
+// has those that it may not.
+struct Contractible {
+  FOCALOPS_HOST_DEVICE static float multiply_add(float a, float b, float c) { return a * b + c; }
+  FOCALOPS_HOST_DEVICE static float multiply_subtract(float c, float a, float b) {
+    return c - a * b;
+  }
+};
+
+// exp(x) = 2^n e^r with |r| <= ln(2) / 2, within an ulp, for |x| of at most some hundreds. A NaN
+// makes the factor NaN and the power any number, which is why the power is unsigned.
+template <typename Arithmetic = Contractible>
 FOCALOPS_HOST_DEVICE Exponential exponential_parts(float x) {
   const float round_to_int = 12582912.0f;  // 1.5 * 2^23
-  const float shifted = x * 1.44269504f + round_to_int;
+  const float shifted = Arithmetic::multiply_add(x, 1.44269504f, round_to_int);
   const float n = shifted - round_to_int;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float r = Arithmetic::multiply_add(n, 2.12194440e-4f,
+                                           Arithmetic::multiply_subtract(x, n, 0.693359375f));
   float p = 0.0013836845755577087f;
-  p = p * r + 0.008374815806746483f;
-  p = p * r + 0.04166822507977486f;
-  p = p * r + 0.16666419804096222f;
-  p = p * r + 0.49999991059303284f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = Arithmetic::multiply_add(p, r, 0.008374815806746483f);
+  p = Arithmetic::multiply_add(p, r, 0.04166822507977486f);
+  p = Arithmetic::multiply_add(p, r, 0.16666419804096222f);
+  p = Arithmetic::multiply_add(p, r, 0.49999991059303284f);
+  p = Arithmetic::multiply_add(p, r, 1.0f);
+  p = Arithmetic::multiply_add(p, r, 1.0f);
   uint32_t bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   return {p, bits - 0x4b400000u};  // the bits of round_to_int
 }
 
-// 2^power, of a normal number.
+// 2^power, which must be a normal number.
 FOCALOPS_HOST_DEVICE float power_of_two(uint32_t power) {
   const uint32_t bits = (power + 127u) << 23;
   float value;

@@ -230,13 +230,13 @@ struct SmoothedFocalLoss {
   }
 };
 
-// Whether a dense target is one: a rounding of half precision beyond [0, 1] is, a NaN is not.
+// Says whether a dense target is one: a rounding of half precision beyond [0, 1] is, a NaN is not.
 template <typename T>
 FOCALOPS_HOST_DEVICE bool is_dense_target(T t) {
   return t >= T(-0.01) && t <= T(1.01);
 }
 
-// What the user passes: FL, or FL* where there is a beta.
+// The user passes these; the loss is FL, or FL* where there is a beta.
 struct FocalParams {
   double alpha;
   double gamma;

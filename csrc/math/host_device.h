@@ -1,5 +1,4 @@
-// What math/ needs to be compiled by the host compiler and by nvcc alike. No torch, no CUDA
-// headers.
+// math/ is compiled by the host compiler and by nvcc alike, without torch and CUDA headers.
 #pragma once
 
 #include <cstdint>

@@ -37,7 +37,7 @@ FOCALOPS_HOST_DEVICE T overlap(const Box<T>& a, const Box<T>& b, T area_a, T are
   }
 }
 
-// When a kept box suppresses another one of its class.
+// Says when a kept box suppresses another one of its class.
 template <typename T>
 struct Suppression {
   T threshold;

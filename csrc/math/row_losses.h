@@ -14,7 +14,7 @@ namespace focalops {
 
 namespace detail {
 
-// BCE(x, t), its derivative p - t, and what the losses below make of p = sigmoid(x).
+// The losses below are made of BCE(x, t), its derivative p - t and, with p = sigmoid(x), p (1 - p).
 template <typename T>
 struct CrossEntropy {
   T loss;
@@ -155,9 +155,9 @@ struct SoftmaxFocalLoss {
     T grad_factor;  // by another one: times its exponential
   };
 
-  // From exponentials over the row's largest logit: x is the logit of the true class minus that,
-  // others their sum over the other classes. q comes from it, not from 1 - p, which would leave an
-  // easy example no digits.
+  // All logits are taken minus the largest of the row: x is that of the true class, others the sum
+  // of the exponentials of the other classes. q comes from that sum, not from 1 - p, which would
+  // leave an easy example no digits.
   FOCALOPS_HOST_DEVICE Value evaluate(T x, T others) const {
     const T e = detail::exp_nonpositive(x);
     const T inverse = 1 / (e + others);
@@ -173,7 +173,7 @@ struct SoftmaxFocalLoss {
   }
 };
 
-// What the number that a parameter takes must be.
+// A parameter takes numbers of one of these domains.
 enum class Domain {
   kAny,          // a flag, or any size
   kNonNegative,  // >= 0
