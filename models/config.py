@@ -156,10 +156,10 @@ BOX_LOSSES: tuple[str, ...] = get_args(BoxLoss)
 @dataclass(frozen=True)
 class LossConfig(Config):
     classification_loss: ClassificationLoss = "focal"
-    alpha: float = 0.25
-    gamma: float = 2.0
+    alpha: float = 0.25  # of the focal losses
+    gamma: float = 2.0  # of the focal losses; 0: cross entropy
     beta: float = 1.0  # of focal_star
-    normalizer: Literal["image", "batch"] = "image"
+    normalizer: Literal["image", "batch"] = "image"  # whose foreground the losses are divided by
     box_loss: BoxLoss = "l1"
 
     RANGES: ClassVar[Ranges] = {
@@ -200,8 +200,8 @@ class ImageConfig(Config):
     # The shorter side is resized to min_size (of several one is drawn for each image in training, and
     # the last one used otherwise) unless the longer one would exceed max_size; with None images keep
     # their size.
-    min_size: int | tuple[int, ...] | None = 800
-    max_size: int = 1333
+    min_size: int | tuple[int, ...] | None = 800  # the shorter side becomes it, or one of several
+    max_size: int = 1333  # the limit of the longer side
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 

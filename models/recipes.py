@@ -44,7 +44,7 @@ class Recipe:
     schedule: Literal["steps", "cosine"] = "steps"
     drops: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run: where "steps" divides the rate by ten
     warmup_steps: int = 500
-    clip_norm: float | None = None
+    clip_norm: float | None = None  # the limit of the gradient's norm
     ema_decay: float | None = (
         None  # of a running average of the weights, which is then what is evaluated
     )
@@ -57,7 +57,7 @@ class Recipe:
     window: int | None = None  # the side of overlapping windows to detect in, for large images
     window_overlap: int = 128
     symmetries: bool = False  # detect in all eight symmetries of the image, and let the boxes vote
-    max_detections: int = 100  # an image
+    max_detections: int = 100  # detections of an image that count
 
     def __post_init__(self) -> None:
         check_fields(self, RANGES)

@@ -137,7 +137,7 @@ def test_the_installed_command(
 
 DETECTOR = """
 from focalops.models.commands.export import cpp
-from focalops.models.retinanet import RetinaNet
+from focalops.models import RetinaNet
 
 print(RetinaNet.__module__, cpp(), (cpp() / "detect.cpp").exists())
 """

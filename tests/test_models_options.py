@@ -29,6 +29,7 @@ BASES = {
     "export": "export missing.pt",
     "study": "study loss --data missing",
     "bench": "bench --data missing",
+    "demo": "demo",
 }
 WRONG = {
     ("predict", "--min-score"): ("nan", "inf", "-0.1", "1.5"),
@@ -38,6 +39,8 @@ WRONG = {
     ("study", "--steps"): ("0", "-1"),
     ("study", "--seeds"): ("0", "-1"),
     ("study", "--samples"): ("0", "-1"),
+    ("demo", "--steps"): ("0", "1.5", "many"),
+    ("demo", "--seed"): ("-1", "0.5"),
     ("bench", "--size"): ("0 0", "64 -1"),
     ("bench", "--batch-size"): ("0", "-2"),
     ("bench", "--rounds"): ("0", "-1"),
@@ -52,7 +55,7 @@ def test_every_number_has_a_row() -> None:
         numbers |= {
             (name, action.option_strings[0])
             for action in parser._actions
-            if action.type in (int, float)
+            if action.type in (int, float) or action.metavar == "NUMBER"
         }
     assert numbers == set(WRONG)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..data import CocoDataset, DataError, open_data
 from ..distributed import rank
@@ -72,6 +74,13 @@ def for_data(recipe: Recipe, data: CocoDataset) -> Recipe:
     if not data.categories:
         raise DataError(f"{data.annotation_file} has no categories")
     return with_model(recipe, num_classes=len(data.categories))
+
+
+def with_given(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """The recipe with fields that were given; a run warms up for a tenth of the steps given at most."""
+    if "steps" in given:
+        given = {"warmup_steps": min(recipe.warmup_steps, given["steps"] // 10), **given}
+    return dataclasses.replace(recipe, **given)
 
 
 def files_of(data: CocoDataset) -> Iterator[Path]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
 from ..checkpoint import expected_bytes
+from ..commands.common import with_given
+from ..commands.flags import add_fields, check_given, given_fields
 from ..data import open_data, prepare_backbone_weights
 from ..draw import draw_comparison
 from ..evaluate import detect, evaluate, save_results, to_results
 from ..outputs import claim_folder, locked, remade
-from ..recipes import RECIPES, Recipe
+from ..recipes import RANGES, RECIPES, Recipe
 from ..run_folder import CHECKPOINT
 from ..train import keep_freed_memory, train
 
@@ -23,11 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    add_fields(parser, Recipe, RANGES, ["steps", "seed"])
 
 
 def run(options: argparse.Namespace) -> None:
-    recipe = dataclasses.replace(RECIPES["trees"], seed=options.seed)
+    given = given_fields(options, Recipe)
+    check_given(given, RANGES)
+    recipe = with_given(RECIPES["trees"], given)
     keep_freed_memory()
     claim_folder(options.out, 2 * expected_bytes(recipe))
     names = (CHECKPOINT, "not-finite.json", "results.json", "trees.png")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from ..checkpoint import load_model
 from ..commands.common import add_data_arguments, files_of, open_split
+from ..commands.flags import add_fields, check_given, given_fields
 from ..data import DataError
 from ..draw import draw_curves
 from ..evaluate import category_ids, compare, detect_all, save_figures, save_results
 from ..outputs import claim
-from ..ranges import check, optional, whole
+from ..recipes import RANGES, Recipe
 
 HELP = "pycocotools' table for a checkpoint"
 
@@ -29,20 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace the results, and their figures and curves beside them",
     )
-    parser.add_argument(
-        "--max-detections", type=int, help="detections an image that count (default: the recipe's)"
-    )
+    add_fields(parser, Recipe, RANGES, ["max_detections"])
 
 
 def run(options: argparse.Namespace) -> None:
-    check("--max-detections", options.max_detections, optional(whole(1)))
+    given = given_fields(options, Recipe)
+    check_given(given, RANGES)
     figures, curves = (
         options.out.with_name(options.out.stem + suffix)
         for suffix in ("-figures.json", "-curves.png")
     )
     model, recipe, categories = load_model(options.checkpoint, options.device)
-    if options.max_detections is not None:
-        recipe = dataclasses.replace(recipe, max_detections=options.max_detections)
+    recipe = dataclasses.replace(recipe, **given)
     data = open_split(options, options.split)
     if len(data) == 0:
         raise DataError(f"{data.annotation_file} has no images")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from ..checkpoint import load_model
-from ..commands.common import add_data_arguments, find_recipe, for_data, open_split
+from ..commands.common import (
+    add_data_arguments,
+    find_recipe,
+    for_data,
+    open_split,
+    with_given,
+)
+from ..commands.flags import add_fields, check_given, given_fields
 from ..data import CocoDataset, prepare_backbone_weights
 from ..outputs import claim, claim_folder, locked
-from ..ranges import check, optional, whole
-from ..recipes import Recipe
+from ..ranges import check, whole
+from ..recipes import RANGES, Recipe
 from ..study import DISTRIBUTION, STUDIES, run_distribution, run_study
 from ..train import (
     TrainingInterrupted,
@@ -32,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser, split="train", data="trees")
     parser.add_argument("--val-split", default="val", help="default: %(default)s")
     parser.add_argument("--recipe", help="as in train; the study changes what it compares")
-    parser.add_argument("--steps", type=int, help="of each run (default: the recipe's)")
+    add_fields(parser, Recipe, RANGES, ["steps"])
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
         "--out",
@@ -58,17 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     check("--seeds", options.seeds, whole(1))
     check("--samples", options.samples, whole(1))
-    check("--steps", options.steps, optional(whole(1)))
+    given = given_fields(options, Recipe)
+    check_given(given, RANGES)
     if options.checkpoint is not None and options.name != DISTRIBUTION:
         raise ValueError(f"--checkpoint is of {DISTRIBUTION}: {options.name} trains its own models")
     keep_freed_memory()
     recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
     data = open_split(options, options.split)
-    recipe = for_data(recipe, data)
-    if options.steps is not None:
-        recipe = dataclasses.replace(
-            recipe, steps=options.steps, warmup_steps=min(recipe.warmup_steps, options.steps // 10)
-        )
+    recipe = with_given(for_data(recipe, data), given)
     claim_folder(options.out)
     with locked(options.out):
         if options.name == DISTRIBUTION:

@@ -8,13 +8,13 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import expected_bytes, load_checkpoint
 from ..commands.common import add_data_arguments, find_recipe, for_data, open_split
-from ..config import BACKBONES, BOX_LOSSES, CLASSIFICATION_LOSSES, TIMM
+from ..commands.flags import add_fields, given_fields
 from ..data import CocoDataset, prepare_backbone_weights
 from ..detector import Detector
 from ..detectors import DETECTORS
@@ -24,8 +24,8 @@ from ..evaluate import category_ids, check_truth, detect, detect_all, evaluate
 from ..finetune import take_weights
 from ..log import Log
 from ..outputs import claim_folder, locked
-from ..ranges import check, option, optional, whole
-from ..recipes import PRECISIONS, RECIPES, Recipe, with_model
+from ..ranges import Range, check, option, optional, whole
+from ..recipes import RANGES, RECIPES, Recipe, with_model
 from ..resume import differences, fingerprint, other_recipe
 from ..run_folder import (
     BEST,
@@ -82,53 +82,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-pretrained", action="store_true", help="start the backbone without ImageNet weights"
     )
-    recipe = parser.add_argument_group("recipe", "what differs from the recipe of the data set")
+    recipe = parser.add_argument_group(
+        "recipe",
+        "what differs from the recipe of the data set; where a value may be nothing, the word is none",
+    )
     recipe.add_argument(
         "--recipe",
         help=f"{', '.join(RECIPES)} or a file that configs printed; default: trees for trees, "
         "else coco",
     )
-    recipe.add_argument("--backbone", help=f"{', '.join(BACKBONES)} or {TIMM}NAME")
-    recipe.add_argument("--steps", type=int)
-    recipe.add_argument("--batch-size", type=int, help="of all processes together")
-    recipe.add_argument("--accumulate", type=int, help="pieces that a batch is computed in")
-    recipe.add_argument("--precision", choices=PRECISIONS, help="of the convolutions")
-    recipe.add_argument(
-        "--compile",
-        action="store_true",
-        default=None,
-        help="network and loss, by torch.compile",
-    )
-    recipe.add_argument("--optimizer", choices=("sgd", "adamw"))
-    recipe.add_argument("--learning-rate", type=float)
-    recipe.add_argument("--warmup-steps", type=int)
-    recipe.add_argument("--schedule", choices=("steps", "cosine"))
-    recipe.add_argument("--clip-norm", type=float, help="limit of the gradient's norm")
-    recipe.add_argument("--ema-decay", type=float, help="of a running average of the weights")
-    recipe.add_argument(
-        "--normalizer", choices=("image", "batch"), help="what losses are divided by"
-    )
-    recipe.add_argument("--classification-loss", choices=CLASSIFICATION_LOSSES)
-    recipe.add_argument("--alpha", type=float, help="of the focal losses; -1: no balance")
-    recipe.add_argument("--gamma", type=float, help="of the focal losses; 0: cross entropy")
-    recipe.add_argument("--box-loss", choices=BOX_LOSSES)
-    recipe.add_argument("--seed", type=int)
-    recipe.add_argument(
-        "--min-size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help="shorter side that images are resized to; one of several is drawn for each image",
-    )
-    recipe.add_argument("--max-size", type=int, help="limit of the longer side")
-    recipe.add_argument("--crop", type=int, help="train on random squares of this side")
-    recipe.add_argument("--window", type=int, help="detect in overlapping windows of this side")
-    recipe.add_argument(
-        "--symmetries",
-        action="store_true",
-        default=None,
-        help="detect in all eight symmetries of an image, and let the boxes vote",
-    )
+    known = {"model", "num_classes"}  # num_classes is what the data have
+    for config, ranges in configs():
+        names = [f.name for f in dataclasses.fields(config) if f.name not in known]
+        add_fields(recipe, config, ranges, names)
+        known |= set(names)
+
+
+def configs() -> list[tuple[type, Mapping[str, Range]]]:
+    """The dataclasses whose fields are options, and what these may hold."""
+    return [(Recipe, RANGES), *((config, config.ranges()) for config, _ in DETECTORS.values())]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -212,13 +184,7 @@ def check_options(options: argparse.Namespace) -> None:
 
 def recipe_options(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of the recipe and of its model that were given as options."""
-    configs: list[Any] = [Recipe, *(config for config, _ in DETECTORS.values())]
-    fields = {f.name for config in configs for f in dataclasses.fields(config)}
-    given = {n: v for n, v in vars(options).items() if n in fields and v is not None}
-    if "min_size" in given:
-        sizes = tuple(given["min_size"])
-        given["min_size"] = sizes[0] if len(sizes) == 1 else sizes
-    return given
+    return given_fields(options, *(config for config, _ in configs()))
 
 
 def new_run(
@@ -246,9 +212,10 @@ def with_options(base: Recipe, given: dict[str, Any]) -> Recipe:
         return dataclasses.replace(base, **own, model=dataclasses.replace(base.model, **of_model))
     except ValueError as error:
         names = "|".join(given) or "$^"
-        raise ValueError(
-            re.sub(rf"\b({names})\b", lambda match: option(match[0]), str(error))
-        ) from None
+        # What may be chosen and what was given are no names, though they may read as some.
+        said, *values = re.split("( one of |, got )", str(error), maxsplit=1)
+        named = re.sub(rf"\b({names})\b", lambda match: option(match[0]), said)
+        raise ValueError("".join([named, *values])) from None
 
 
 def check_same_recipe(
