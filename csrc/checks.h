@@ -246,7 +246,12 @@ inline void check_coder_gradient(const char* op, const Tensor& grad_output, cons
 enum Role : uint8_t { kObject, kCrowd, kNothing };
 
 // Which anchors a box gets whose IoU with none reaches the threshold.
-enum class LowQuality { kNone, kOwnBest, kLastBox, kLastBoxFirstAnchor };
+enum class LowQuality { kNone, kOwnBest, kLastBox, kLastBoxFirstAnchor, kFirstBoxFirstAnchor };
+
+// Whether of equally good anchors a box takes the first alone.
+inline bool takes_first_anchor(LowQuality rule) {
+  return rule == LowQuality::kLastBoxFirstAnchor || rule == LowQuality::kFirstBoxFirstAnchor;
+}
 
 struct MatchRule {
   double fg_iou_threshold, bg_iou_threshold;
@@ -293,8 +298,8 @@ inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes,
     fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", rule.fg_iou_threshold, ", got ",
          rule.bg_iou_threshold);
   }
-  if (rule.low_quality < 0 || rule.low_quality > 3) {
-    fail(op, ": low_quality must lie in [0, 3], got ", rule.low_quality);
+  if (rule.low_quality < 0 || rule.low_quality > 4) {
+    fail(op, ": low_quality must lie in [0, 4], got ", rule.low_quality);
   }
   if (!(rule.crowd_threshold >= 0)) {
     fail(op, ": crowd_threshold must be >= 0, got ", rule.crowd_threshold);

@@ -135,8 +135,15 @@ class MatchingConfig(Config):
 
     fg_iou_threshold: float = 0.5
     bg_iou_threshold: float = 0.4
+    matching_rule: Literal["torchvision", "mmdet", "efficientdet"] = (
+        "torchvision"  # what a box whose best anchor is below the threshold gets
+    )
 
-    RANGES: ClassVar[Ranges] = {"fg_iou_threshold": real(0, 1), "bg_iou_threshold": real(0, 1)}
+    RANGES: ClassVar[Ranges] = {
+        "fg_iou_threshold": real(0, 1),
+        "bg_iou_threshold": real(0, 1),
+        "matching_rule": one_of(("torchvision", "mmdet", "efficientdet")),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,16 +166,22 @@ class LossConfig(Config):
     alpha: float = 0.25
     gamma: float = 2.0
     beta: float = 1.0  # of focal_star
-    normalizer: Literal["image", "batch"] = "image"
+    # What losses are divided by: of each image the number of its foreground anchors; its mean over the images of the
+    # batch, and of all ranks; or the batch's, plus 1, for the sum over the images.
+    normalizer: Literal["image", "batch", "positives"] = "image"
     box_loss: BoxLoss = "l1"
+    box_loss_beta: float = 1.0  # of smooth_l1: below it the loss is quadratic
+    box_loss_weight: float = 1.0
 
     RANGES: ClassVar[Ranges] = {
         "classification_loss": one_of(CLASSIFICATION_LOSSES),
         "alpha": either(Range("-1, which is no balance,", lambda x: x == -1), real(0, 1)),
         "gamma": real(0),
         "beta": real(),
-        "normalizer": one_of(("image", "batch")),
+        "normalizer": one_of(("image", "batch", "positives")),
         "box_loss": one_of(BOX_LOSSES),
+        "box_loss_beta": real(0, above=True),
+        "box_loss_weight": real(0),
     }
 
     def __post_init__(self) -> None:

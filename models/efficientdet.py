@@ -112,8 +112,13 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
     anchor_sizes: tuple[tuple[float, ...], ...] = anchor_sizes(4, 3, 7)
     aspect_ratios: tuple[Any, ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))  # factors of (w, h)
     bg_iou_threshold: float = 0.5
+    matching_rule: str = "efficientdet"
     gamma: float = 1.5
+    normalizer: str = "positives"
+    # 50 times the mean of the Huber losses (delta 0.1) of a box's four numbers: 50 * 0.1 / 4 times this smooth L1.
     box_loss: str = "smooth_l1"
+    box_loss_beta: float = 0.1
+    box_loss_weight: float = 1.25
     score_threshold: float = 0.0
     topk_candidates: int = 5000
     detections_per_image: int = 100
