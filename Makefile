@@ -9,6 +9,7 @@ PY := $(shell command -v $(PYTHON))
 else
 PY := $(abspath $(VENV))/bin/python
 INSTALLED := $(VENV)/.installed
+EDITABLE := $(VENV)/.editable
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
@@ -26,18 +27,20 @@ PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest \
 CXX_FILES := $(shell find csrc models tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
+READY := $(BUILT) $(EDITABLE)
 
 .PHONY: demo test test-sanitize ptx-check fuzz cuda-check bench report build lint format clean FORCE
 
-demo: $(BUILT)
+demo: $(READY)
 	$(PY) -m models demo
+	$(PY) -c 'import benchmarks; benchmarks.quick_table()'
 
-test: $(BUILT)
+test: $(READY)
 	$(PYTEST) $(ARGS)
 
 # The CUDA kernels, emulated on the CPU (CONTRIBUTING.md), under the address and undefined-behaviour
 # sanitizers, which Python does not know and so has to preload.
-test-sanitize: $(BUILT)
+test-sanitize: $(READY)
 	$(PY) tests/cuda_emulation/build.py sanitized
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 FOCALOPS_EMULATION=sanitized \
@@ -47,7 +50,7 @@ test-sanitize: $(BUILT)
 # instructions rounded to nearest (0), as low (1) and as high (2) as their manual allows, and by a
 # hash of the operand the one or the other (3, which `make test` has); and what of it was executed.
 # `make test` has an eighth of the cases.
-ptx-check: $(BUILT)
+ptx-check: $(READY)
 	rm -rf build/ptx/coverage
 	for seed in 0 1 2 3; do \
 	  FOCALOPS_PTX=all FOCALOPS_PTX_SEED=$$seed \
@@ -56,7 +59,7 @@ ptx-check: $(BUILT)
 	done
 	$(PY) tests/ptx/coverage.py build/ptx/coverage
 
-fuzz: $(BUILT)
+fuzz: $(READY)
 	PYTHONPATH=. $(PY) tests/fuzz.py $(ARGS)
 
 # What can be said of the CUDA kernels without a GPU: they compile for every architecture, without
@@ -64,15 +67,15 @@ fuzz: $(BUILT)
 cuda-check: $(INSTALLED)
 	$(PY) tests/cuda_check.py $(ARGS)
 
-bench: $(BUILT)
+bench: $(READY)
 	$(PY) -m benchmarks $(ARGS)
 
-report: $(INSTALLED)
+report: $(READY)
 	$(PY) -m benchmarks.report
 
-build: $(BUILT)
+build: $(READY)
 
-lint: $(INSTALLED)
+lint: $(READY)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	clang-format --dry-run -Werror $(CXX_FILES)
@@ -89,11 +92,17 @@ clean:
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --group dev --group models
+	$(PY) -m pip install --group dev
 	touch $@
 
 $(BUILT): $(INSTALLED) $(NATIVE) setup.py build/configuration
 	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# `import focalops`, `import focalops.models` and the command `focalops` from any folder. pip compiles
+# nothing, since setup.py finds what the line above has built.
+$(VENV)/.editable: pyproject.toml setup.py | $(BUILT)
+	$(PY) -m pip install --quiet --no-build-isolation --editable '.[models]'
 	touch $@
 
 # Rewritten only when the build would come out differently.

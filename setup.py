@@ -20,7 +20,8 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -135,6 +136,14 @@ def gencode(arch: str) -> list[str]:
 
 
 class BuildNative(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            # pip names temporary folders, in which everything would be compiled once more.
+            default = build(self.distribution)
+            default.ensure_finalized()
+            self.build_temp, self.build_lib = default.build_temp, default.build_lib
+
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("_C"):
             return super().get_ext_filename(fullname)
@@ -231,6 +240,12 @@ if __name__ == "__main__":
     setup(
         # pyproject.toml has no form of it that suits both old and new setuptools.
         license="BSD-3-Clause",
+        # models/ is installed as focalops.models.
+        packages=[
+            "focalops",
+            *(f"focalops.{name}" for name in find_packages(include=["models", "models.*"])),
+        ],
+        package_dir={"focalops.models": "models"},
         ext_modules=[CPU, CUDA, MODULE],
         cmdclass={"build_ext": BuildNative},
     )

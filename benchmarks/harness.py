@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from focalops.info import describe
 
 # The profiler counts bytes here, and has nothing to say beside that.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -151,49 +151,6 @@ def copy_gb_per_s(device: torch.device) -> float:
     target = torch.empty_like(source)
     times = take_turns({"copy": lambda: target.copy_(source)}, device)["copy"]
     return 2 * size / statistics.median(times) / 1e9
-
-
-def describe(device: torch.device) -> dict[str, Any]:
-    import torchvision
-
-    from focalops import __version__
-
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = output_of(query).splitlines()[device.index or 0]
-    else:
-        capability = torch.backends.cpu.get_cpu_capability()
-        threads = torch.get_num_threads()
-        name = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, {capability}"
-        driver = None
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "cuda": torch.version.cuda,
-        "focalops": __version__,
-        "commit": output_of(["git", "describe", "--always", "--dirty"]),
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def output_of(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def run_all(cases: Iterator[Case], device: torch.device) -> dict[str, Any]:

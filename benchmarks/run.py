@@ -1,4 +1,4 @@
-"""The command, and the short table that the demo ends with."""
+"""The command, and the short table that `make demo` ends with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import box_losses, boxes, detections, focal_loss, loss_step, matching, nms
-from benchmarks.harness import OURS, Case, copy_gb_per_s, describe, run_all, run_case, write_record
+from benchmarks.harness import OURS, Case, copy_gb_per_s, run_all, run_case, write_record
+from focalops.info import describe
 
 OPS = {
     "focal_loss": focal_loss.cases,

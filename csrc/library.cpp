@@ -24,18 +24,19 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "_sigmoid_focal_loss_sum_(Tensor(a!) inputs, Tensor targets, float alpha, float gamma, "
       "float? beta, int ignore_index, Tensor? normalizer, float min_normalizer) -> Tensor loss");
   // The same of rows with class indices and what else they may have: a score of the true class, a
-  // weight, a weight of the column. loss and parameters: math/focal.h, dispatch_row_loss.
+  // weight, a weight of the column. loss: the name of a member of row_losses::All
+  // (math/row_losses.h), which says what its parameters are.
   m.def(
-      "row_loss_sum(Tensor inputs, Tensor targets, Tensor? scores, int loss, float[] parameters, "
+      "row_loss_sum(Tensor inputs, Tensor targets, Tensor? scores, str loss, float[] parameters, "
       "Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, float "
       "min_normalizer, bool compute_grad) -> (Tensor loss, Tensor grad)");
   m.def(
-      "_row_loss_sum_(Tensor(a!) inputs, Tensor targets, Tensor? scores, int loss, float[] "
+      "_row_loss_sum_(Tensor(a!) inputs, Tensor targets, Tensor? scores, str loss, float[] "
       "parameters, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, "
       "float min_normalizer) -> Tensor loss");
   // A copy of class indices that row_loss_sum would take; on the CPU another index is an error, as
   // there.
-  m.def("_class_indices(Tensor targets, int loss, int num_classes, int ignore_index) -> Tensor");
+  m.def("_class_indices(Tensor targets, str loss, int num_classes, int ignore_index) -> Tensor");
   // cls_logits: up to 8 levels (B, A * K, H, W); labels, weight: (B, N); class_weight: (K,);
   // normalizer: 0-d or (B,); grads: one a level, none unless compute_grad.
   m.def(

@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "checks.h"
+#include "dtypes.h"
 #include "math/box.h"
 
 namespace focalops {

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <array>
+#include <string>
 #include <tuple>
 
 // Goes when torch >= 2.11 is required, which renamed it.
@@ -20,6 +21,10 @@ namespace focalops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A str of a schema. Goes when torch >= 2.14 is required: std::string, of which the conversion in
+// the headers of 2.10 leaks one a call.
+struct Name : std::string {};
 
 // Goes when torch >= 2.15 is required: torch::stable::sort.
 inline std::tuple<Tensor, Tensor> stable_sort_descending(const Tensor& keys) {
@@ -42,3 +47,17 @@ inline void* current_cuda_stream(const Tensor& tensor) {
 #endif
 
 }  // namespace focalops
+
+template <>
+struct torch::stable::detail::ToImpl<focalops::Name> {
+  static focalops::Name call(StableIValue value, uint64_t, bool) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    focalops::Name name{std::string(data, length)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};

@@ -63,7 +63,7 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-# What csrc/checks.h says: "sigmoid_focal_loss: gamma must be >= 0, got -1".
+# What csrc/checks/ says: "sigmoid_focal_loss: gamma must be >= 0, got -1".
 _IS_ABOUT_AN_ARGUMENT = re.compile(r"[a-z_]+: .*\b(must|needs)\b")
 
 # These choose: there is nothing to differentiate.
@@ -132,7 +132,7 @@ def register_vmap_as_loop(name: str) -> None:
     torch.library.register_vmap(f"focalops::{name}", loop)
 
 
-# ---- sentences that the native checks say too (csrc/checks.h) -----------------------------------
+# ---- sentences that the native checks say too (csrc/checks/) ------------------------------------
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

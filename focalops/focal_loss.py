@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -181,7 +181,7 @@ def softmax_focal_loss(
     >>> softmax_focal_loss(logits, labels, reduction="sum", normalizer=num_positives)  # (N, K), (N,)
     """
     return _row_loss(
-        SOFTMAX,
+        "softmax_focal_loss",
         inputs,
         (targets, None),
         {"alpha": alpha, "gamma": gamma},
@@ -351,7 +351,7 @@ def _focal_loss(
         )
     if has_extras:
         return _row_loss(
-            FOCAL,
+            "sigmoid_focal_loss",
             inputs,
             (targets, None),
             {"alpha": alpha, "gamma": gamma, "label_smoothing": label_smoothing},
@@ -449,75 +449,89 @@ def _sum(op: Any, inplace_op: Any, arguments: tuple[Any, ...], inplace_backward:
     return loss
 
 
-# As RowLoss in csrc/math/focal.h, and their references.
-FOCAL, QUALITY, VARIFOCAL, MATCHABILITY, IA_BCE, SOFTMAX = range(6)
+class RowLoss(NamedTuple):
+    """What Python knows of a member of the row losses, which csrc/math/row_losses.h knows by the same name."""
+
+    reference: Callable[..., Tensor]
+    parameters: dict[
+        str, Callable[[str, str, float], None] | None
+    ]  # in C++'s order: the check of each
+    has_scores: bool = True
+    knows_dense_targets: bool = False  # of scores, one a logit
+    is_softmax: bool = (
+        False  # the classes of a row exclude each other: one loss a row, no background
+    )
+
+    def evaluate(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        scores: Tensor | None,
+        numbers: Sequence[float],
+        **options: Any,
+    ) -> Tensor:
+        """The reference, of the numbers that its parameters have."""
+        parameters = dict(zip(self.parameters, numbers, strict=True))
+        targets = (labels, scores) if self.has_scores else labels
+        return self.reference(inputs, targets, **parameters, **options)
 
 
-def _focal_row_reference(
-    inputs: Tensor,
-    targets: tuple[Tensor, Tensor],
-    alpha: float,
-    gamma: float,
-    label_smoothing: float,
-    reduction: str,
-    **options: Any,
-) -> Tensor:
-    return reference.sigmoid_focal_loss(
-        inputs,
-        targets[0],
-        alpha,
-        gamma,
-        reduction,
-        label_smoothing=label_smoothing,
-        **options,
+def _check_non_negative(op: str, name: str, given: float) -> None:
+    check(given >= 0, lambda: f"{op}: {name} must be >= 0, got {given:g}")
+
+
+def _check_unit(op: str, name: str, given: float) -> None:
+    check(0 <= given <= 1, lambda: f"{op}: {name} must lie in [0, 1], got {given:g}")
+
+
+def _check_unit_or_none(op: str, name: str, given: float) -> None:
+    check(
+        given <= 1,
+        lambda: f"{op}: {name} must lie in [0, 1], or be negative for none, got {given:g}",
     )
 
 
-def _softmax_row_reference(
-    inputs: Tensor,
-    targets: tuple[Tensor, None],
-    alpha: float,
-    gamma: float,
-    reduction: str,
-    **options: Any,
-) -> Tensor:
-    return reference.softmax_focal_loss(inputs, targets[0], alpha, gamma, reduction, **options)
-
-
-def _varifocal_row_reference(
-    inputs: Tensor,
-    targets: tuple[Tensor, Tensor],
-    alpha: float,
-    gamma: float,
-    iou_weighted: bool,
-    detach_weight: bool,
-    reduction: str,
-    **options: Any,
-) -> Tensor:
-    return reference.varifocal_loss(
-        inputs,
-        targets,
-        alpha,
-        gamma,
-        iou_weighted,
-        reduction,
-        detach_weight=detach_weight,
-        **options,
-    )
-
-
-ROW_REFERENCES: tuple[Callable[..., Tensor], ...] = (
-    _focal_row_reference,
-    reference.quality_focal_loss,
-    _varifocal_row_reference,
-    reference.matchability_aware_loss,
-    reference.ia_bce_loss,
-    _softmax_row_reference,
-)
+ROW_LOSSES = {
+    "sigmoid_focal_loss": RowLoss(
+        reference.sigmoid_focal_loss,
+        {
+            "alpha": _check_unit_or_none,
+            "gamma": _check_non_negative,
+            "label_smoothing": _check_unit,
+        },
+        has_scores=False,
+    ),
+    "quality_focal_loss": RowLoss(
+        reference.quality_focal_loss, {"beta": _check_non_negative}, knows_dense_targets=True
+    ),
+    "varifocal_loss": RowLoss(
+        reference.varifocal_loss,
+        {
+            "alpha": _check_non_negative,
+            "gamma": _check_non_negative,
+            "iou_weighted": None,
+            "detach_weight": None,
+        },
+        knows_dense_targets=True,
+    ),
+    "matchability_aware_loss": RowLoss(
+        reference.matchability_aware_loss,
+        {"gamma": _check_non_negative, "alpha": _check_non_negative},
+    ),
+    "ia_bce_loss": RowLoss(
+        reference.ia_bce_loss, {"alpha": _check_unit, "gamma": _check_non_negative}
+    ),
+    "softmax_focal_loss": RowLoss(
+        reference.softmax_focal_loss,
+        {"alpha": None, "gamma": _check_non_negative},
+        has_scores=False,
+        is_softmax=True,
+    ),
+}
 
 
 def _row_loss(
-    loss_id: int,
+    name: str,  # of ROW_LOSSES
     inputs: Tensor,
     targets: tuple[Tensor, Tensor | None],  # labels, scores
     parameters: dict[str, Any],
@@ -535,20 +549,21 @@ def _row_loss(
     required = {"inputs": inputs, "targets": labels}
     _require_tensors(required, scores=scores, weight=weight, class_weight=class_weight)
     normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
-    numbers = [float(number(name, value)) for name, value in parameters.items()]
+    numbers = [float(number(option, value)) for option, value in parameters.items()]
     dtype = compute_dtype(inputs.dtype)
     scores, weight, class_weight = (_to(dtype, given) for given in (scores, weight, class_weight))
     if runs_reference(inputs) or reduction == "none":
         divisor, _ = _divisor_of_sum(inputs, normalizer, min_normalizer)
-        _check_row_loss(inputs, labels, scores, loss_id, numbers, weight, class_weight, divisor)
+        _check_row_loss(inputs, labels, scores, name, numbers, weight, class_weight, divisor)
         if inputs.device.type in NATIVE_DEVICES:
             num_classes = inputs.shape[-1]
-            labels = call(ops._class_indices, labels, loss_id, num_classes, ignore_index)
-        return ROW_REFERENCES[loss_id](
+            labels = call(ops._class_indices, labels, name, num_classes, ignore_index)
+        return ROW_LOSSES[name].evaluate(
             inputs,
-            (labels, scores),
-            *numbers,
-            reduction,
+            labels,
+            scores,
+            numbers,
+            reduction=reduction,
             ignore_index=ignore_index,
             normalizer=normalizer,
             min_normalizer=min_normalizer,
@@ -556,14 +571,14 @@ def _row_loss(
             class_weight=class_weight,
         )
     if reduction == "mean":
-        losses_of_row = 1 if loss_id == SOFTMAX else _num_classes(inputs)
+        losses_of_row = 1 if ROW_LOSSES[name].is_softmax else _num_classes(inputs)
         normalizer, min_normalizer = (labels != ignore_index).sum() * losses_of_row, 1
     divisors = _divisor_of_sum(inputs, normalizer, min_normalizer)
     return _sum(
         ops.row_loss_sum,
         ops._row_loss_sum_,
         (
-            *(inputs, labels, scores, loss_id, numbers, weight, class_weight),
+            *(inputs, labels, scores, name, numbers, weight, class_weight),
             *(ignore_index, *divisors),
         ),
         inplace_backward,
@@ -571,7 +586,7 @@ def _row_loss(
 
 
 def _quality_loss(
-    loss_id: int,
+    name: str,  # of ROW_LOSSES
     inputs: Tensor,
     targets: tuple[Tensor, Tensor] | Tensor,
     parameters: dict[str, Any],
@@ -584,7 +599,8 @@ def _quality_loss(
     **divisor: Any,
 ) -> Tensor:
     """The loss of rows that have a score; or of dense targets, if that loss knows those: each logit is a row of its own then."""
-    if isinstance(targets, Tensor) and loss_id in (QUALITY, VARIFOCAL):
+    knows_dense_targets = ROW_LOSSES[name].knows_dense_targets
+    if isinstance(targets, Tensor) and knows_dense_targets:
         if ignore_index != -100 or inplace_backward:
             raise ValueError(
                 "ignore_index and inplace_backward need targets (labels, scores), got dense targets"
@@ -592,14 +608,14 @@ def _quality_loss(
         _require_tensors(
             {"inputs": inputs, "targets": targets}, weight=weight, class_weight=class_weight
         )
-        _check_dense_scores(ROW_NAMES[loss_id], inputs, targets, weight, class_weight)
+        _check_dense_scores(name, inputs, targets, weight, class_weight)
         weight, class_weight = (
             _to(compute_dtype(inputs.dtype), given) for given in (weight, class_weight)
         )
         if class_weight is not None:
             weight = class_weight.expand(inputs.shape) * (1 if weight is None else weight)
         losses = _row_loss(
-            loss_id,
+            name,
             inputs.reshape(-1, 1),
             (torch.zeros_like(targets, dtype=torch.int32).flatten(), targets.flatten()),
             parameters,
@@ -612,7 +628,7 @@ def _quality_loss(
         )
         return losses.view(inputs.shape) if reduction == "none" else losses
     if not isinstance(targets, (tuple, list)) or len(targets) != 2:
-        dense = " or a Tensor of the shape of inputs" if loss_id in (QUALITY, VARIFOCAL) else ""
+        dense = " or a Tensor of the shape of inputs" if knows_dense_targets else ""
         given = (
             f"{len(targets)} of them"
             if isinstance(targets, (tuple, list))
@@ -623,7 +639,7 @@ def _quality_loss(
     require_tensor("labels", labels)
     require_tensor("scores", scores)
     return _row_loss(
-        loss_id,
+        name,
         inputs,
         (labels, scores),
         parameters,
@@ -662,12 +678,12 @@ def _name(beta: float | None) -> str:
 def _check(inputs: Tensor, targets: Tensor, alpha: float, gamma: float, beta: float | None) -> None:
     op = _name(beta)
     _check_targets(op, inputs, targets, may_be_dense=True)
+    _check_unit_or_none(op, "alpha", alpha)
     check(
         beta is None or gamma > 0,
         lambda: f"{op}: gamma must be > 0, got {gamma:g}",
     )
-    _check_gamma(op, "gamma", gamma)
-    _check_alpha(op, alpha)
+    _check_non_negative(op, "gamma", gamma)
 
 
 def _check_targets(op: str, inputs: Tensor, targets: Tensor, may_be_dense: bool) -> None:
@@ -702,24 +718,6 @@ def _check_targets(op: str, inputs: Tensor, targets: Tensor, may_be_dense: bool)
     check(
         is_dense or inputs.shape[-1] < 2**30,
         lambda: f"{op}: inputs must have fewer than 2^30 classes, got {inputs.shape[-1]}",
-    )
-
-
-def _check_alpha(op: str, alpha: float) -> None:
-    check(
-        alpha <= 1,
-        lambda: f"{op}: alpha must lie in [0, 1], or be negative for none, got {alpha:g}",
-    )
-
-
-def _check_gamma(op: str, name: str, gamma: float) -> None:
-    check(gamma >= 0, lambda: f"{op}: {name} must be >= 0, got {gamma:g}")
-
-
-def _check_smoothing(op: str, label_smoothing: float) -> None:
-    check(
-        0 <= label_smoothing <= 1,
-        lambda: f"{op}: label_smoothing must lie in [0, 1], got {label_smoothing:g}",
     )
 
 
@@ -768,30 +766,33 @@ def _check_class_weight(op: str, given: Tensor | None, like: Tensor, num_classes
     )
 
 
-ROW_NAMES = (
-    "sigmoid_focal_loss",
-    "quality_focal_loss",
-    "varifocal_loss",
-    "matchability_aware_loss",
-    "ia_bce_loss",
-    "softmax_focal_loss",
-)
+def _row_loss_of(op: str, name: str) -> RowLoss:
+    names = ", ".join(map(repr, ROW_LOSSES))
+    check(name in ROW_LOSSES, lambda: f"{op}: loss must be one of {names}, got {name!r}")
+    return ROW_LOSSES[name]
 
 
 def _check_row_loss(
     inputs: Tensor,
     targets: Tensor,
     scores: Tensor | None,
-    loss: int,
+    op: str,
     parameters: list[float],
     weight: Tensor | None,
     class_weight: Tensor | None,
     normalizer: Tensor | None,
 ) -> None:
-    op = ROW_NAMES[loss]
+    loss = _row_loss_of("row_loss_sum", op)
+    names = ", ".join(loss.parameters)
+    check(
+        len(parameters) == len(loss.parameters),
+        lambda: (
+            f"row_loss_sum: parameters must be those of {op}, ({names}), got {len(parameters)} numbers"
+        ),
+    )
     _check_targets(op, inputs, targets, may_be_dense=False)
     check(
-        loss != SOFTMAX or inputs.shape[-1] > 0,
+        not loss.is_softmax or inputs.shape[-1] > 0,
         lambda: f"{op}: inputs must have at least one class, got shape {tuple(inputs.shape)}",
     )
     dtype = compute_dtype(inputs.dtype)
@@ -799,16 +800,9 @@ def _check_row_loss(
     _check_row_numbers(op, "weight", weight, "targets", targets, dtype)
     _check_class_weight(op, class_weight, inputs, inputs.shape[-1])
     _check_normalizer(op, inputs, normalizer)
-    exponent = parameters[0 if loss in (QUALITY, MATCHABILITY) else 1]
-    _check_gamma(op, "beta" if loss == QUALITY else "gamma", exponent)
-    alpha = parameters[1 if loss == MATCHABILITY else 0]
-    if loss == FOCAL:
-        _check_alpha(op, alpha)
-        _check_smoothing(op, parameters[2])
-    elif loss in (VARIFOCAL, MATCHABILITY):
-        check(alpha >= 0, lambda: f"{op}: alpha must be >= 0, got {alpha:g}")
-    elif loss == IA_BCE:
-        check(0 <= alpha <= 1, lambda: f"{op}: alpha must lie in [0, 1], got {alpha:g}")
+    for (name, check_number), given in zip(loss.parameters.items(), parameters, strict=True):
+        if check_number is not None:
+            check_number(op, name, given)
 
 
 def _check_dense_scores(
@@ -832,7 +826,8 @@ def _check_dense_scores(
 
 
 @torch.library.register_fake("focalops::_class_indices")
-def _(targets: Tensor, loss: int, num_classes: int, ignore_index: int) -> Tensor:
+def _(targets: Tensor, loss: str, num_classes: int, ignore_index: int) -> Tensor:
+    _row_loss_of("_class_indices", loss)
     return torch.empty_like(targets)
 
 
@@ -841,7 +836,7 @@ def _(
     inputs: Tensor,
     targets: Tensor,
     scores: Tensor | None,
-    loss: int,
+    loss: str,
     parameters: list[float],
     weight: Tensor | None,
     class_weight: Tensor | None,
@@ -1011,9 +1006,9 @@ def _check_dense(
         anchors == 0 or channels // anchors < 2**30,
         lambda: f"{op}: cls_logits must have fewer than 2^30 classes, got {channels // anchors}",
     )
-    _check_gamma(op, "gamma", gamma)
-    _check_alpha(op, alpha)
-    _check_smoothing(op, label_smoothing)
+    _check_unit_or_none(op, "alpha", alpha)
+    _check_non_negative(op, "gamma", gamma)
+    _check_unit(op, "label_smoothing", label_smoothing)
     _check_row_numbers(op, "weight", weight, "labels", labels, compute_dtype(first.dtype))
     if anchors > 0:
         _check_class_weight(op, class_weight, first, channels // anchors)
@@ -1113,11 +1108,12 @@ def _backward_rows(
         return _scaled(grad, factor), *nothing
     with torch.enable_grad():
         x = as_own_input(inputs)
-        loss = ROW_REFERENCES[ctx.loss](
+        loss = ROW_LOSSES[ctx.loss].evaluate(
             x,
-            (targets, scores),
-            *ctx.parameters,
-            "sum",
+            targets,
+            scores,
+            ctx.parameters,
+            reduction="sum",
             ignore_index=ctx.ignore_index,
             weight=weight,
             class_weight=class_weight,

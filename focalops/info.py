@@ -2,14 +2,22 @@
 
 import contextlib
 import os
+import platform
 import re
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from focalops._library import build_info, no_cuda_reason
 from focalops._version import __version__
+
+UNKNOWN = "unknown"
 
 
 def covers(archs: str, capability: tuple[int, int]) -> bool:
@@ -30,6 +38,63 @@ def ops() -> dict[str, list[str]]:
         for name in sorted(names)
         if name.startswith("focalops::")
     }
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Where a measurement was made, and with what: the head of a record of the benchmarks or of a study."""
+    driver = None
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = output_of(query).splitlines()[0]  # one for all GPUs
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        threads = torch.get_num_threads()
+        name = f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}, {capability}"
+    return {
+        "device": name,
+        "driver": driver,
+        "torch": torch.__version__,
+        "torchvision": version_of("torchvision"),
+        "cuda": torch.version.cuda,
+        "focalops": __version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str:
+    """Of the checkout that this file is of. Where an installed one lies may be in another repository."""
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    if output_of([*git, "ls-files", "--error-unmatch", here.name]) == UNKNOWN:
+        return UNKNOWN
+    return output_of([*git, "describe", "--always", "--dirty"])
+
+
+def output_of(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return UNKNOWN
+    return done.stdout.strip() or UNKNOWN
 
 
 @contextlib.contextmanager

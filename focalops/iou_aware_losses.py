@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from focalops.focal_loss import IA_BCE, MATCHABILITY, QUALITY, VARIFOCAL, _quality_loss
+from focalops.focal_loss import _quality_loss
 
 
 def quality_focal_loss(
@@ -36,7 +36,7 @@ def quality_focal_loss(
     >>> quality_focal_loss(logits, (labels, ious), reduction="sum", normalizer=num_positives)  # (N, K), (N,), (N,)
     """
     return _quality_loss(
-        QUALITY,
+        "quality_focal_loss",
         inputs,
         targets,
         {"beta": beta},
@@ -74,7 +74,7 @@ def varifocal_loss(
     be >= 0. Dense targets as in :func:`quality_focal_loss`; a target of 0 is a negative.
     """
     return _quality_loss(
-        VARIFOCAL,
+        "varifocal_loss",
         inputs,
         targets,
         {
@@ -111,7 +111,7 @@ def matchability_aware_loss(
     :math:`\alpha p^\gamma \, \mathrm{BCE}(p, 0)` for the others, :math:`p^\gamma` being a constant to the gradient. ``alpha`` must be >= 0.
     """
     return _quality_loss(
-        MATCHABILITY,
+        "matchability_aware_loss",
         inputs,
         targets,
         {"gamma": gamma, "alpha": alpha},
@@ -144,7 +144,7 @@ def ia_bce_loss(
     the others. ``alpha`` must lie in [0, 1].
     """
     return _quality_loss(
-        IA_BCE,
+        "ia_bce_loss",
         inputs,
         targets,
         {"alpha": alpha, "gamma": gamma},

@@ -80,7 +80,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         isinstance(checkpoint.get(name), dict) for name in needed
     ):
         raise DataError(
-            f"{path} is not a checkpoint of python -m models train, or not all of one is there"
+            f"{path} is not a checkpoint of the command train, or not all of one is there"
         )
     if CHECKSUM in checkpoint and checkpoint.pop(CHECKSUM) != checksum(checkpoint):
         raise DataError(f"{path} is damaged: its content is not what its checksum says")

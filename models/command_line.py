@@ -27,6 +27,7 @@ from .commands.common import first_line
 from .data import DataError
 from .distributed import process_group
 from .outputs import reason
+from .program import program
 from .train import TrainingStopped
 
 COMMANDS = {
@@ -105,7 +106,7 @@ FEWER_WORKERS = "lower --workers, or give it more memory, shared memory (/dev/sh
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog="python -m models", description="Train and run the reference RetinaNet."
+        prog=program(), description="Train and run the reference RetinaNet."
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

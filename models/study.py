@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.harness import describe
+from focalops.info import describe
 
 from .config import BOX_LOSSES
 from .data import CocoDataset, DataError, Id, TrainingStream, collate

@@ -22,6 +22,7 @@ from models.checkpoint import load_checkpoint, load_model, save_checkpoint
 from models.data import CocoDataset, DataError
 from models.evaluate import detect
 from models.finetune import take_weights
+from models.recipes import Recipe
 from models.retinanet import RetinaNet
 from models.train import train
 
@@ -113,6 +114,10 @@ DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
     "model None": (
         damaged(lambda c: c["recipe"].update(model=None)),
         "or is damaged: RetinaNetConfig",
+    ),
+    "a kind": (
+        damaged(lambda c: c["recipe"]["model"].update(kind="yolo")),
+        "kind must be one of retinanet, got 'yolo'",
     ),
     "steps": (damaged(lambda c: c["recipe"].update(steps=0)), "steps must be a whole number"),
     "gamma": (damaged(lambda c: c["recipe"]["model"].update(gamma=-1.0)), "gamma must be"),
@@ -273,6 +278,11 @@ def test_a_checkpoint_of_an_earlier_version(
     # Here and now it goes on as the same state in a file of today does, bit by bit.
     new = tmp_path / "new.pt"
     before = torch.load(GOLDEN / "checkpoint.pt", weights_only=True)
-    save_checkpoint(new, {**before, "world_size": 1})
+    assert "kind" not in before["recipe"]["model"]
+    save_checkpoint(new, {**before, "recipe": recipe.to_dict(), "world_size": 1})
     train(recipe, data, new, pretrained=False, resume=True)
     assert_same(load_checkpoint(new), ended)
+    for file in (old, new):
+        written = torch.load(file, weights_only=True)["recipe"]
+        assert written["model"]["kind"] == "retinanet"
+        assert Recipe.from_dict(written) == recipe

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -11,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from models_fixtures import make_coco_folder
+from test_field_voc import voc_xml, write_voc
 from test_models_commands import RECIPE
 from test_models_predict import make_checkpoint
 
 from models.__main__ import main
 from models.command_line import COMMANDS
-from models.commands import export
+from models.commands import demo, export
+from models.data import CocoDataset
+from models.recipes import RECIPES
+from models.train import train
 
 BASES = {
     "predict": "predict missing.pt missing.png",
@@ -77,6 +82,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "checkpoint": make_checkpoint(folder / "checkpoint.pt"),
         "data": make_coco_folder(folder / "coco"),
+        "voc": write_voc(folder / "voc", {"a": voc_xml()}, ["a.jpg"], {"train": "a\n"}),
         "image": folder / "coco" / "val2017" / "000000000100.png",
         "recipe": recipe,
     }
@@ -89,21 +95,41 @@ ON_THE_CPU = {
     "study": "study seeds --seeds 1 --data {data} --recipe {recipe} --no-pretrained --out {out}",
     "bench": "bench --size 64 64 --rounds 1 --out {out}/bench.json",
     "train": "train --data {data} --recipe {recipe} --no-pretrained --out {out}",
+    "configs": "configs coco",
+    "convert": "convert {voc} --out {out}",
+    "check": "check {data}",
+    "demo": "demo --out {out}",
 }
+DISTRIBUTION = (
+    "study distribution --samples 2 --data {data} --recipe {recipe} --no-pretrained --out {out}"
+)
 
 
-@pytest.mark.parametrize("command", ON_THE_CPU)
+def test_every_command_is_tried_on_the_cpu() -> None:
+    assert set(ON_THE_CPU) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*ON_THE_CPU.values(), DISTRIBUTION])
 def test_a_machine_with_a_gpu_can_use_its_cpu(
     command: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     # torch's own optimizers ask the GPU that is not there; the check's name changed after torch 2.10.
     for check in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):
         monkeypatch.setattr(torch.optim.Optimizer, check, lambda self: None, raising=False)
     monkeypatch.setattr(
         export, "forms", lambda detector, *_: {"eager": detector}
     )  # the rest takes minutes
-    arguments = ON_THE_CPU[command].format(**files, out=tmp_path / "out").split()
+    # The demo's own data and weights are downloaded.
+    monkeypatch.setitem(RECIPES, "trees", dataclasses.replace(RECIPE, steps=1, batch_size=1))
+    monkeypatch.setattr(demo, "prepare_backbone_weights", lambda backbone: None)
+    monkeypatch.setattr(demo, "open_data", lambda _, split: CocoDataset(files["data"], split))
+    monkeypatch.setattr(demo, "train", functools.partial(train, pretrained=False))
+    arguments = command.format(**files, out=tmp_path / "out").split()
     assert main([*arguments, "--device", "cpu"]) == 0
 
 

@@ -138,6 +138,7 @@ def test_recipes_as_dictionaries() -> None:
         ({**good, "model": 3}, "RetinaNetConfig must be a dictionary, got int"),
         ({**good, "momentum": 1, 5: 6}, "Recipe has no 5, momentum"),
         ({**good, "model": {"classes": 1}}, "RetinaNetConfig has no classes"),
+        ({**good, "model": {"kind": "yolo"}}, "kind must be one of retinanet, got 'yolo'"),
         ({**good, "steps": None}, "steps must be a whole number"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -207,11 +207,8 @@ def test_a_demo_can_be_repeated(tmp_path: Path) -> None:
 
 
 def test_the_demo_twice(coco_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    from benchmarks import quick_table
     from models.commands import demo
 
-    assert callable(quick_table)
-    monkeypatch.setattr("benchmarks.quick_table", lambda: None)
     monkeypatch.setitem(RECIPES, "trees", TINY_RECIPE)
     monkeypatch.setattr(demo, "prepare_backbone_weights", lambda backbone: None)
     monkeypatch.setattr(demo, "open_data", lambda name, split: CocoDataset(coco_folder, split))

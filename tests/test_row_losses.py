@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from focalops import (
     dense_focal_loss,
@@ -16,6 +17,7 @@ from focalops import (
     sigmoid_focal_loss,
     varifocal_loss,
 )
+from focalops.focal_loss import ROW_LOSSES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A row shorter than a 16-byte vector, vectors that straddle rows, more than one block and one chunk.
@@ -350,12 +352,11 @@ def test_opcheck(device):
     x, labels, scores = make(9, 5, device)
     weight, class_weight = torch.rand(9, device=device), torch.rand(5, device=device)
     op = torch.ops.focalops.row_loss_sum.default
-    for loss, parameters in enumerate(
-        ([0.25, 2.0, 0.1], [2.0], [0.75, 2.0, 1.0, 0.0], [1.5, 1.0], [0.25, 2.0], [0.25, 2.0])
-    ):
+    for loss, row in ROW_LOSSES.items():
+        parameters = [0.5] * len(row.parameters)
         arguments = (x, labels, scores, loss, parameters, weight, class_weight, -100, None, 1.0)
-        torch.library.opcheck(op, (*arguments, loss > 0))
-    torch.library.opcheck(torch.ops.focalops._class_indices.default, (labels, 1, 5, -100))
+        torch.library.opcheck(op, (*arguments, loss != "sigmoid_focal_loss"))
+        torch.library.opcheck(torch.ops.focalops._class_indices.default, (labels, loss, 5, -100))
     inplace = torch.ops.focalops._row_loss_sum_.default
     torch.library.opcheck(inplace, (x.detach().clone(), *arguments[1:]))
 
@@ -468,8 +469,62 @@ def test_errors(device):
     for call, sentence in cases:
         with pytest.raises((RuntimeError, ValueError), match=sentence):
             call()
-    for loss, parameters in ((6, [1.0]), (0, [1.0])):
-        with pytest.raises(RuntimeError, match="loss and parameters must be one of those"):
-            torch.ops.focalops.row_loss_sum(
-                x, labels, None, loss, parameters, None, None, -100, None, 1.0, False
-            )
+
+
+def sentence_of(call) -> str | None:
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    return None
+
+
+def test_both_tables_of_the_row_losses_say_the_same(device):
+    """The names of the losses, the parameters of each and what those must be: C++'s and Python's."""
+    x, labels, _ = (t.detach() for t in make(4, 5, device))
+    labels.clamp_(0, 4)
+
+    def native_and_fake(loss: str, parameters: list[float]) -> list[str | None]:
+        def call(x, labels):
+            rest = (None, None, -100, None, 1.0, False)
+            torch.ops.focalops.row_loss_sum(x, labels, None, loss, parameters, *rest)
+
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = mode.from_tensor(x), mode.from_tensor(labels)
+            fake = sentence_of(lambda: call(*fakes))
+        return [sentence_of(lambda: call(x, labels)), fake]
+
+    native, fake = native_and_fake("focal_loss", [1.0])
+    names = ", ".join(map(repr, ROW_LOSSES))
+    assert native == fake == f"row_loss_sum: loss must be one of {names}, got 'focal_loss'"
+    for loss, row in ROW_LOSSES.items():
+        count = len(row.parameters)
+        native, fake = native_and_fake(loss, [1.0] * (count + 1))
+        assert native == fake and f"of {loss}, ({', '.join(row.parameters)}), got " in native
+        right = [0.5] * count
+        assert native_and_fake(loss, right) == [None, None]
+        native, fake = native_and_fake(loss, [math.nan] * count)  # the first is named
+        assert native == fake is not None
+        for i in range(count):
+            for wrong in (-1.0, 1.5, math.nan):
+                native, fake = native_and_fake(loss, [*right[:i], wrong, *right[i + 1 :]])
+                assert native == fake, (loss, i, wrong)
+
+
+def test_of_two_wrong_numbers_each_path_names_the_first(device):
+    x, labels, _ = make(4, 5, device)
+    rows = torch.zeros(1, 4, device=device).long()
+    sentences = [
+        sentence_of(lambda: sigmoid_focal_loss(x, labels, 2.0, -1.0, "sum")),
+        sentence_of(lambda: sigmoid_focal_loss(x, labels, 2.0, -1.0, "sum", label_smoothing=0.1)),
+        sentence_of(lambda: dense_focal_loss([x.new_zeros(1, 5, 2, 2)], rows, 2.0, -1.0)),
+    ]
+    assert len({sentence.split(": ")[1] for sentence in sentences}) == 1, sentences
+
+
+def test_unknown_name_of_class_indices(device):
+    labels = torch.zeros(3, device=device).long()
+    names = ", ".join(map(repr, ROW_LOSSES))
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.focalops._class_indices(labels, "", 5, -100)
+    assert f"_class_indices: loss must be one of {names}, got ''" in str(error.value)

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../checks/boxes.h"
 #include "../math/box.h"
 #include "../rows.h"
 #include "memory.h"

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <vector>
 
+#include "../checks/dense_box_loss.h"
 #include "../head_levels.h"
 #include "../math/box_loss.h"
 #include "../rows.h"
@@ -38,7 +39,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cpu(
   for (const HeadLevel& level : levels) {
     if (compute_grad) {
       grads.push_back(
-          on_huge_pages(torch::stable::empty_like(level.logits), level.logits.element_size()));
+          on_huge_pages(torch::stable::empty_like(level.tensor), level.tensor.element_size()));
     }
     first_task.push_back(first_task.back() + shape.images * ceil_div(level.positions, kStretch));
   }
@@ -83,7 +84,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cpu(
             return image * size + (level.has_rows ? (position * shape.anchors + anchor) * 4
                                                   : anchor * 4 * level.positions + position);
           };
-          const auto* data = static_cast<const scalar_t*>(level.logits.const_data_ptr());
+          const auto* data = static_cast<const scalar_t*>(level.tensor.const_data_ptr());
           scalar_t* grad =
               compute_grad ? static_cast<scalar_t*>(grads[l].mutable_data_ptr()) : nullptr;
           if (compute_grad && level.has_rows) {

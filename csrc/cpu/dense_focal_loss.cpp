@@ -6,7 +6,9 @@
 // sorted by class, so that each plane finds its positives in turn.
 #include <vector>
 
+#include "../checks/dense_focal_loss.h"
 #include "../head_levels.h"
+#include "../math/row_losses.h"
 #include "focal_loss.h"
 
 namespace focalops {
@@ -36,7 +38,7 @@ struct Head {
   template <bool WithGrad, typename Loss, typename Consume>
   void evaluate(const HeadLevel& level, const Pieces& pieces, int64_t image, int64_t part,
                 const Loss& formula, Block<T>& block, const Consume& consume) {
-    const auto* logits = static_cast<const scalar_t*>(level.logits.const_data_ptr());
+    const auto* logits = static_cast<const scalar_t*>(level.tensor.const_data_ptr());
     const int64_t first_row = image * shape.rows + level.first_row;
     const int64_t size = level.positions * shape.anchors * shape.classes;  // of an image
     if (level.has_rows) {
@@ -108,7 +110,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
   const bool compute_grad = !grads.empty();
   const Tensor labels = torch::stable::contiguous(labels_);
   const auto weight = contiguous(options.weight), class_weight = contiguous(options.class_weight);
-  const Tensor& like = levels[0].logits;
+  const Tensor& like = levels[0].tensor;
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
   std::vector<Pieces> pieces;
   int64_t num_pieces = 0;
@@ -138,7 +140,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
                                  {data_of<T>(weight), data_of<T>(class_weight)},
                                  options.ignore_index};
     const std::vector<double> parameters{options.alpha, options.gamma, options.label_smoothing};
-    dispatch_focal_row_loss<T>(parameters, [&](const auto& formula) {
+    row_losses::Focal::dispatch<T>(parameters, [&](const auto& formula) {
       torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
         Block<T> block;
         size_t l = 0;
@@ -189,7 +191,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cpu(
   const auto levels = head_levels(cls_logits, shape);
   std::vector<Tensor> grads;
   for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
-    grads.push_back(new_like(levels[l].logits));
+    grads.push_back(new_like(levels[l].tensor));
   }
   Tensor loss = dense_focal_loss(levels, shape, labels, options, normalizer, min_normalizer, grads);
   return {loss, grads};

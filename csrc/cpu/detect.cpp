@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "../checks/detect.h"
 #include "../head_levels.h"
 #include "../math/detect.h"
 #include "../rows.h"
@@ -196,8 +197,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
     const int64_t pieces_of_image = (size + kPiece - 1) / kPiece;
     levels.push_back({{static_cast<uint32_t>(logits.positions),
                        static_cast<uint32_t>(logits.first_row), logits.has_rows, deltas.has_rows},
-                      logits.logits.const_data_ptr(),
-                      deltas.logits.const_data_ptr(),
+                      logits.tensor.const_data_ptr(),
+                      deltas.tensor.const_data_ptr(),
                       size,
                       num_pieces,
                       pieces_of_image});

@@ -2,6 +2,7 @@
 // chunks.
 #include <cstring>
 
+#include "../checks/focal_loss.h"
 #include "focal_loss.h"
 
 namespace focalops {
@@ -189,7 +190,7 @@ Tensor sigmoid_focal_loss_sum_inplace_cpu(const Tensor& inputs, const Tensor& ta
                                           double min_normalizer) {
   const FocalParams params{alpha, gamma, beta};
   check_focal_loss_sum(inputs, targets, params, normalizer);
-  check_overwritten(focal_loss_name(params), "inputs", inputs, false);
+  check_overwritten_rows(focal_loss_name(params), inputs);
   return focal_loss_sum(inputs, targets, params, ignore_index, normalizer, min_normalizer, inputs);
 }
 

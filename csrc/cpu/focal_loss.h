@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../dtypes.h"
 #include "../math/focal.h"
 #include "memory.h"
 #include "simd.h"

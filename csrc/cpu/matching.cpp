@@ -11,7 +11,8 @@
 #include <limits>
 #include <vector>
 
-#include "../checks.h"
+#include "../checks/matching.h"
+#include "../matching.h"
 #include "../math/box.h"
 #include "simd.h"
 

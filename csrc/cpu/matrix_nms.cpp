@@ -4,7 +4,7 @@
 #include <limits>
 #include <vector>
 
-#include "../checks.h"
+#include "../checks/nms.h"
 #include "../math/nms.h"
 #include "order.h"
 #include "simd.h"

@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "../checks.h"
+#include "../checks/nms.h"
 #include "kept_boxes.h"
 #include "order.h"
 

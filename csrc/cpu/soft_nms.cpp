@@ -3,7 +3,7 @@
 #include <limits>
 #include <vector>
 
-#include "../checks.h"
+#include "../checks/nms.h"
 #include "../math/nms.h"
 #include "simd.h"
 

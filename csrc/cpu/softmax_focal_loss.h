@@ -2,6 +2,7 @@
 // number of classes, evaluated as a vector.
 #pragma once
 
+#include "../math/row_losses.h"
 #include "focal_loss.h"
 
 namespace focalops {

@@ -11,6 +11,7 @@
 //
 // Losses of pairs, box coding: a thread for each; every row of 4 is one access. A loss moves 36
 // bytes a pair, its gradient 52 for each set that wants one.
+#include "../checks/boxes.h"
 #include "../math/box.h"
 #include "../rows.h"
 #include "launch.cuh"

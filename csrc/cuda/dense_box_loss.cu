@@ -8,6 +8,7 @@
 // Only foreground anchors have a loss, and only their deltas are read.
 //
 // Bytes moved: 8 an anchor and image, its match; and the gradient, where one is wanted.
+#include "../checks/dense_box_loss.h"
 #include "../head_levels.h"
 #include "../math/box_loss.h"
 #include "../rows.h"
@@ -192,7 +193,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cuda(
   std::vector<Tensor> grads;
   if (compute_grad) {
     for (const HeadLevel& level : levels) {
-      grads.push_back(torch::stable::empty_like(level.logits));
+      grads.push_back(torch::stable::empty_like(level.tensor));
     }
   }
   if (shape.images * shape.rows == 0) {
@@ -221,7 +222,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_box_loss_cuda(
     for (size_t l = 0; l < levels.size(); ++l) {
       const HeadLevel& from = levels[l];
       Level& to = head.levels[l];
-      to.deltas = from.logits.const_data_ptr();
+      to.deltas = from.tensor.const_data_ptr();
       to.grad = compute_grad ? grads[l].mutable_data_ptr() : nullptr;
       to.positions = from.positions;
       to.first_row = from.first_row;

@@ -13,7 +13,9 @@
 // accessed one by one.
 //
 // Bytes moved, s = size of the logits: loss 1s, with gradient 2s; and the labels.
+#include "../checks/dense_focal_loss.h"
 #include "../head_levels.h"
+#include "../math/row_losses.h"
 #include "focal_loss.cuh"
 
 namespace focalops {
@@ -267,7 +269,7 @@ Head make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape, con
   for (size_t l = 0; l < levels.size(); ++l) {
     const HeadLevel& from = levels[l];
     Level& to = head.levels[l];
-    to.logits = from.logits.const_data_ptr();
+    to.logits = from.tensor.const_data_ptr();
     to.grad = grads.empty() ? nullptr : grads[l].mutable_data_ptr();
     to.positions = from.positions;
     to.first_row = from.first_row;
@@ -293,7 +295,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
                         const Tensor& labels_, const HeadLossOptions& options,
                         const std::optional<Tensor>& normalizer_, double min_normalizer,
                         const std::vector<Tensor>& grads, const LaunchScope& scope) {
-  const Tensor& like = levels[0].logits;
+  const Tensor& like = levels[0].tensor;
   const Tensor labels = torch::stable::contiguous(labels_);
   const auto weight = contiguous(options.weight), class_weight = contiguous(options.class_weight),
              given = contiguous(normalizer_);  // held until the launch
@@ -328,8 +330,8 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
     auto head = make_head<Head<scalar_t, RowWeights<T>>>(levels, shape, labels,
                                                          options.ignore_index, normalizer, grads);
     head.extras = {data_of<T>(weight), data_of<T>(class_weight)};
-    dispatch_focal_row_loss<T>({options.alpha, options.gamma, options.label_smoothing},
-                               [&](const auto& formula) { run(head, formula); });
+    row_losses::Focal::dispatch<T>({options.alpha, options.gamma, options.label_smoothing},
+                                   [&](const auto& formula) { run(head, formula); });
   });
   return loss;
 }
@@ -345,7 +347,7 @@ std::tuple<Tensor, std::vector<Tensor>> dense_focal_loss_cuda(
   const auto levels = head_levels(cls_logits, shape);
   std::vector<Tensor> grads;
   for (size_t l = 0; compute_grad && l < levels.size(); ++l) {
-    grads.push_back(torch::stable::empty_like(levels[l].logits));
+    grads.push_back(torch::stable::empty_like(levels[l].tensor));
   }
   Tensor loss =
       dense_focal_loss(levels, shape, labels, options, normalizer, min_normalizer, grads, scope);

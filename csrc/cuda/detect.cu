@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../checks/detect.h"
 #include "../head_levels.h"
 #include "../math/detect.h"
 #include "../rows.h"
@@ -447,8 +448,8 @@ Head make_head(const std::vector<HeadLevel>& logits, const std::vector<HeadLevel
             0,  static_cast<uint32_t>(shape.anchors), static_cast<uint32_t>(shape.classes)};
   for (size_t l = 0; l < logits.size(); ++l) {
     Level& level = head.levels[l];
-    level.logits = logits[l].logits.const_data_ptr();
-    level.deltas = deltas[l].logits.const_data_ptr();
+    level.logits = logits[l].tensor.const_data_ptr();
+    level.deltas = deltas[l].tensor.const_data_ptr();
     level.layout = {static_cast<uint32_t>(logits[l].positions),
                     static_cast<uint32_t>(logits[l].first_row), logits[l].has_rows,
                     deltas[l].has_rows};

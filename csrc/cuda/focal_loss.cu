@@ -10,6 +10,7 @@
 //
 // Bytes moved, s = size of the logits: loss 2s, loss summed 1s, loss summed with its gradient 2s;
 // class-index targets add 4 or 8 bytes a row, dense ones their own size.
+#include "../checks/focal_loss.h"
 #include "focal_loss.cuh"
 
 namespace focalops {

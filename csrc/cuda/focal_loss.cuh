@@ -339,14 +339,6 @@ void launch_focal_loss(const Tensor& inputs, const Targets& targets, const Loss&
          targets, formula, make_sink(grid));
 }
 
-// What is not a view begins at a multiple of 16 bytes, and so does a gradient.
-inline void check_overwritten_rows(const char* op, const Tensor& inputs) {
-  check_overwritten(op, "inputs", inputs, false);
-  if (!is_aligned(inputs.const_data_ptr())) {
-    fail(op, ": inplace_backward needs inputs to begin at a multiple of 16 bytes, and it does not");
-  }
-}
-
 // The sum of the losses over the divisor, written to `loss`; the gradient goes to `grad`, where
 // there is one. It may be `inputs` itself: each thread has read its logits before it writes there.
 template <typename Targets, typename Loss>

@@ -15,6 +15,8 @@
 //
 // 24 bytes an anchor and image: its coordinates, which later images and the second pass find in the
 // L2 cache, and its match.
+#include "../checks/matching.h"
+#include "../matching.h"
 #include "../math/box.h"
 #include "../rows.h"
 #include "launch.cuh"

@@ -5,6 +5,7 @@
 // sm_90), and its boxes come from the first-level cache.
 #include <limits>
 
+#include "../checks/nms.h"
 #include "../math/nms.h"
 #include "integers.cuh"
 #include "launch.cuh"

@@ -13,6 +13,7 @@
 // chunk.
 #include <algorithm>
 
+#include "../checks/nms.h"
 #include "nms.cuh"
 
 namespace focalops {

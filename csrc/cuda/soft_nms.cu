@@ -4,6 +4,7 @@
 // depend on each other: latency is the limit, about N / 256 steps and two barriers a round.
 #include <limits>
 
+#include "../checks/nms.h"
 #include "../math/nms.h"
 #include "integers.cuh"
 #include "launch.cuh"

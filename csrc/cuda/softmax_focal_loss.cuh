@@ -6,6 +6,7 @@
 // Bytes moved, s = size of the logits: loss 1s, with gradient 2s; and a class index a row.
 #pragma once
 
+#include "../math/row_losses.h"
 #include "focal_loss.cuh"
 
 namespace focalops {

@@ -12,7 +12,7 @@
 #include <cfloat>
 #include <cmath>
 #include <optional>
-#include <vector>
+#include <type_traits>
 
 #include "elementary.h"
 #include "host_device.h"
@@ -224,133 +224,6 @@ struct SmoothedFocalLoss {
   }
 };
 
-namespace detail {
-
-// BCE(x, t), its derivative p - t, and what the losses below make of p = sigmoid(x).
-template <typename T>
-struct CrossEntropy {
-  T loss;
-  T error;   // p - t
-  T spread;  // p (1 - p)
-
-  FOCALOPS_HOST_DEVICE CrossEntropy(T x, T t) {
-    const T magnitude = x < 0 ? -x : x;
-    const T v = x < 0 ? t : 1 - t;
-    const T e = exp_nonpositive(-magnitude);
-    const T r = reciprocal(1 + e);
-    const T er = e * r;
-    loss = (v > 0 ? v * magnitude : T(0)) + log1p_unit(e);
-    error = x < 0 ? er - v : v - er;
-    spread = er * r;
-  }
-};
-
-template <typename T>
-FOCALOPS_HOST_DEVICE T log_sigmoid(T x) {
-  return (x < 0 ? x : T(0)) - log1p_unit(exp_nonpositive(x < 0 ? x : -x));
-}
-
-}  // namespace detail
-
-// Quality focal loss (Li et al., "Generalized Focal Loss", 2020): |y - p|^gamma BCE(x, y), y =
-// score for the true class, 0 for the others.
-template <typename T, int Gamma>
-struct QualityFocalLoss {
-  FocalLoss<T, Gamma> focal;  // alpha < 0
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, T(1)); }
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    const detail::CrossEntropy<T> cross_entropy(x, score);
-    const T d = cross_entropy.error < 0 ? -cross_entropy.error : cross_entropy.error;
-    const T least = detail::smallest_normal(T()), most = detail::largest(T());
-    const T modulation = detail::modulate<Gamma>(d, logarithm(d), focal.gamma);
-    const T finite_loss = cross_entropy.loss > most ? most : cross_entropy.loss;
-    const T slope = focal.gamma * modulation / (d < least ? least : d) * cross_entropy.spread;
-    const T grad = modulation * d + slope * finite_loss;
-    return {modulation * cross_entropy.loss, cross_entropy.error < 0 ? -grad : grad};
-  }
-};
-
-// Varifocal loss (Zhang et al., "VarifocalNet", 2021): score BCE(x, score) for the true class of a
-// score > 0, alpha p^gamma BCE(x, 0) for all else.
-template <typename T, int Gamma>
-struct VarifocalLoss {
-  FocalLoss<T, Gamma> focal;
-  T alpha;
-  bool iou_weighted;
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, alpha); }
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    if (score <= 0) {
-      return negative(x);
-    }
-    const detail::CrossEntropy<T> cross_entropy(x, score);
-    const T weight = iou_weighted ? score : T(1);
-    return {weight * cross_entropy.loss, weight * cross_entropy.error};
-  }
-};
-
-// Matchability-aware loss (Huang et al., "DEIM", 2024): BCE(x, score^gamma) for the true class,
-// alpha p^gamma BCE(x, 0) for the others, whose weight p^gamma is a constant to the gradient.
-template <typename T>
-struct MatchabilityAwareLoss {
-  T alpha;
-  T gamma;
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const {
-    const T e = detail::exp_nonpositive(x < 0 ? x : -x);
-    const T r = detail::reciprocal(1 + e);
-    const T l = detail::log1p_unit(e);
-    const T p = x < 0 ? e * r : r;
-    const T scale = alpha * detail::modulate<kAnyGamma>(p, (x < 0 ? x : T(0)) - l, gamma);
-    return {scale * ((x < 0 ? T(0) : x) + l), scale * p};
-  }
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    const T t = detail::modulate<kAnyGamma>(score, logarithm(score), gamma);
-    const detail::CrossEntropy<T> cross_entropy(x, t);
-    return {cross_entropy.loss, cross_entropy.error};
-  }
-};
-
-// The varifocal loss whose weight alpha p^gamma of the negatives is a constant to the gradient.
-template <typename T>
-struct DetachedVarifocalLoss {
-  MatchabilityAwareLoss<T> detached;
-  bool iou_weighted;
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return detached.negative(x); }
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    if (score <= 0) {
-      return negative(x);
-    }
-    const detail::CrossEntropy<T> cross_entropy(x, score);
-    const T weight = iou_weighted ? score : T(1);
-    return {weight * cross_entropy.loss, weight * cross_entropy.error};
-  }
-};
-
-// IoU-aware BCE (Cai et al., "Align-DETR", 2023): BCE(x, t) with t = max(p^alpha score^(1 - alpha),
-// 0.01), a constant to the gradient, for the true class, p^gamma BCE(x, 0) for the others.
-template <typename T, int Gamma>
-struct IouAwareCrossEntropy {
-  FocalLoss<T, Gamma> focal;  // alpha < 0
-  T alpha;
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, T(1)); }
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    const T of_p = detail::modulate<kAnyGamma>(T(0), detail::log_sigmoid(x), alpha);
-    const T of_score = detail::modulate<kAnyGamma>(score, logarithm(score), 1 - alpha);
-    const T given = of_p * of_score, least = T(0.01);
-    const detail::CrossEntropy<T> cross_entropy(x, given < least ? least : given);
-    return {cross_entropy.loss, cross_entropy.error};
-  }
-};
-
 // Whether a dense target is one: a rounding of half precision beyond [0, 1] is, a NaN is not.
 template <typename T>
 FOCALOPS_HOST_DEVICE bool is_dense_target(T t) {
@@ -364,13 +237,25 @@ struct FocalParams {
   std::optional<double> beta;
 };
 
+inline const char* focal_loss_name(const FocalParams& params) {
+  return params.beta.has_value() ? "sigmoid_focal_loss_star" : "sigmoid_focal_loss";
+}
+
+// Calls f with the number of gamma that the formulas are compiled for.
+template <typename F>
+void dispatch_gamma(double gamma, F&& f) {
+  if (gamma == 2) {
+    return f(std::integral_constant<int, 2>{});
+  }
+  return f(std::integral_constant<int, kAnyGamma>{});
+}
+
 // Calls f with the loss.
 template <typename T, typename F>
 void dispatch_focal_loss(double alpha, double gamma, F&& f) {
-  if (gamma == 2) {
-    return f(FocalLoss<T, 2>{AlphaBalance<T>(alpha), T(gamma)});
-  }
-  return f(FocalLoss<T, kAnyGamma>{AlphaBalance<T>(alpha), T(gamma)});
+  dispatch_gamma(gamma, [&](auto gamma_tag) {
+    f(FocalLoss<T, decltype(gamma_tag)::value>{AlphaBalance<T>(alpha), T(gamma)});
+  });
 }
 
 template <typename T, typename F>
@@ -379,108 +264,6 @@ void dispatch_focal_loss(const FocalParams& params, F&& f) {
     return f(FocalLossStar<T>{AlphaBalance<T>(params.alpha), T(params.gamma), T(*params.beta)});
   }
   dispatch_focal_loss<T>(params.alpha, params.gamma, f);
-}
-
-// The softmax focal loss of a row, -alpha q^gamma log(p), where p is the probability of the true
-// class and q = 1 - p that of all others.
-template <typename T>
-struct SoftmaxFocalLoss {
-  T alpha;  // 1 where there is none
-  T gamma;
-
-  struct Value {
-    T loss;
-    T grad_true;    // by the logit of the true class
-    T grad_factor;  // by another one: times its exponential
-  };
-
-  // From exponentials over the row's largest logit: x is the logit of the true class minus that,
-  // others their sum over the other classes. q comes from it, not from 1 - p, which would leave an
-  // easy example no digits.
-  FOCALOPS_HOST_DEVICE Value evaluate(T x, T others) const {
-    const T e = detail::exp_nonpositive(x);
-    const T inverse = 1 / (e + others);
-    const T p = e * inverse, q = others * inverse;
-    const T log_p = q < T(0.5) ? std::log1p(-q) : x + std::log(inverse);
-    const T factor =
-        alpha * (gamma == 2 ? q * q : detail::modulate<kAnyGamma>(q, std::log(q), gamma));
-    // Where p = 0 the product p log(p) is 0 * inf; its limit is 0.
-    const T least = -detail::largest(T());
-    const T finite_log_p = log_p < least ? least : log_p;
-    const T by_log_p = factor * (gamma * p * (q == 0 ? T(-1) : finite_log_p / q) - 1);
-    return {-factor * log_p, by_log_p * q, -by_log_p * inverse};
-  }
-};
-
-// The losses of rows with a weight, a score or smoothed targets, and how many parameters each has.
-enum class RowLoss : int64_t { focal, quality, varifocal, matchability, iou_aware, softmax };
-
-constexpr int64_t kNumRowLosses = 6;
-
-inline bool knows_row_loss(int64_t loss, size_t num_parameters) {
-  constexpr size_t num_parameters_of[kNumRowLosses] = {3, 1, 4, 2, 2, 2};
-  return loss >= 0 && loss < kNumRowLosses && num_parameters == num_parameters_of[loss];
-}
-
-namespace detail {
-
-template <typename F>
-void with_gamma(double gamma, F&& f) {
-  if (gamma == 2) {
-    return f(std::integral_constant<int, 2>{});
-  }
-  return f(std::integral_constant<int, kAnyGamma>{});
-}
-
-}  // namespace detail
-
-// Calls f with the focal loss of alpha, gamma, label_smoothing.
-template <typename T, typename F>
-void dispatch_focal_row_loss(const std::vector<double>& p, F&& f) {
-  detail::with_gamma(p[1], [&](auto gamma) {
-    const FocalLoss<T, decltype(gamma)::value> focal{AlphaBalance<T>(p[0]), T(p[1])};
-    if (p[2] == 0) {
-      return f(focal);
-    }
-    return f(SmoothedFocalLoss<T, decltype(gamma)::value>{focal, T(p[2])});
-  });
-}
-
-template <typename T>
-SoftmaxFocalLoss<T> softmax_focal_loss(const std::vector<double>& p) {
-  return {T(p[0] < 0 ? 1 : p[0]), T(p[1])};
-}
-
-// Calls f with the loss. Its parameters are those of the Python functions, in their order:
-//     focal: alpha, gamma, label_smoothing; quality: beta; matchability: gamma, alpha;
-//     varifocal: alpha, gamma, iou_weighted, detach_weight; iou_aware: alpha, gamma
-// The softmax focal loss (alpha, gamma) is one of rows, not of logits: it has kernels of its own.
-template <typename T, typename F>
-void dispatch_row_loss(RowLoss loss, const std::vector<double>& p, F&& f) {
-  const AlphaBalance<T> none(-1);
-  switch (loss) {
-    case RowLoss::focal:
-      return dispatch_focal_row_loss<T>(p, f);
-    case RowLoss::quality:
-      return detail::with_gamma(p[0], [&](auto gamma) {
-        f(QualityFocalLoss<T, decltype(gamma)::value>{{none, T(p[0])}});
-      });
-    case RowLoss::varifocal:
-      if (p[3] != 0) {
-        return f(DetachedVarifocalLoss<T>{{T(p[0]), T(p[1])}, p[2] != 0});
-      }
-      return detail::with_gamma(p[1], [&](auto gamma) {
-        f(VarifocalLoss<T, decltype(gamma)::value>{{none, T(p[1])}, T(p[0]), p[2] != 0});
-      });
-    case RowLoss::matchability:
-      return f(MatchabilityAwareLoss<T>{T(p[1]), T(p[0])});
-    case RowLoss::iou_aware:
-      return detail::with_gamma(p[1], [&](auto gamma) {
-        f(IouAwareCrossEntropy<T, decltype(gamma)::value>{{none, T(p[1])}, T(p[0])});
-      });
-    case RowLoss::softmax:
-      return;
-  }
 }
 
 }  // namespace focalops

@@ -1,4 +1,4 @@
-"""python -m models demo: train on trees, evaluate, draw, time the kernels."""
+"""python -m models demo: train on trees, evaluate, draw."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..recipes import RECIPES, Recipe
 from ..run_folder import CHECKPOINT
 from ..train import keep_freed_memory, train
 
-HELP = "train on trees, evaluate, draw, time the kernels"
+HELP = "train on trees, evaluate, draw"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,15 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from benchmarks import quick_table
-
     recipe = dataclasses.replace(RECIPES["trees"], seed=options.seed)
     keep_freed_memory()
     claim_folder(options.out, 2 * expected_bytes(recipe))
     names = (CHECKPOINT, "not-finite.json", "results.json", "trees.png")
     with locked(options.out), remade(options.out, names):
         show(options, recipe)
-    quick_table()
 
 
 def show(options: argparse.Namespace, recipe: Recipe) -> None:
@@ -59,4 +56,4 @@ def show(options: argparse.Namespace, recipe: Recipe) -> None:
     title = f"Tree crowns: AP50 {figures['AP50']:.3f}, AP {figures['AP']:.3f}"
     draw_comparison(picture, title, image, detections, truth)
     print(f"The picture of detections beside the ground truth: {picture}")
-    print(f"Training and evaluation took {(time.monotonic() - start) / 60:.1f} minutes.\n")
+    print(f"Training and evaluation took {(time.monotonic() - start) / 60:.1f} minutes.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -61,12 +62,18 @@ def run(options: argparse.Namespace) -> None:
             f"{milliseconds(run, *inputs):9.1f}  {name}{f' ({difference})' if difference else ''}"
         )
     libraries = [LIBRARY, *([CUDA_LIBRARY] if noise.is_cuda else [])]
-    print(
-        f"without Python: models/cpp/detect {options.out} IMAGE.ppm {' '.join(map(str, libraries))}"
-    )
+    print(f"without Python, once `make -C {cpp()} PYTHON={sys.executable} OUT=$PWD` built detect:")
+    print(f"  ./detect {options.out} IMAGE.ppm {' '.join(map(str, libraries))}")
     if detector.size_limits is not None:
         least, most = detector.size_limits
         print(
-            f"models/cpp/detect resizes images: the shorter side to {least} unless the longer one would exceed "
+            f"detect resizes images: the shorter side to {least} unless the longer one would exceed "
             f"{most}; other callers do so before the graph, as StaticDetector.prepare does"
         )
+
+
+def cpp() -> Path:
+    """The folder of detect.cpp, as it is reached from here."""
+    folder = Path(__file__).resolve().parents[1] / "cpp"
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder

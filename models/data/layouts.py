@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from ..data.errors import DataError
+from ..program import program
 
 IMAGE_SUFFIXES = (
     ".jpg",
@@ -121,7 +122,7 @@ def _annotation_file(root: Path, split: str) -> Path:
     others = ", ".join(splits(root))
     if not others and (root / "Annotations").is_dir():
         raise DataError(
-            f"{root} looks like a Pascal VOC folder: convert it first (python -m models convert)"
+            f"{root} looks like a Pascal VOC folder: convert it first ({program()} convert)"
         )
     raise DataError(
         f"{root} has neither {split}.json nor annotations/instances_{split}*.json"

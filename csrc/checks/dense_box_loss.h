@@ -1,0 +1,69 @@
+// What dense_box_loss refuses.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "boxes.h"
+#include "head.h"
+
+namespace focalops {
+
+inline HeadShape check_dense_box_loss(const std::vector<Tensor>& deltas, const Tensor& anchors,
+                                      const Tensor& gt_boxes, const Tensor& matches, int64_t loss,
+                                      const std::vector<double>& weights, double beta,
+                                      const std::optional<Tensor>& normalizer) {
+  const char* op = "dense_box_loss";
+  check_num_levels(op, "deltas", deltas);
+  const Tensor& first = deltas[0];
+  check_floating(op, "deltas[0]", first);
+  int64_t positions = 0;
+  for (size_t i = 0; i < deltas.size(); ++i) {
+    const Tensor& level = deltas[i];
+    const std::string name = level_name("deltas", i);
+    check_like(op, name.c_str(), level, "deltas[0]", first);
+    if (level.dim() != 4 || level.size(1) % 4 != 0 || !same_shape(level, first, 2)) {
+      fail(op, ": ", name,
+           " must have shape (B, A * 4, H, W), B and A the same in all levels, got ",
+           shape_of(level));
+    }
+    check_image_size(op, name, level, "deltas");
+    positions += level.size(2) * level.size(3);
+  }
+  const int64_t images = first.size(0), of_position = first.size(1) / 4;
+  const int64_t rows = of_position * positions;
+  const auto check_boxes_like = [&](const char* name, const Tensor& boxes) {
+    check_same_device(op, name, boxes, "deltas[0]", first);
+    if (boxes.scalar_type() != compute_dtype(first.scalar_type())) {
+      fail(op, ": ", name, " must be float32 (float64 for float64 deltas), got ", dtype_of(boxes));
+    }
+  };
+  check_boxes_like("anchors", anchors);
+  if (anchors.dim() != 2 || anchors.size(0) != rows || anchors.size(1) != 4) {
+    fail(op, ": anchors must have shape (", rows,
+         ", 4), one for every 4 channels at each position, got ", shape_of(anchors));
+  }
+  check_boxes_like("gt_boxes", gt_boxes);
+  if (gt_boxes.dim() != 3 || gt_boxes.size(0) != images || gt_boxes.size(2) != 4) {
+    fail(op, ": gt_boxes must be a list of ", images, " (M_i, 4) or have shape (", images,
+         ", M, 4), got ", shape_of(gt_boxes));
+  }
+  check_same_device(op, "matches", matches, "deltas[0]", first);
+  if (matches.scalar_type() != ScalarType::Long || matches.dim() != 2 ||
+      matches.size(0) != images || matches.size(1) != rows) {
+    fail(op, ": matches must be torch.int64 of shape (", images, ", ", rows, "), got ",
+         dtype_of(matches), " of shape ", shape_of(matches));
+  }
+  if (loss < 0 || loss > 5) {
+    fail(op, ": loss must lie in [0, 5], got ", loss);
+  }
+  check_weights(op, weights);
+  if (!(beta >= 0)) {
+    fail(op, ": beta must be >= 0, got ", beta);
+  }
+  check_normalizer_of_images(op, normalizer, "deltas", first);
+  return {images, of_position, 4, rows};
+}
+
+}  // namespace focalops

@@ -1,0 +1,84 @@
+// What detect refuses.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "boxes.h"
+#include "head.h"
+
+namespace focalops {
+
+inline HeadShape check_detect(const std::vector<Tensor>& cls_logits,
+                              const std::vector<Tensor>& box_deltas, const Tensor& anchors,
+                              const std::optional<Tensor>& image_sizes,
+                              const std::vector<double>& weights, int64_t topk_per_level,
+                              int64_t max_detections) {
+  const char* op = "detect";
+  check_num_levels(op, "cls_logits", cls_logits);
+  if (box_deltas.size() != cls_logits.size()) {
+    fail(op, ": box_deltas must be ", cls_logits.size(), " levels like cls_logits, got ",
+         box_deltas.size());
+  }
+  const Tensor& first = cls_logits[0];
+  check_floating(op, "cls_logits[0]", first);
+  int64_t positions = 0;
+  const auto check_levels = [&](const char* levels_name, const std::vector<Tensor>& levels,
+                                const char* channels) {
+    for (size_t i = 0; i < levels.size(); ++i) {
+      const Tensor &level = levels[i], &logits = cls_logits[i];
+      const std::string name = level_name(levels_name, i);
+      check_like(op, name.c_str(), level, "cls_logits[0]", first);
+      if (level.dim() != 4 || level.size(0) != first.size(0) ||
+          level.size(1) != levels[0].size(1) || level.size(2) != logits.size(2) ||
+          level.size(3) != logits.size(3)) {
+        fail(op, ": ", name, " must have shape (B, ", channels, ", H, W), B and ", channels,
+             " the same in all levels, H and W those of the level, got ", shape_of(level));
+      }
+    }
+  };
+  check_levels("cls_logits", cls_logits, "A * K");
+  check_levels("box_deltas", box_deltas, "A * 4");
+  for (const Tensor& level : cls_logits) {
+    positions += level.size(2) * level.size(3);
+  }
+  const int64_t images = first.size(0), channels = first.size(1);
+  const int64_t per_position = box_deltas[0].size(1), num_anchors = per_position / 4;
+  if (num_anchors == 0 || per_position % 4 != 0 || channels % num_anchors != 0) {
+    fail(op, ": cls_logits and box_deltas must have A * K and A * 4 channels, got ", channels,
+         " and ", per_position);
+  }
+  const int64_t rows = num_anchors * positions, classes = channels / num_anchors;
+  if (rows * classes >= int64_t{1} << 31) {
+    fail(op, ": cls_logits must have fewer than 2^31 logits an image, got ", rows * classes);
+  }
+  check_same_device(op, "anchors", anchors, "cls_logits[0]", first);
+  if (anchors.scalar_type() != ScalarType::Float) {
+    fail(op, ": anchors must be float32, got ", dtype_of(anchors));
+  }
+  if (anchors.dim() != 2 || anchors.size(0) != rows || anchors.size(1) != 4) {
+    fail(op, ": anchors must have shape (", rows, ", 4), ", num_anchors,
+         " at each position of the levels, got ", shape_of(anchors));
+  }
+  if (image_sizes.has_value()) {
+    check_same_device(op, "image_sizes", *image_sizes, "cls_logits[0]", first);
+    if (image_sizes->scalar_type() != ScalarType::Float) {
+      fail(op, ": image_sizes must be float32, got ", dtype_of(*image_sizes));
+    }
+    if (image_sizes->dim() != 2 || image_sizes->size(0) != images || image_sizes->size(1) != 2) {
+      fail(op, ": image_sizes must have shape (", images,
+           ", 2), height and width of each image, got ", shape_of(*image_sizes));
+    }
+  }
+  check_weights(op, weights);
+  if (topk_per_level < 1) {
+    fail(op, ": topk_per_level must be >= 1, got ", topk_per_level);
+  }
+  if (max_detections < 0) {
+    fail(op, ": max_detections must be >= 0, got ", max_detections);
+  }
+  return {images, num_anchors, classes, rows};
+}
+
+}  // namespace focalops
