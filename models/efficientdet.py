@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -185,7 +184,6 @@ class EfficientDet(Detector):
     def network(self, images: Tensor) -> HeadOutputs:
         features = self.fpn([*self.backbone(images).values()])
         return HeadOutputs(self.class_head(features), self.box_head(features))
-
 
     @classmethod
     def from_effdet(cls, model: nn.Module) -> EfficientDet:

@@ -29,9 +29,18 @@ NAMES = (
         r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.combine\.resample\.(\d+)\.conv\.bn\.",
         r"fpn.cells.\1.nodes.\2.laterals.\3.1.",
     ),
-    (r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.after_combine\.conv\.conv_dw\.", r"fpn.cells.\1.nodes.\2.conv.0."),
-    (r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.after_combine\.conv\.conv_pw\.", r"fpn.cells.\1.nodes.\2.conv.1."),
-    (r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.after_combine\.conv\.bn\.", r"fpn.cells.\1.nodes.\2.conv.2."),
+    (
+        r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.after_combine\.conv\.conv_dw\.",
+        r"fpn.cells.\1.nodes.\2.conv.0.",
+    ),
+    (
+        r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.after_combine\.conv\.conv_pw\.",
+        r"fpn.cells.\1.nodes.\2.conv.1.",
+    ),
+    (
+        r"fpn\.cell\.(\d+)\.fnode\.(\d+)\.after_combine\.conv\.bn\.",
+        r"fpn.cells.\1.nodes.\2.conv.2.",
+    ),
     (r"(class|box)_net\.conv_rep\.(\d+)\.conv_dw\.", r"\1_head.convs.\2.0."),
     (r"(class|box)_net\.conv_rep\.(\d+)\.conv_pw\.", r"\1_head.convs.\2.1."),
     (r"(class|box)_net\.bn_rep\.(\d+)\.(\d+)\.bn\.", r"\1_head.norms.\2.\3."),
