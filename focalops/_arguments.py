@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -24,22 +25,35 @@ def require_tensors(name: str, value: Any) -> None:
 def floats(name: str, values: Any, what: str) -> list[float]:
     """A sequence of numbers; how many, the op checks."""
     try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name} must be {what}, got {values!r}") from None
+        return [_as_float(value) for value in values]
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(f"{name} must be {what}, got {_in_words(values)}") from None
 
 
 def as_sizes(name: str, pairs: Any, device: torch.device) -> Tensor:
     """float32 (B, 2) of the sizes of images, given in numbers, without waiting for the device."""
     try:
-        sizes = torch.tensor([[float(x) for x in pair] for pair in pairs]).reshape(-1, 2)
+        sizes = torch.tensor([[_as_float(x) for x in pair] for pair in pairs]).reshape(-1, 2)
         if len(sizes) == len(pairs):
             return on_device(sizes, device)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         pass
     raise TypeError(
-        f"{name} must be a Tensor or pairs of numbers, height and width of each image, got {pairs!r}"
+        f"{name} must be a Tensor or pairs of numbers, height and width of each image, "
+        f"got {_in_words(pairs)}"
     )
+
+
+def _as_float(value: Any) -> float:
+    if isinstance(value, (str, bytes)):  # of which Python makes a number, too
+        raise TypeError
+    return float(value)
+
+
+def _in_words(value: Any) -> str:
+    """What it is, or where that takes more than a line, its type."""
+    words = repr(value)
+    return words if "\n" not in words else type(value).__name__
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -68,7 +82,7 @@ def check_are_constant(**values: Any) -> None:
 
 def number(name: str, value: Any) -> float:
     """A number that the host needs, which may come as a 0-d tensor of the host."""
-    if type(value) in (float, int):
+    if type(value) is float:
         return value
     if isinstance(value, Tensor):
         shape, device = tuple(value.shape), value.device
@@ -77,16 +91,57 @@ def number(name: str, value: Any) -> float:
                 f"{name} must be a number or a 0-d CPU tensor, got shape {shape} on {device}"
             )
         check_are_constant(**{name: value})
+        if value.dtype.is_complex:
+            raise TypeError(f"{name} must be a number, got {value.dtype}")
         return value.item()
     if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return float(value) if isinstance(value, Real) else value  # type: ignore[return-value]
+    if not isinstance(value, Real) or (type(value) is int and -_MOST <= value < _MOST):
+        return value  # type: ignore[return-value]
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number of float64, got one beyond it") from None
+
+
+def checked_normalizer(normalizer: Any, min_normalizer: Any) -> tuple[Tensor | float | None, float]:
+    if isinstance(normalizer, Tensor):
+        require_tensor("normalizer", normalizer)
+        check_are_constant(normalizer=normalizer)
+    elif normalizer is not None:
+        normalizer = number("normalizer", normalizer)
+    return normalizer, number("min_normalizer", min_normalizer)
+
+
+_MOST = 2**63  # of int64
 
 
 def whole(name: str, value: Any) -> int:
+    """An integer that a native op takes."""
     if not isinstance(value, (int, Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    return int(value) if isinstance(value, Integral) else value  # type: ignore[return-value]
+    value = int(value) if isinstance(value, Integral) else value
+    if not -_MOST <= value < _MOST:
+        raise ValueError(f"{name} must be an integer of int64, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False, numpy's too. Whatever else counts as true, a string or a tensor, was meant for another argument."""
+    if type(value) is bool:
+        return value
+    is_numpys = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
+    if is_numpys or isinstance(value, torch.SymBool):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    if isinstance(value, str) and value in choices:
+        return value
+    words = ", ".join(map(repr, choices)) if len(choices) > 2 else " or ".join(map(repr, choices))
+    several = "one of " if len(choices) > 2 else ""
+    raise ValueError(f"{name} must be {several}{words}, got {_in_words(value)}")
 
 
 def check_image_size(op: str, name: str, level: Tensor, what: str) -> None:

@@ -146,9 +146,14 @@ def as_own_input(tensor: Tensor) -> Tensor:
 
 
 def require_tensor(name: str, value: Any) -> None:
-    """For the public functions: what is no tensor has none of the attributes that the other checks ask for."""
+    """For the public functions: what is no tensor has none of the attributes that the other checks ask for, and no op of
+    focalops takes complex numbers, which torch would compare and convert in words of its own."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+    if value.dtype.is_complex:
+        raise ArgumentError(f"{name} must be real numbers, got {value.dtype}")
+    if value.is_quantized:
+        raise ArgumentError(f"{name} must be real numbers, got {value.dtype}: dequantize it")
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

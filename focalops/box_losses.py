@@ -13,6 +13,8 @@ from focalops import reference
 from focalops._arguments import (
     check_are_constant,
     check_image_size,
+    checked_normalizer,
+    choice,
     floats,
     number,
     require_tensors,
@@ -155,14 +157,15 @@ def dense_box_loss(
 
     >>> dense_box_loss(bbox_regression, anchors, gt_boxes, matches, loss="giou", normalizer=(matches >= 0).sum())
     """
-    if loss not in DENSE_LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(map(repr, DENSE_LOSSES))}, got {loss!r}")
+    choice("loss", loss, DENSE_LOSSES)
     require_tensors("deltas", deltas)
     require_tensor("anchors", anchors)
     require_tensors("gt_boxes", gt_boxes)
     require_tensor("matches", matches)
     deltas, weights = list(deltas), floats("weights", weights, "4 numbers")
-    check_are_constant(anchors=anchors, normalizer=normalizer)
+    clip, beta, eps = number("clip", clip), number("beta", beta), number("eps", eps)
+    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
+    check_are_constant(anchors=anchors)
     for boxes in gt_boxes if not isinstance(gt_boxes, Tensor) else (gt_boxes,):
         check_are_constant(gt_boxes=boxes)
     if deltas and runs_reference(deltas[0]):
@@ -187,8 +190,7 @@ def dense_box_loss(
         if isinstance(normalizer, Tensor):
             normalizer = normalizer.to(dtype)
     if not isinstance(normalizer, Tensor):
-        least = number("min_normalizer", min_normalizer)
-        min_normalizer = 1 if normalizer is None else max(number("normalizer", normalizer), least)
+        min_normalizer = 1 if normalizer is None else max(normalizer, min_normalizer)
         normalizer = None
     compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
     value, _ = call(
@@ -199,9 +201,9 @@ def dense_box_loss(
         matches,
         DENSE_LOSSES.index(loss),
         weights,
-        number("clip", clip),
-        number("beta", beta),
-        number("eps", eps),
+        clip,
+        beta,
+        eps,
         normalizer,
         min_normalizer,
         compute_grad,
@@ -210,17 +212,17 @@ def dense_box_loss(
 
 
 def _pair_loss(kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
+    choice("reduction", reduction, ("none", "mean", "sum"))
     require_tensor("boxes1", boxes1)
     require_tensor("boxes2", boxes2)
+    eps = number("eps", eps)
     if runs_reference(boxes1):
         loss = _reference_pair_loss(boxes1, boxes2, kind, eps)
     else:
         dtype = coordinates_dtype(boxes1, boxes2)
         boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
         boxes1, boxes2 = broadcast(boxes1, boxes2)
-        loss = call(ops.box_pair_loss, boxes1, boxes2, kind, number("eps", eps))
+        loss = call(ops.box_pair_loss, boxes1, boxes2, kind, eps)
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or loss.numel() == 0 else loss.mean()

@@ -15,6 +15,7 @@ from torch import Tensor
 from focalops import reference
 from focalops._arguments import (
     as_sizes,
+    choice,
     floats,
     number,
 )
@@ -54,9 +55,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, mode: str = "i
 
     >>> box_iou(detections, gt_boxes).max(dim=1)
     """
-    if mode not in ("iou", "iof"):
-        raise ValueError(f"mode must be 'iou' or 'iof', got {mode!r}")
-    return _iou_matrix(0 if mode == "iou" else 4, boxes1, boxes2, fmt=fmt)
+    return _iou_matrix(
+        0 if choice("mode", mode, ("iou", "iof")) == "iou" else 4, boxes1, boxes2, fmt=fmt
+    )
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -112,11 +113,10 @@ def _iou_matrix(
     require_tensor("boxes1", boxes1)
     require_tensor("boxes2", boxes2)
     eps = number("eps", eps)
+    choice("fmt", fmt, ("xyxy", "xywh", "cxcywh"))
     dtype = coordinates_dtype(boxes1, boxes2)
     boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
     if fmt != "xyxy":
-        if fmt not in ("xywh", "cxcywh"):
-            raise ValueError(f"fmt must be 'xyxy', 'xywh' or 'cxcywh', got {fmt!r}")
         boxes1, boxes2 = _corners(boxes1, fmt), _corners(boxes2, fmt)
     if runs_reference(boxes1):
         return _reference_iou(boxes1, boxes2, kind, eps)
@@ -222,6 +222,8 @@ def decode_boxes(
     require_tensor("anchors", anchors)
     weights = floats("weights", weights, "4 numbers")
     clip = number("clip", clip)
+    if ctr_clamp is not None:
+        ctr_clamp = _checked_ctr_clamp(ctr_clamp)
     size, sizes = _image_size(image_size, deltas)
     if runs_reference(deltas):
         one_or_each = sizes if size is None else size
@@ -243,6 +245,7 @@ def _image_size(image_size: Any, deltas: Tensor) -> tuple[list[float] | None, Te
     if image_size is None:
         return None, None
     if isinstance(image_size, Tensor) and image_size.dim() != 1:
+        require_tensor("image_size", image_size)
         sizes = image_size
     elif isinstance(image_size, Sequence) and any(
         isinstance(extent, (Sequence, Tensor)) for extent in image_size
@@ -268,13 +271,19 @@ def clip_to_images(boxes: Tensor, sizes: Tensor) -> Tensor:  # (B, ..., 4), (B, 
     return boxes.where(is_inside, boxes.detach().clamp(torch.zeros_like(limit), limit))
 
 
-def _clamp_shifts(
-    deltas: Tensor, anchors: Tensor, weights: Sequence[float], ctr_clamp: float
-) -> Tensor:
+def _checked_ctr_clamp(ctr_clamp: Any) -> float:
     ctr_clamp = number("ctr_clamp", ctr_clamp)
     if not ctr_clamp >= 0:
         raise ValueError(f"ctr_clamp must be >= 0, got {ctr_clamp}")
+    return ctr_clamp
+
+
+def _clamp_shifts(
+    deltas: Tensor, anchors: Tensor, weights: Sequence[float], ctr_clamp: float
+) -> Tensor:
     fits = len(weights) == 4 and deltas.shape[-1:] == (4,) == anchors.shape[-1:]
+    fits = fits and deltas.device == anchors.device
+    fits = fits and torch.bool not in (deltas.dtype, anchors.dtype)
     if not fits or not _shapes_broadcast(deltas.shape, anchors.shape):
         return deltas  # for the op to refuse
     dtype = coordinates_dtype(deltas, anchors)
@@ -295,8 +304,7 @@ def coordinates_dtype(a: Tensor, b: Tensor) -> torch.dtype:
 
 def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype that they are computed in. What holds no coordinates stays, for the op to refuse."""
-    holds_coordinates = boxes.dtype != torch.bool and not boxes.dtype.is_complex
-    return boxes.to(dtype) if holds_coordinates else boxes
+    return boxes if boxes.dtype == torch.bool else boxes.to(dtype)
 
 
 def broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

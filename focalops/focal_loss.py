@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import check_are_constant, check_image_size, number
+from focalops._arguments import (
+    check_are_constant,
+    check_image_size,
+    checked_normalizer,
+    choice,
+    flag,
+    number,
+    whole,
+)
 from focalops._ops import (
     NATIVE_DEVICES,
     as_own_input,
@@ -245,8 +253,10 @@ def dense_focal_loss(
         require_tensor(f"cls_logits[{i}]", level)
     alpha, gamma = number("alpha", alpha), number("gamma", gamma)
     label_smoothing = number("label_smoothing", label_smoothing)
+    ignore_index = whole("ignore_index", ignore_index)
+    inplace_backward = flag("inplace_backward", inplace_backward)
     _require_tensors({"labels": labels}, weight=weight, class_weight=class_weight)
-    normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
+    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
     if cls_logits and runs_reference(cls_logits[0]):
         dtype = compute_dtype(cls_logits[0].dtype)
         given = normalizer.to(dtype) if isinstance(normalizer, Tensor) else None
@@ -306,16 +316,6 @@ def _require_tensors(required: dict[str, Any], **optional: Any) -> None:
             check_are_constant(**{name: value})
 
 
-def _checked_normalizer(
-    normalizer: Any, min_normalizer: Any
-) -> tuple[Tensor | float | None, float]:
-    if isinstance(normalizer, Tensor):
-        check_are_constant(normalizer=normalizer)
-    elif normalizer is not None:
-        normalizer = number("normalizer", normalizer)
-    return normalizer, number("min_normalizer", min_normalizer)
-
-
 def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype)
 
@@ -339,9 +339,10 @@ def _focal_loss(
     _require_tensors(
         {"inputs": inputs, "targets": targets}, weight=weight, class_weight=class_weight
     )
-    normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
+    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
     alpha, gamma = number("alpha", alpha), number("gamma", gamma)
     label_smoothing = number("label_smoothing", label_smoothing)
+    ignore_index = whole("ignore_index", ignore_index)
     is_dense = targets.dim() == inputs.dim()
     has_extras = weight is not None or class_weight is not None or label_smoothing != 0
     if is_dense and (has_extras or ignore_index != -100):
@@ -420,9 +421,8 @@ def _num_classes(inputs: Tensor) -> int:
 def _check_reduction(
     reduction: str, normalizer: Tensor | float | None, inplace_backward: bool
 ) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of 'none', 'mean', 'sum', got {reduction!r}")
-    if inplace_backward and reduction == "none":
+    choice("reduction", reduction, REDUCTIONS)
+    if flag("inplace_backward", inplace_backward) and reduction == "none":
         raise ValueError("inplace_backward needs reduction 'sum' or 'mean', got 'none'")
     if normalizer is not None and reduction != "sum":
         raise ValueError(
@@ -548,7 +548,8 @@ def _row_loss(
     labels, scores = targets
     required = {"inputs": inputs, "targets": labels}
     _require_tensors(required, scores=scores, weight=weight, class_weight=class_weight)
-    normalizer, min_normalizer = _checked_normalizer(normalizer, min_normalizer)
+    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
+    ignore_index = whole("ignore_index", ignore_index)
     numbers = [float(number(option, value)) for option, value in parameters.items()]
     dtype = compute_dtype(inputs.dtype)
     scores, weight, class_weight = (_to(dtype, given) for given in (scores, weight, class_weight))
@@ -601,7 +602,8 @@ def _quality_loss(
     """The loss of rows that have a score; or of dense targets, if that loss knows those: each logit is a row of its own then."""
     knows_dense_targets = ROW_LOSSES[name].knows_dense_targets
     if isinstance(targets, Tensor) and knows_dense_targets:
-        if ignore_index != -100 or inplace_backward:
+        ignore_index = whole("ignore_index", ignore_index)
+        if ignore_index != -100 or flag("inplace_backward", inplace_backward):
             raise ValueError(
                 "ignore_index and inplace_backward need targets (labels, scores), got dense targets"
             )

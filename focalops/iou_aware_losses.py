@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from focalops._arguments import flag
 from focalops.focal_loss import _quality_loss
 
 
@@ -80,8 +81,8 @@ def varifocal_loss(
         {
             "alpha": alpha,
             "gamma": gamma,
-            "iou_weighted": bool(iou_weighted),
-            "detach_weight": bool(detach_weight),
+            "iou_weighted": flag("iou_weighted", iou_weighted),
+            "detach_weight": flag("detach_weight", detach_weight),
         },
         reduction,
         ignore_index=ignore_index,

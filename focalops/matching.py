@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from torch.nn.utils.rnn import pad_sequence
 from focalops import reference
 from focalops._arguments import (
     as_sizes,
+    choice,
+    flag,
     host_sees,
     number,
     on_device,
     require_tensors,
+    whole,
 )
 from focalops._ops import (
     call,
@@ -91,11 +95,20 @@ def match_anchors(
 
     >>> matches = match_anchors(anchors, [target["boxes"] for target in targets])
     """
+    min_pos_iou = number("min_pos_iou", min_pos_iou)
     low_quality = _low_quality(rule, allow_low_quality_matches, min_pos_iou, gt_max_assign_all)
+    fg_iou_threshold = number("fg_iou_threshold", fg_iou_threshold)
+    bg_iou_threshold = number("bg_iou_threshold", bg_iou_threshold)
+    crowd_threshold = number("crowd_threshold", crowd_threshold)
+    ignore_wrt_candidates = flag("ignore_wrt_candidates", ignore_wrt_candidates)
     require_tensor("anchors", anchors)
     require_tensors("gt_boxes", gt_boxes)
     if counts is not None:
         require_tensor("counts", counts)
+    if crowd is not None:
+        require_tensors("crowd", crowd)
+    if image_sizes is not None:
+        image_sizes = _as_sizes(image_sizes, anchors)
     if runs_reference(anchors):
         return reference.match_anchors(
             anchors,
@@ -128,20 +141,21 @@ def match_anchors(
         as_coordinates(anchors.detach(), dtype),
         as_coordinates(gt_boxes.detach(), dtype),
         counts,
-        number("fg_iou_threshold", fg_iou_threshold),
-        number("bg_iou_threshold", bg_iou_threshold),
+        fg_iou_threshold,
+        bg_iou_threshold,
         low_quality,
-        number("min_pos_iou", min_pos_iou),
+        min_pos_iou,
         roles,
-        number("crowd_threshold", crowd_threshold),
+        crowd_threshold,
         ignore_wrt_candidates,
     )
 
 
 def _low_quality(rule: str, allowed: bool, min_pos_iou: float, gt_max_assign_all: bool) -> int:
     """As LowQuality in csrc/checks.h."""
-    if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(map(repr, RULES))}, got {rule!r}")
+    choice("rule", rule, RULES)
+    allowed = flag("allow_low_quality_matches", allowed)
+    gt_max_assign_all = flag("gt_max_assign_all", gt_max_assign_all)
     if rule != "mmdet" and (min_pos_iou != 0 or not gt_max_assign_all):
         raise ValueError(
             f"min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got {rule!r}"
@@ -179,7 +193,10 @@ def match_iou_matrix(
 
     >>> matches = match_iou_matrix(box_iou(gt_boxes, anchors))
     """
+    min_pos_iou = number("min_pos_iou", min_pos_iou)
     low_quality = _low_quality(rule, allow_low_quality_matches, min_pos_iou, gt_max_assign_all)
+    fg_iou_threshold = number("fg_iou_threshold", fg_iou_threshold)
+    bg_iou_threshold = number("bg_iou_threshold", bg_iou_threshold)
     require_tensor("iou", iou)
     if iou.dim() < 2 or not iou.is_floating_point():
         raise ValueError(
@@ -261,8 +278,7 @@ def _is_degenerate(
     x1, y1, x2, y2 = gt_boxes.detach().unbind(-1)
     is_sound = (x2 > x1) & (y2 > y1)
     if image_sizes is not None:
-        if not isinstance(image_sizes, Tensor):
-            image_sizes = as_sizes("image_sizes", image_sizes, gt_boxes.device)
+        image_sizes = _as_sizes(image_sizes, gt_boxes)
         if image_sizes.shape != (len(gt_boxes), 2):
             raise ValueError(
                 f"image_sizes must have shape ({len(gt_boxes)}, 2), one for each image, "
@@ -274,6 +290,13 @@ def _is_degenerate(
     return ~is_sound
 
 
+def _as_sizes(image_sizes: Any, gt_boxes: Tensor) -> Tensor:
+    if not isinstance(image_sizes, Tensor):
+        return as_sizes("image_sizes", image_sizes, gt_boxes.device)
+    require_tensor("image_sizes", image_sizes)
+    return image_sizes
+
+
 def _check_padded(gt_boxes: Tensor) -> None:
     if gt_boxes.dim() != 3 or gt_boxes.shape[2] != 4:
         raise ValueError(
@@ -283,7 +306,6 @@ def _check_padded(gt_boxes: Tensor) -> None:
 
 
 def _pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Tensor) -> Tensor:
-    require_tensors("crowd", crowd)
     if isinstance(crowd, Tensor):
         return crowd
     if len(crowd) != len(gt_boxes):
@@ -343,6 +365,10 @@ def class_index_targets(
 
     >>> targets = class_index_targets(matches, [target["labels"] for target in targets], num_classes=80)
     """
+    num_classes = whole("num_classes", num_classes)
+    ignore_index = whole("ignore_index", ignore_index)
+    if not 0 <= num_classes < 2**30:  # as the losses take them
+        raise ValueError(f"num_classes must lie in [0, 2^30), got {num_classes}")
     require_tensor("matches", matches)
     require_tensors("gt_labels", gt_labels)
     if matches.dim() != 2 or matches.dtype != torch.int64:

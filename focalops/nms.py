@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import number, whole
+from focalops._arguments import choice, number, whole
 from focalops._ops import (
     FLOATING,
     call,
@@ -45,9 +45,10 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "
     >>> keep = nms(boxes, scores, 0.5)  # (N, 4), (N,)
     """
     boxes, iou_threshold = _as_rows(boxes, scores), number("iou_threshold", iou_threshold)
+    is_diou = by_distance(overlap)
     if runs_reference(boxes):
         return reference.nms(boxes, scores, iou_threshold, overlap=overlap)
-    return call(ops.nms, boxes, scores, None, iou_threshold, by_distance(overlap))
+    return call(ops.nms, boxes, scores, None, iou_threshold, is_diou)
 
 
 def batched_nms(
@@ -71,9 +72,8 @@ def batched_nms(
     >>> keep = batched_nms(boxes, scores, labels, 0.5)  # (N, 4), (N,), (N,)
     """
     boxes, iou_threshold = _as_rows(boxes, scores), number("iou_threshold", iou_threshold)
+    is_diou = by_distance(overlap)
     require_tensor("idxs", idxs)
-    if idxs.is_complex():
-        raise ValueError(f"idxs must be real numbers, got {idxs.dtype}")
     if runs_reference(boxes):
         return reference.batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)
     if idxs.is_floating_point():
@@ -82,14 +82,12 @@ def batched_nms(
         )  # -0 + 0 is 0, whose bits are others
     if idxs.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
         idxs = idxs.to(torch.int64)
-    return call(ops.nms, boxes, scores, idxs, iou_threshold, by_distance(overlap))
+    return call(ops.nms, boxes, scores, idxs, iou_threshold, is_diou)
 
 
 def _as_rows(boxes: Tensor, scores: Tensor) -> Tensor:
     require_tensor("boxes", boxes)
     require_tensor("scores", scores)
-    if boxes.is_quantized:
-        raise ValueError(f"boxes must be floating, got {boxes.dtype}: dequantize them")
     if boxes.dim() == 1 and len(boxes) == 0:  # as torchvision takes them
         return boxes.reshape(0, 4)
     return boxes
@@ -115,8 +113,10 @@ def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     >>> group = nms_match(boxes, scores, 0.5)
     >>> kept, sizes = group.unique(return_counts=True)
     """
+    boxes, iou_threshold = _as_rows(boxes, scores).detach(), number("iou_threshold", iou_threshold)
+    if runs_reference(boxes):
+        return reference.nms_match(boxes, scores, iou_threshold)
     keep = nms(boxes, scores, iou_threshold)
-    boxes = _as_rows(boxes, scores).detach()
     iou = box_iou(boxes[keep], boxes)
     suppresses = (iou.double() > iou_threshold).to(torch.uint8)  # as NMS compares
     # Behind the kept boxes one that takes all, of no index.
@@ -162,6 +162,7 @@ def multiclass_nms(
     _require_tensors(boxes=boxes, scores=scores, labels=labels, counts=counts)
     iou_threshold = number("iou_threshold", iou_threshold)
     max_detections = whole("max_detections", max_detections)
+    is_diou = by_distance(overlap)
     if runs_reference(boxes):
         return reference.multiclass_nms(
             boxes, scores, labels, iou_threshold, max_detections, counts=counts, overlap=overlap
@@ -174,7 +175,7 @@ def multiclass_nms(
         counts,
         iou_threshold,
         max_detections,
-        by_distance(overlap),
+        is_diou,
     )
 
 
@@ -186,9 +187,7 @@ def _require_tensors(**arguments: Tensor | None) -> None:
 
 def by_distance(overlap: str) -> bool:
     """Whether the overlap is DIoU, as the native ops ask."""
-    if overlap not in ("iou", "diou"):
-        raise ValueError(f"overlap must be 'iou' or 'diou', got {overlap!r}")
-    return overlap == "diou"
+    return choice("overlap", overlap, ("iou", "diou")) == "diou"
 
 
 def soft_nms(
@@ -228,9 +227,11 @@ def soft_nms(
 
     >>> indices, kept_scores, num_kept = soft_nms(boxes, scores, labels, method="gaussian")
     """
-    if method not in ("linear", "gaussian"):
-        raise ValueError(f"method must be 'linear' or 'gaussian', got {method!r}")
+    choice("method", method, ("linear", "gaussian"))
     _require_tensors(boxes=boxes, scores=scores, labels=labels)
+    iou_threshold = number("iou_threshold", iou_threshold)
+    sigma, score_threshold = number("sigma", sigma), number("score_threshold", score_threshold)
+    max_detections = whole("max_detections", max_detections)
     if runs_reference(boxes):
         return reference.soft_nms(
             boxes,
@@ -248,11 +249,11 @@ def soft_nms(
         boxes,
         scores,
         labels,
-        number("iou_threshold", iou_threshold),
-        number("sigma", sigma),
+        iou_threshold,
+        sigma,
         method == "gaussian",
-        number("score_threshold", score_threshold),
-        whole("max_detections", max_detections),
+        score_threshold,
+        max_detections,
     )
 
 
@@ -291,9 +292,10 @@ def matrix_nms(
 
     >>> indices, kept_scores, num_kept = matrix_nms(boxes, scores, labels)
     """
-    if method not in ("linear", "gaussian"):
-        raise ValueError(f"method must be 'linear' or 'gaussian', got {method!r}")
+    choice("method", method, ("linear", "gaussian"))
     _require_tensors(boxes=boxes, scores=scores, labels=labels)
+    sigma, score_threshold = number("sigma", sigma), number("score_threshold", score_threshold)
+    max_detections = whole("max_detections", max_detections)
     if runs_reference(boxes):
         return reference.matrix_nms(
             boxes,
@@ -310,10 +312,10 @@ def matrix_nms(
         boxes,
         scores,
         labels,
-        number("sigma", sigma),
+        sigma,
         method == "gaussian",
-        number("score_threshold", score_threshold),
-        whole("max_detections", max_detections),
+        score_threshold,
+        max_detections,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from focalops import reference
 from focalops._arguments import (
     as_sizes,
+    flag,
     floats,
     number,
     require_tensors,
@@ -83,7 +84,17 @@ def detect(
     require_tensor("anchors", anchors)
     cls_logits = [level.detach() for level in cls_logits]
     box_deltas = [level.detach() for level in box_deltas]
-    weights = floats("weights", weights, "4 numbers")
+    weights, clip = floats("weights", weights, "4 numbers"), number("clip", clip)
+    score_threshold = number("score_threshold", score_threshold)
+    iou_threshold = number("iou_threshold", iou_threshold)
+    topk_per_level = whole("topk_per_level", topk_per_level)
+    max_detections = whole("max_detections", max_detections)
+    class_agnostic, is_diou = flag("class_agnostic", class_agnostic), by_distance(overlap)
+    if isinstance(image_sizes, Tensor):
+        require_tensor("image_sizes", image_sizes)
+        image_sizes = image_sizes.to(torch.float32)
+    elif image_sizes is not None:
+        image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
     if cls_logits and runs_reference(cls_logits[0]):
         return reference.detect(
             cls_logits,
@@ -99,10 +110,6 @@ def detect(
             weights=weights,
             clip=clip,
         )
-    if isinstance(image_sizes, Tensor):
-        image_sizes = image_sizes.to(torch.float32)
-    elif image_sizes is not None:
-        image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
     return call(
         ops.detect,
         cls_logits,
@@ -110,13 +117,13 @@ def detect(
         anchors.detach().to(torch.float32),
         image_sizes,
         weights,
-        number("clip", clip),
-        number("score_threshold", score_threshold),
-        whole("topk_per_level", topk_per_level),
-        number("iou_threshold", iou_threshold),
-        whole("max_detections", max_detections),
+        clip,
+        score_threshold,
+        topk_per_level,
+        iou_threshold,
+        max_detections,
         class_agnostic,
-        by_distance(overlap),
+        is_diou,
     )
 
 

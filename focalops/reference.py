@@ -38,10 +38,10 @@ def sigmoid_focal_loss(
 ) -> Tensor:
     x = inputs.to(compute_dtype(inputs.dtype))
     if targets.shape == inputs.shape:
-        loss = _focal_dense(x, targets.to(x.dtype), gamma)
+        loss = _focal_dense(x, targets.to(x.dtype), alpha, gamma)
     else:
-        loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), gamma, label_smoothing)
-    loss = _weigh(_balance(loss, targets, alpha), weight, class_weight)
+        loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), alpha, gamma, label_smoothing)
+    loss = _weigh(loss, weight, class_weight)
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
 
@@ -64,7 +64,12 @@ def sigmoid_focal_loss_star(
     sign = 2 * t - 1
     x_t = torch.where(sign == 0, 0, sign * torch.where(sign == 0, 0, x))
     x_t = torch.where(_is_dense_target(t), x_t, math.nan)
-    loss = _balance(-F.logsigmoid(gamma * x_t + beta) / gamma, targets, alpha)
+    alpha_t = _alpha_of(t, alpha)
+
+    def loss_of(s: Tensor) -> Tensor:
+        return alpha_t * -F.logsigmoid(beta - gamma * s) / gamma
+
+    loss = _with_limits(-x_t, loss_of, alpha_t, 0)
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
 
@@ -255,7 +260,10 @@ def _with_limits(
     """The loss, and its limit at infinite logits, where it grows by a slope >= 0 times |x|: 0, or infinite with that gradient."""
     infinite = x.isinf()
     loss = loss_of(torch.where(infinite, 0, x))
-    slope = torch.where(x > 0, slope, slope_below)
+    slope, slope_below = (
+        torch.as_tensor(a, dtype=x.dtype, device=x.device) for a in (slope, slope_below)
+    )
+    slope = torch.where(x > 0, slope, slope_below)  # of two numbers it would be float32
     limit = torch.where(infinite & (slope > 0), slope * x.abs(), 0)
     return torch.where(infinite, limit, loss)
 
@@ -301,22 +309,30 @@ def one_hot(targets: Tensor, num_classes: int) -> Tensor:  # [...] -> bool [...,
 SATURATED = 100.0
 
 
-def _focal_hard(x: Tensor, positive: Tensor, gamma: float, smoothing: float = 0) -> Tensor:
+def _focal_hard(
+    x: Tensor, positive: Tensor, alpha: float, gamma: float, smoothing: float = 0
+) -> Tensor:
+    """alpha_t (1 - p_t)^gamma times the cross entropy, smoothed or not. At an infinite logit it is the limit of the product:
+    where alpha_t is 0 that is 0, as at every finite logit."""
     s = torch.where(positive, -x, x)
     half = smoothing / 2
-
-    def modulated(s: Tensor, cross_entropy: Tensor) -> Tensor:
-        if not gamma:
-            return cross_entropy
-        return torch.exp(gamma * F.logsigmoid(s.clamp(max=SATURATED))) * cross_entropy
-
-    if not smoothing:
-        return modulated(s, -F.logsigmoid(-s))
+    alpha_t = _alpha_of(positive.to(x.dtype), alpha)
 
     def loss_of(s: Tensor) -> Tensor:
-        return modulated(s, -F.logsigmoid(-s) * (1 - half) - F.logsigmoid(s) * half)
+        cross_entropy = -F.logsigmoid(-s)
+        if smoothing:
+            cross_entropy = cross_entropy * (1 - half) - F.logsigmoid(s) * half
+        modulation = torch.exp(gamma * F.logsigmoid(s.clamp(max=SATURATED))) if gamma else 1
+        return alpha_t * modulation * cross_entropy
 
-    return _with_limits(s, loss_of, 1 - half, 0 if gamma else half)
+    if not smoothing and alpha not in (0, 1):
+        return loss_of(s)  # has its limits
+    # The modulating factor is 1 on one side, and on the other 0 unless gamma is.
+    return _with_limits(s, loss_of, alpha_t * (1 - half), alpha_t * (0 if gamma else half))
+
+
+def _alpha_of(t: Tensor, alpha: float) -> Tensor:
+    return torch.ones_like(t) if alpha < 0 else alpha * t + (1 - alpha) * (1 - t)
 
 
 def _is_dense_target(t: Tensor) -> Tensor:
@@ -324,24 +340,17 @@ def _is_dense_target(t: Tensor) -> Tensor:
     return (t >= -0.01) & (t <= 1.01)
 
 
-def _focal_dense(x: Tensor, t: Tensor, gamma: float) -> Tensor:
+def _focal_dense(x: Tensor, t: Tensor, alpha: float, gamma: float) -> Tensor:
     x = torch.where(_is_dense_target(t), x, math.nan)
-    hard = _focal_hard(x, t == 1, gamma)
+    hard = _focal_hard(x, t == 1, alpha, gamma)
+    alpha_t = _alpha_of(t, alpha)
     # Where t is 0 or 1 the other branch is not taken; 0.5 keeps the gradient of its power finite there.
     is_soft = (t != 0) & (t != 1)
     t = torch.where(is_soft, t, 0.5)
     inner = x.clamp(-SATURATED, SATURATED)
     q = t * torch.sigmoid(-inner) + (1 - t) * torch.sigmoid(inner)  # 1 - p_t
     modulation = q.clamp(min=torch.finfo(q.dtype).tiny).pow(gamma)
-    return torch.where(is_soft, modulation * _cross_entropy(x, t), hard)
-
-
-def _balance(loss: Tensor, targets: Tensor, alpha: float) -> Tensor:
-    if alpha < 0:
-        return loss
-    is_dense = targets.shape == loss.shape
-    t = (targets if is_dense else one_hot(targets, loss.shape[-1])).to(loss.dtype)
-    return (alpha * t + (1 - alpha) * (1 - t)) * loss
+    return torch.where(is_soft, alpha_t * modulation * _cross_entropy(x, t), hard)
 
 
 def _reduce(
@@ -747,6 +756,16 @@ def batched_nms(
         is_suppressed = (overlaps.double() > iou_threshold) & (idxs[order] == idxs[first])
         order = order[~is_suppressed]
     return torch.stack(keep) if keep else torch.empty(0, dtype=torch.int64, device=boxes.device)
+
+
+def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    group = torch.full((len(boxes),), -1, dtype=torch.int64, device=boxes.device)
+    is_box = ~(boxes.isnan().any(dim=1) | scores.isnan())
+    for kept in nms(boxes, scores, iou_threshold):  # the best score first
+        overlaps = box_iou(boxes[kept].unsqueeze(0), boxes)[0].double() > iou_threshold
+        group = torch.where((group == -1) & is_box & overlaps, kept, group)
+        group[kept] = kept
+    return group
 
 
 def multiclass_nms(

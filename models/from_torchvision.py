@@ -36,7 +36,11 @@ def config_of(model: Any) -> RetinaNetConfig:
         _require(generator, AnchorGenerator, "model.anchor_generator")
     ratios = set(generator.aspect_ratios)
     for what, value, known in (
-        ("model.transform.size_divisible", transform.size_divisible, 32),
+        (
+            "model.transform.size_divisible",
+            transform.size_divisible,
+            RetinaNetConfig().size_divisor,
+        ),
         ("model.transform.fixed_size", transform.fixed_size, None),
         ("the number of sets of aspect ratios", len(ratios), 1),
         ("model.box_coder.weights", tuple(model.box_coder.weights), (1, 1, 1, 1)),

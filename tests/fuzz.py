@@ -54,22 +54,7 @@ CHOICES = (
 )
 
 
-def kept_or_suppressor(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """What nms_match says, in the words of its documentation."""
-    keep = reference.nms(boxes, scores, iou_threshold)
-    group = torch.full((len(boxes),), -1)
-    for i, box in enumerate(boxes):
-        over = reference.box_iou(boxes[keep], box[None]).flatten().double() > iou_threshold
-        if not (box.isnan().any() or scores[i].isnan()) and over.any():
-            group[i] = keep[over.nonzero()[0, 0]]
-    group[keep] = keep
-    return group
-
-
-REFERENCES = {
-    **{name: getattr(reference, name, None) for name in MAKERS},
-    "nms_match": kept_or_suppressor,
-}
+REFERENCES = {name: getattr(reference, name, None) for name in MAKERS}
 
 
 @dataclass
@@ -329,7 +314,8 @@ class Round:
     seed: int
     name: str
     arguments: Arguments
-    slack: float = 0
+    slack: float = 0  # roundings
+    terms: float = 0  # how large what cancels in a gradient is at least
 
     def add(self, path: str, what: str) -> None:
         self.report.add(self.seed, self.name, path, what, self.arguments)
@@ -342,7 +328,7 @@ class Round:
             return
         # 1 less an overlap is as exact as 1 is; a gradient by what others depend on has their terms.
         result = max(largest_of(expected[0]), "iou_loss" in self.name) if expected else 0
-        most = 1e-4 * result
+        most = max(1e-4 * result, self.terms)
         if path == "graph kept":
             most = max([most, *map(largest_of, expected)])
         for i, (a, e) in enumerate(zip(actual, expected, strict=False)):
@@ -362,6 +348,10 @@ class Round:
         name, a = self.name, self.arguments
         function, of_reference = getattr(focalops, name), REFERENCES[name]
         self.slack = roundings(a)
+        if isinstance(boxes := a.get("boxes1"), Tensor):
+            # The derivative of an overlap by a coordinate has terms of 1 / side, which may cancel; the slack has
+            # the largest coordinate over the least side.
+            self.terms = 1 / max(largest_of(boxes), largest_of(a["boxes2"]), 1)
 
         def run(function: Callable[..., Any] = function, a: Arguments = a, **how: Any) -> Outcome:
             return outcome_of(lambda: with_gradients(name, function, a, **how))
@@ -449,10 +439,9 @@ class Round:
 
 
 def is_a_sentence(said: Said, arguments: Arguments) -> bool:
+    names = [*arguments, "scores"]  # of targets (labels, scores)
     return (
-        said.is_usual
-        and "\n" not in said.sentence
-        and any(name in said.sentence for name in arguments)
+        said.is_usual and "\n" not in said.sentence and any(name in said.sentence for name in names)
     )
 
 

@@ -220,7 +220,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
             ("boxes2", lambda b: b[0, 0], "boxes2 must have shape (..., M, 4), a batch that broadcasts with that of boxes1, (6, 4), got ()"),
             ("boxes2", elsewhere, "boxes2 " + ELSEWHERE.format("boxes1")),
             *([] if kind else [
-                ("fmt", always("xywhr"), "fmt must be 'xyxy', 'xywh' or 'cxcywh', got 'xywhr'"),
+                ("fmt", always("xywhr"), "fmt must be one of 'xyxy', 'xywh', 'cxcywh', got 'xywhr'"),
                 ("mode", always("giou"), "mode must be 'iou' or 'iof', got 'giou'"),
             ]),
         ]

@@ -596,3 +596,29 @@ def test_half_precision_is_float32_rounded_once(dtype, device):
         results.append((each.detach().to(dtype), inputs.grad.to(dtype)))
     for half, rounded in zip(*results, strict=True):
         assert torch.equal(half, rounded)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.1, 0.3])
+def test_smoothing_of_float64_is_float64(label_smoothing, device):
+    """In the reference, and in what is made of it: "none" and a graph that is kept."""
+    x = (torch.randn(9, 3, dtype=torch.float64) * 3).to(device).requires_grad_()
+    targets = torch.arange(9, device=device) % 4
+    p = torch.sigmoid(x)
+    hard = torch.nn.functional.one_hot(targets, 4)[:, :3].double()
+    t = hard * (1 - label_smoothing) + label_smoothing / 2
+    cross_entropy = -(t * p.log() + (1 - t) * (1 - p).log())
+    alpha_t = 0.25 * hard + 0.75 * (1 - hard)
+    expected = alpha_t * (1 - torch.where(hard == 1, p, 1 - p)) ** 2 * cross_entropy
+    # At an infinite logit, whose gradient is that of the cross entropy alone.
+    infinite = torch.full((1, 3), -math.inf, dtype=torch.float64, device=device, requires_grad=True)
+    slope = torch.full((1, 3), -0.25 * (1 - label_smoothing / 2), dtype=torch.float64)
+    slope[:, 1:] = 0
+    for function in (sigmoid_focal_loss, reference.sigmoid_focal_loss):
+        losses = function(x, targets, label_smoothing=label_smoothing)
+        torch.testing.assert_close(losses, expected, rtol=1e-13, atol=1e-15)
+        for reduction in ("none", "sum"):
+            loss = function(
+                infinite, targets[:1], label_smoothing=label_smoothing, reduction=reduction
+            )
+            (grad,) = torch.autograd.grad(loss.sum(), infinite, create_graph=True)
+            torch.testing.assert_close(grad.detach().cpu(), slope, rtol=1e-15, atol=0)

@@ -105,7 +105,7 @@ def damaged(change: Callable[[dict], None]) -> Callable[[dict], dict]:
 
 BIAS = "head.regression_head.bbox_reg.bias"
 DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
-    "a list": (lambda c: [c], "is not a checkpoint of python -m models train"),
+    "a list": (lambda c: [c], "is not a checkpoint of the command train"),
     "no recipe": (damaged(lambda c: c.pop("recipe")), "is not a checkpoint of"),
     "weights": (damaged(lambda c: c.update(model=[1])), "is not a checkpoint of"),
     "categories None": (damaged(lambda c: c.update(categories=None)), "is not a checkpoint of"),

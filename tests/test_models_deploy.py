@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 import focalops
 from models import deploy
-from models.retinanet import RetinaNet
+from models.retinanet import RetinaNet, RetinaNetConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = dataclasses.replace(TINY, min_size=None, score_threshold=0.0, detections_per_image=20)
@@ -129,16 +131,19 @@ def test_exports_for_any_batch_and_size(model, images):
         check_detections(exported(*batch), detector(*batch))
 
 
+class Coarse(RetinaNetConfig):
+    size_divisor = 64
+
+
 @torch.no_grad()
-def test_runs_from_cpp_without_python(resizing, images, tmp_path):
-    detector = deploy.StaticDetector(resizing)
+def test_runs_from_cpp_without_python(images, tmp_path):
+    torch.manual_seed(0)
+    detector = deploy.StaticDetector(RetinaNet(Coarse(**dataclasses.asdict(RESIZING))))
     batch = detector.to_batch(images)
     package = tmp_path / "detector.pt2"
     run = deploy.package(deploy.export(detector, *batch), package, detector.metadata)
     check_detections(run(*detector.prepare(*batch)), detector(*batch), ROUNDING)
 
-    pixels = np.random.default_rng(1).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.ppm")
     make = ["make", "-C", ROOT / "models" / "cpp", f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
     subprocess.run(make, check=True, capture_output=True)
     library = Path(focalops.__file__).with_name("libfocalops.so")
@@ -150,17 +155,38 @@ def test_runs_from_cpp_without_python(resizing, images, tmp_path):
             [tmp_path / "detect", *arguments], capture_output=True, text=True, env=environment
         )
 
-    result = detect(package, tmp_path / "image.ppm", library)
-    assert result.returncode == 0, result.stderr
-    image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
-    boxes, scores, labels, counts = detector(*detector.to_batch([image]))
-    rows = torch.tensor([[float(x) for x in line.split()] for line in result.stdout.splitlines()])
-    assert len(rows) == counts[0] > 5
-    expected = torch.cat((labels[0, :, None], scores[0, :, None], boxes[0]), dim=1)
-    torch.testing.assert_close(rows, expected[: len(rows)], rtol=0, atol=2e-2)
+    older = tmp_path / "older.pt2"
+    without_divisor(package, older)
+    # 128 x 164 pixels, where multiples of 32 and of 64 give the same batch, and 128 x 146, where they do not.
+    for file, width in ((package, 90), (package, 80), (older, 90)):
+        pixels = np.random.default_rng(1).integers(0, 256, (70, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "image.ppm")
+        result = detect(file, tmp_path / "image.ppm", library)
+        assert result.returncode == 0, result.stderr
+        image = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+        boxes, scores, labels, counts = detector(*detector.to_batch([image]))
+        lines = result.stdout.splitlines()
+        rows = torch.tensor([[float(x) for x in line.split()] for line in lines])
+        assert len(rows) == counts[0] > 5
+        expected = torch.cat((labels[0, :, None], scores[0, :, None], boxes[0]), dim=1)
+        torch.testing.assert_close(rows, expected[: len(rows)], rtol=0, atol=2e-2)
 
     assert "no binary PPM" in detect(package, package, library).stderr
     assert "missing.pt2 cannot be opened" in detect(Path("missing.pt2"), package, library).stderr
+
+
+def without_divisor(package: Path, older: Path) -> None:
+    """The package as it was written before packages had a size_divisor."""
+    removed = 0
+    with zipfile.ZipFile(package) as read, zipfile.ZipFile(older, "w") as written:
+        for name in read.namelist():
+            content = read.read(name)
+            if name.endswith("_metadata.json"):
+                metadata = json.loads(content)
+                removed += metadata.pop("size_divisor", None) == "64"
+                content = json.dumps(metadata).encode()
+            written.writestr(name.replace(package.stem, older.stem, 1), content)
+    assert removed
 
 
 @torch.no_grad()

@@ -11,11 +11,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from models_fixtures import DISC, SQUARE, Killed, lines_of
 from test_models_train import assert_same
+from torch import Tensor, nn
 from toy_detector import Toy, ToyConfig
 
 import models
@@ -23,13 +25,15 @@ from models import deploy
 from models.__main__ import main
 from models.checkpoint import load_checkpoint, load_model
 from models.commands import export
-from models.config import CLASSIFICATION_LOSSES
+from models.config import CLASSIFICATION_LOSSES, LossConfig, MatchingConfig
 from models.data import CocoDataset
 from models.detectors import DETECTORS, create, from_json, to_json
 from models.finetune import take_weights
+from models.losses import LossStep
 from models.losses.classification import LOSSES
 from models.recipes import Recipe
 from models.retinanet import RetinaNet, RetinaNetConfig
+from models.train import train
 
 pytest_plugins = ["models_runs"]
 
@@ -122,6 +126,9 @@ def test_its_deployed_form_is_the_eager_model(finished: Path) -> None:
     images = [torch.rand(3, 96, 120), torch.rand(3, 70, 50)]
     batch = detector.to_batch(images)
     assert batch[0].shape == (2, 3, 96, 128)
+    # The first image becomes 88 x 110, the second 123 x 88.
+    assert detector.prepare(*batch)[0].shape == (2, 3, 128, 112)
+    assert model.transform(images)[0].tensors.shape == (2, 3, 128, 112)
     exported = deploy.export(detector, *batch).module()
     for image in (*images, torch.rand(3, 40, 77)):
         (expected,) = model([image])
@@ -158,6 +165,44 @@ def test_its_weights_start_another_run(recipe: Recipe, finished: Path, data: Coc
     before = list(data.categories.values()).index("square")
     theirs = source["average"]["module.classes.weight"]
     assert torch.equal(model.state_dict()["classes.weight"][0::2], theirs[before::2])
+
+
+# ---- Parts of the loss step ----------------------------------------------------------------------
+
+
+class Balanced(LossStep):
+    """The two losses with learned weights (Kendall et al., 2018)."""
+
+    def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
+        super().__init__(matching, loss)
+        self.logarithms = nn.Parameter(torch.zeros(2))
+
+    def forward(self, *inputs: Any) -> dict[str, Tensor]:
+        pairs = zip(super().forward(*inputs).items(), self.logarithms, strict=True)
+        return {name: loss * (-s).exp() + s for (name, loss), s in pairs}
+
+
+def test_a_part_of_the_loss_may_learn(
+    recipe: Recipe, data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parameters are trained, saved, averaged and resumed as the network's are."""
+    monkeypatch.setattr("models.detector.LossStep", Balanced)
+    recipe = dataclasses.replace(recipe, steps=4)
+    whole, resumed = tmp_path / "whole.pt", tmp_path / "resumed.pt"
+
+    def die(step: int, model: models.Detector) -> None:
+        raise Killed
+
+    train(recipe, data, whole)
+    with pytest.raises(Killed):
+        train(recipe, data, resumed, checkpoint_every=2, saved=die)
+    train(recipe, data, resumed, resume=True)
+    checkpoint = load_checkpoint(whole)
+    assert_same(load_checkpoint(resumed), checkpoint)
+    assert checkpoint["model"]["loss_step.logarithms"].all()
+    assert checkpoint["average"]["module.loss_step.logarithms"].all()
+    model, _, _ = load_model(whole)
+    assert len(checkpoint["optimizer"]["state"]) == len([*model.parameters()])
 
 
 # ---- Kinds in files ------------------------------------------------------------------------------

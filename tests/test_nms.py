@@ -213,6 +213,8 @@ def test_any_boxes(rows, iou_threshold, data):
     )
     keep = batched_nms(boxes, scores, idxs, iou_threshold)
     assert torch.equal(keep, reference.batched_nms(boxes, scores, idxs, iou_threshold))
+    group = nms_match(boxes, scores, iou_threshold)
+    assert torch.equal(group, reference.nms_match(boxes, scores, iou_threshold))
 
 
 def test_two_runs_and_any_number_of_threads_agree(many, backend, device):
@@ -316,6 +318,7 @@ def test_nms_match(threshold, dtype, device):
     boxes[7] = boxes[8] = torch.tensor([0.0, 0, 20, 10])
     boxes[9] = torch.tensor([10.0, 0, 30, 10])  # its IoU with them is 1/3, rounded up
     group = nms_match(boxes, scores, threshold)
+    assert torch.equal(group, reference.nms_match(boxes, scores, threshold))
     keep = nms(boxes, scores, threshold)
     assert torch.equal(group[keep], keep)
     assert group[3] == group[5] == -1

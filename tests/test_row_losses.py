@@ -15,6 +15,7 @@ from focalops import (
     quality_focal_loss,
     reference,
     sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
     varifocal_loss,
 )
 from focalops.focal_loss import ROW_LOSSES
@@ -281,6 +282,33 @@ AT_INFINITY = {
     "varifocal, gamma 1.5, detached": (varifocal_loss, {"detach_weight": True, "gamma": 1.5}),
     "matchability, gamma 0": (matchability_aware_loss, {"gamma": 0.0}),
     "ia_bce, alpha 0": (ia_bce_loss, {"alpha": 0.0}),
+    "varifocal, alpha 0": (varifocal_loss, {"alpha": 0.0}),
+    "matchability, alpha 0": (matchability_aware_loss, {"alpha": 0.0}),
+    **{
+        f"focal, alpha {alpha}, gamma {gamma}, smoothed by {smoothing}": (
+            lambda x, targets, **options: sigmoid_focal_loss(x, targets[0], **options),
+            {"alpha": alpha, "gamma": gamma, "label_smoothing": smoothing},
+        )
+        for alpha in (0.0, 1.0)  # one half of the losses is 0 whatever the logit
+        for gamma in (0.0, 2.0)
+        for smoothing in (0.0, 0.1, 1.0)
+    },
+    **{
+        f"focal star, alpha {alpha}": (
+            lambda x, targets, **options: sigmoid_focal_loss_star(x, targets[0], **options),
+            {"alpha": alpha},
+        )
+        for alpha in (0.0, 0.25, 1.0)
+    },
+    **{
+        f"focal of dense targets, alpha {alpha}": (
+            lambda x, targets, **options: sigmoid_focal_loss(
+                x, (targets[0] == 0).unsqueeze(1), **options
+            ),
+            {"alpha": alpha},
+        )
+        for alpha in (0.0, 0.25, 1.0)
+    },
     **{
         f"focal, gamma {gamma}, smoothed by {smoothing}": (
             lambda x, targets, gamma=gamma, smoothing=smoothing, **options: sigmoid_focal_loss(

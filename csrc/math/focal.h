@@ -117,7 +117,9 @@ struct FocalLoss {
     // At s = inf the product (1 - q) softplus is 0 * inf; its limit is 0.
     const T most = detail::largest(T());
     const T finite_softplus = softplus > most ? most : softplus;
-    return {scale * softplus, scale * (gamma * one_minus_q * finite_softplus + q)};
+    // So is that of the loss where alpha_t is 0.
+    const T counted = alpha_t == 0 ? finite_softplus : softplus;
+    return {scale * counted, scale * (gamma * one_minus_q * finite_softplus + q)};
   }
 
   // 1 - p_t = t (1 - p) + (1 - t) p, loss alpha_t (1 - p_t)^gamma BCE(x, t), alpha_t linear in t,
@@ -139,13 +141,15 @@ struct FocalLoss {
       // Where u = 1, q_over_r is e, whose logarithm is known also where e has underflowed.
       log_q = (v > 0 ? logarithm(q_over_r) : -magnitude) - l;
     }
-    const T scale = alpha.at(t) * detail::modulate<Gamma>(q_over_r * r, log_q, gamma);
+    const T alpha_t = alpha.at(t);
+    const T scale = alpha_t * detail::modulate<Gamma>(q_over_r * r, log_q, gamma);
     const T least = detail::smallest_normal(T()), most = detail::largest(T());
     const T finite_cross_entropy = cross_entropy > most ? most : cross_entropy;
     // p (1 - p) / q; the denominator underflows only together with e.
     const T slope = e * r * detail::reciprocal(q_over_r < least ? least : q_over_r);
     const T grad = scale * (gamma * slope * (1 - 2 * u) * finite_cross_entropy + r * (v - u * e));
-    return {scale * cross_entropy, x < 0 ? -grad : grad};
+    const T counted = alpha_t == 0 ? finite_cross_entropy : cross_entropy;
+    return {scale * counted, x < 0 ? -grad : grad};
   }
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return hard(x, alpha.negative); }
@@ -168,8 +172,10 @@ struct FocalLossStar {
     const T y = gamma * s - beta;
     const T e = detail::exp_nonpositive(y < 0 ? y : -y);
     const T r = detail::reciprocal(1 + e);
-    const T softplus = (y < 0 ? T(0) : y) + detail::log1p_unit(e);
-    return {alpha_t * softplus / gamma, alpha_t * (y < 0 ? e * r : r)};
+    const T softplus = (y < 0 ? T(0) : y) + detail::log1p_unit(e), most = detail::largest(T());
+    // Where alpha_t is 0 the limit of 0 * inf is 0.
+    const T counted = alpha_t == 0 && softplus > most ? most : softplus;
+    return {alpha_t * counted / gamma, alpha_t * (y < 0 ? e * r : r)};
   }
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> soft(T x, T t) const {

@@ -93,7 +93,10 @@ struct MatchabilityAwareLoss {
     const T l = detail::log1p_unit(e);
     const T p = x < 0 ? e * r : r;
     const T scale = alpha * detail::modulate<kAnyGamma>(p, (x < 0 ? x : T(0)) - l, gamma);
-    return {scale * ((x < 0 ? T(0) : x) + l), scale * p};
+    const T softplus = (x < 0 ? T(0) : x) + l, most = detail::largest(T());
+    // Where alpha is 0 the limit of 0 * inf is 0.
+    const T counted = alpha == 0 && softplus > most ? most : softplus;
+    return {scale * counted, scale * p};
   }
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
