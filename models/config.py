@@ -126,7 +126,19 @@ class AnchorConfig(Config):
             )
 
 
+def check_levels(config: NetworkConfig, anchors: AnchorConfig) -> None:
+    levels = config.max_level - config.min_level + 1
+    if len(anchors.anchor_sizes) != levels:
+        raise ValueError(
+            f"anchor_sizes must have one entry for each of the {levels} levels, "
+            f"got {len(anchors.anchor_sizes)}"
+        )
+
+
 # ---- Loss -----------------------------------------------------------------------------------------
+
+
+MatchingRule = Literal["torchvision", "mmdet", "efficientdet"]
 
 
 @dataclass(frozen=True)
@@ -135,14 +147,12 @@ class MatchingConfig(Config):
 
     fg_iou_threshold: float = 0.5
     bg_iou_threshold: float = 0.4
-    matching_rule: Literal["torchvision", "mmdet", "efficientdet"] = (
-        "torchvision"  # what a box whose best anchor is below the threshold gets
-    )
+    matching_rule: MatchingRule = "torchvision"  # what boxes get whose best anchor is below it
 
     RANGES: ClassVar[Ranges] = {
         "fg_iou_threshold": real(0, 1),
         "bg_iou_threshold": real(0, 1),
-        "matching_rule": one_of(("torchvision", "mmdet", "efficientdet")),
+        "matching_rule": one_of(get_args(MatchingRule)),
     }
 
     def __post_init__(self) -> None:
@@ -155,6 +165,7 @@ class MatchingConfig(Config):
 
 
 ClassificationLoss = Literal["focal", "focal_star", "ohem", "hinge"]
+Normalizer = Literal["image", "batch", "positives"]
 BoxLoss = Literal["l1", "smooth_l1", "iou", "giou", "diou", "ciou"]
 CLASSIFICATION_LOSSES: tuple[str, ...] = get_args(ClassificationLoss)
 BOX_LOSSES: tuple[str, ...] = get_args(BoxLoss)
@@ -168,7 +179,7 @@ class LossConfig(Config):
     beta: float = 1.0  # of focal_star
     # What losses are divided by: of each image the number of its foreground anchors; its mean over the images of the
     # batch, and of all ranks; or the batch's, plus 1, for the sum over the images.
-    normalizer: Literal["image", "batch", "positives"] = "image"
+    normalizer: Normalizer = "image"
     box_loss: BoxLoss = "l1"
     box_loss_beta: float = 1.0  # of smooth_l1: below it the loss is quadratic
     box_loss_weight: float = 1.0
@@ -178,7 +189,7 @@ class LossConfig(Config):
         "alpha": either(Range("-1, which is no balance,", lambda x: x == -1), real(0, 1)),
         "gamma": real(0),
         "beta": real(),
-        "normalizer": one_of(("image", "batch", "positives")),
+        "normalizer": one_of(get_args(Normalizer)),
         "box_loss": one_of(BOX_LOSSES),
         "box_loss_beta": real(0, above=True),
         "box_loss_weight": real(0),

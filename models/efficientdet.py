@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from focalops import AnchorGenerator
 
 from .backbones import backbone, channels
-from .config import DetectorConfig, NetworkConfig, Ranges
+from .config import (
+    BoxLoss,
+    DetectorConfig,
+    MatchingRule,
+    NetworkConfig,
+    Normalizer,
+    Ranges,
+    check_levels,
+)
 from .detector import Detector
 from .ranges import either, one_of, real, several, switch, whole
 from .structures import HeadOutputs
@@ -108,14 +116,14 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
     kind: ClassVar[str] = "efficientdet"
 
     num_classes: int = 90
-    anchor_sizes: tuple[tuple[float, ...], ...] = anchor_sizes(4, 3, 7)
+    anchor_sizes: tuple[tuple[float, ...], ...] = anchor_sizes(4, 3, 7)  # type: ignore[assignment]
     aspect_ratios: tuple[Any, ...] = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))  # factors of (w, h)
     bg_iou_threshold: float = 0.5
-    matching_rule: str = "efficientdet"
+    matching_rule: MatchingRule = "efficientdet"
     gamma: float = 1.5
-    normalizer: str = "positives"
+    normalizer: Normalizer = "positives"
     # 50 times the mean of the Huber losses (delta 0.1) of a box's four numbers: 50 * 0.1 / 4 times this smooth L1.
-    box_loss: str = "smooth_l1"
+    box_loss: BoxLoss = "smooth_l1"
     box_loss_beta: float = 0.1
     box_loss_weight: float = 1.25
     score_threshold: float = 0.0
@@ -128,6 +136,10 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
         "anchor_sizes": several(several(real(0, above=True))),
         "aspect_ratios": several(either(real(0, above=True), several(real(0, above=True), 2))),
     }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_levels(self, self)
 
     @property
     def size_divisor(self) -> int:
@@ -142,7 +154,7 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
         scale = SCALES[base]
         is_lite = base.startswith("lite")
         original = is_lite or base != name
-        made = {
+        made: dict[str, Any] = {
             "backbone": f"timm:{'tf_' * original}efficientnet_{scale.backbone}",
             "pyramid_channels": scale.pyramid_channels,
             "cells": scale.cells,
@@ -315,6 +327,8 @@ class Fusion(nn.Module):
     An input of another width has a lateral convolution of its own, also where another node takes the same map.
     """
 
+    weights: Tensor | None
+
     def __init__(self, config: BiFPNConfig, in_channels: Sequence[int]) -> None:
         super().__init__()
         self.config = config
@@ -323,9 +337,8 @@ class Fusion(nn.Module):
             nn.Identity() if channels == width else lateral(config, channels)
             for channels in in_channels
         )
-        self.weights = nn.Parameter(torch.ones(len(in_channels)))
-        if config.fusion == "sum":
-            self.weights = None
+        ones = nn.Parameter(torch.ones(len(in_channels)))
+        self.register_parameter("weights", None if config.fusion == "sum" else ones)
         self.conv = nn.Sequential(
             *separable_conv(width, width, config.redundant_bias), batch_norm(width)
         )
@@ -365,7 +378,7 @@ class Head(nn.Module):
         outputs = []
         for level, feature in enumerate(features):
             for conv, norms in zip(self.convs, self.norms, strict=True):
-                feature = self.activation(norms[level](conv(feature)))
+                feature = self.activation(norms[level](conv(feature)))  # type: ignore[index]
             outputs.append(self.output(feature))
         return outputs
 

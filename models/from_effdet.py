@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from .config import TIMM
-from .efficientdet import EfficientDet, EfficientDetConfig, anchor_sizes
+from .efficientdet import EfficientDet, EfficientDetConfig, Node, anchor_sizes, cell_nodes
 
-FUSIONS = {
+FUSIONS: dict[str, Any] = {
     "bifpn_fa": "fast",
     "bifpn_attn": "softmax",
     "bifpn_sum": "sum",
@@ -97,15 +98,20 @@ def config_of(model: Any) -> EfficientDetConfig:
         aspect_ratios=tuple(map(tuple, theirs.aspect_ratios)),
         alpha=theirs.alpha,
         gamma=theirs.gamma,
+        box_loss_beta=theirs.delta,
+        box_loss_weight=theirs.box_loss_weight * theirs.delta / 4,
         detections_per_image=theirs.max_det_per_image,
         topk_candidates=theirs.max_detection_points,
         min_size=height,
         max_size=height,
+        image_mean=tuple(theirs.get("mean", EfficientDetConfig.image_mean)),
+        image_std=tuple(theirs.get("std", EfficientDetConfig.image_std)),
     )
 
 
 def renamed(state: Mapping[str, Tensor], model: EfficientDet) -> dict[str, Tensor]:
     """A state dict of the package effdet with our names and our order of a box's numbers."""
+    nodes = cell_nodes(model.config.min_level, model.config.max_level)
     ours = {}
     for name, value in state.items():
         for pattern, start in NAMES:
@@ -113,22 +119,17 @@ def renamed(state: Mapping[str, Tensor], model: EfficientDet) -> dict[str, Tenso
             if found:
                 name = found.expand(start) + name[found.end() :]
                 break
-        name = re.sub(r"cells\.(\d+)\.nodes\.(\d+)\.laterals\.(\d+)", input_of(model), name)
+        name = re.sub(r"nodes\.(\d+)\.laterals\.(\d+)", functools.partial(input_of, nodes), name)
         if name.startswith("box_head.output.1."):
             value = xywh(value)
         ours[name] = value
     return ours
 
 
-def input_of(model: EfficientDet) -> Callable[[re.Match[str]], str]:
+def input_of(nodes: list[Node], match: re.Match[str]) -> str:
     """There an input of a node has the index of its own node in the cell, here its place among the inputs."""
-
-    def replace(match: re.Match[str]) -> str:
-        cell, node, index = map(int, match.groups())
-        structure = model.fpn.cells[cell].structure
-        return f"cells.{cell}.nodes.{node}.laterals.{structure[node].inputs.index(index)}"
-
-    return replace
+    node, index = map(int, match.groups())
+    return f"nodes.{node}.laterals.{nodes[node].inputs.index(index)}"
 
 
 def xywh(rows: Tensor) -> Tensor:
