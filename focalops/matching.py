@@ -318,6 +318,8 @@ def _pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Te
                 f"crowd[{i}] must be bool of shape {tuple(boxes.shape[:1])}, one for each box, "
                 f"got {flags.dtype} of shape {tuple(flags.shape)}"
             )
+        if len(flags):
+            check_same_device("match_anchors", f"crowd[{i}]", flags, "gt_boxes", boxes)
     if len(crowd) == 0:
         return torch.zeros((0, 0), dtype=torch.bool)
     return pad_sequence(list(crowd), batch_first=True)

@@ -38,7 +38,7 @@ DIFFERENTIATED = {
     **dict.fromkeys(("detect", "class_index_targets"), ()),
 }
 # What is said of the numbers in a tensor.
-OF_NUMBERS = r"(targets|labels|labels\[\d+\]|matches|counts|scores) must lie in"
+OF_NUMBERS = r"(targets|labels|labels\[\d+\]|matches|matches\[\d+\]|counts|scores) must lie in"
 # Their number of results depends on the data.
 DYNAMIC = ("nms", "batched_nms", "nms_match")
 # These compare overlaps with thresholds, so that float64 may decide otherwise: the reference's bits are asked for.

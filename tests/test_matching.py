@@ -239,6 +239,13 @@ def test_a_crowd_is_only_a_crowd(device):
     assert match_anchors(anchors, boxes, 0.0, 0.0, crowd=everything).tolist() == [[-2, -2, -1]]
 
 
+def test_crowds_lie_where_their_boxes_do():
+    anchors, boxes = torch.rand(5, 4), [torch.rand(2, 4), torch.rand(3, 4)]
+    crowd = [torch.zeros(2, dtype=torch.bool), torch.zeros(3, dtype=torch.bool, device="meta")]
+    with pytest.raises(ValueError, match=r"crowd\[1\] must be on cpu like gt_boxes, got meta"):
+        match_anchors(anchors, boxes, crowd=crowd)
+
+
 def test_degenerate_boxes_match_nothing_and_are_counted(device):
     anchors = anchor_grid(8, 8, device)
     boxes = random_boxes(9, 100, 100, device)
