@@ -245,6 +245,11 @@ class ImageConfig(Config):
             )
 
     @property
+    def is_square(self) -> bool:
+        """Whether all images are made to fit one square."""
+        return False
+
+    @property
     def size_divisor(self) -> int:
         """What height and width of a batch are multiples of: 32, as in torchvision's detectors, unless the network asks
         for more."""

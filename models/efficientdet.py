@@ -30,7 +30,7 @@ from .config import (
     check_levels,
 )
 from .detector import Detector
-from .ranges import either, one_of, real, several, switch, whole
+from .ranges import check, either, one_of, real, several, switch, whole
 from .structures import HeadOutputs
 
 
@@ -142,15 +142,19 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
         check_levels(self, self)
 
     @property
+    def is_square(self) -> bool:
+        return self.min_size == self.max_size
+
+    @property
     def size_divisor(self) -> int:
-        """A batch is square where images are made to fit a square, and else holds whole positions of every level."""
-        return self.max_size if self.min_size == self.max_size else 2**self.max_level
+        return self.max_size if self.is_square else 2**self.max_level
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> EfficientDetConfig:
         """A published model: "d0" to "d7" and "d7x", "lite0" to "lite4", and "tf_" before a name for the form of the
         original weights; `fields` differ from it."""
         base = name.removeprefix("tf_")
+        check("name", base, one_of(tuple(SCALES)))
         scale = SCALES[base]
         is_lite = base.startswith("lite")
         original = is_lite or base != name

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from models import deploy
+from models.__main__ import main
+from models.checkpoint import load_checkpoint
 from models.detectors import create, from_json, to_json
 from models.efficientdet import (
     SCALES,
@@ -24,9 +27,11 @@ from models.efficientdet import (
     compound,
 )
 from models.from_effdet import xywh
+from models.recipes import Recipe
 from models.structures import HeadOutputs
 
 pytest.importorskip("timm")
+pytest_plugins = ["models_runs"]
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("efficientdet.json").read_text())
 
@@ -228,3 +233,47 @@ def test_from_effdet_refuses_what_it_cannot_mean():
         ValueError, match="model must be an EfficientDet of the package effdet, got Linear"
     ):
         EfficientDet.from_effdet(torch.nn.Linear(1, 1))
+
+
+# ---- The commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    config = EfficientDetConfig.named(
+        "lite0", num_classes=2, cells=1, head_depth=1, pyramid_channels=16, min_size=96, max_size=96
+    )
+    return Recipe(model=config, steps=4, batch_size=2, learning_rate=1e-3, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "efficientdet.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    return path
+
+
+def test_the_commands_take_it(finished: Path, coco_folder: Path, tmp_path: Path, capsys):
+    checkpoint, out = str(finished / "checkpoint.pt"), tmp_path / "out"
+    assert load_checkpoint(finished / "checkpoint.pt")["recipe"].model.kind == "efficientdet"
+    data = ["--data", str(coco_folder), "--out", str(out / "results.json")]
+    assert main(["evaluate", checkpoint, *data, "--device", "cpu"]) == 0
+    assert "Average Precision" in capsys.readouterr().out
+    image = str(next((coco_folder / "val2017").iterdir()))
+    options = ["--min-score", "0", "--format", "json", "--out", str(out / "pictures")]
+    assert main(["predict", checkpoint, image, *options, "--device", "cpu"]) == 0
+    assert (out / "pictures" / "predictions.json").exists()
+
+
+def test_it_is_exported(recipe: Recipe):
+    """A batch of another size than the example's; boxes in pixels of the images as they were."""
+    torch.manual_seed(0)
+    model = create(recipe.model).eval()
+    detector = deploy.StaticDetector(model)
+    batch, sizes = detector.to_batch([torch.rand(3, 80, 96), torch.rand(3, 96, 61)])
+    program = deploy.export(detector, batch, sizes)
+    batch, sizes = detector.to_batch([torch.rand(3, 50, 70) for _ in range(3)])
+    with torch.no_grad():
+        expected = detector(batch, sizes)
+        found = program.module()(*detector.prepare(batch, sizes))
+    assert deploy.disagreement(found, expected) is None
