@@ -90,7 +90,8 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " bool compute_grad) -> (Tensor loss, Tensor[] grads)");
 
   // matching. roles: uint8 (B, M), 0 an object, 1 a crowd, 2 nothing; low_quality: 0 none, 1 the
-  // anchor's own best box, 2 the last box, 3 the last box and of equal anchors the first.
+  // anchor's own best box, 2 the last box, 3 the last box and of equal anchors the first,
+  // 4 the first box and of equal anchors the first.
   // ignore_wrt_candidates: crowd_threshold is a share of the anchor, else of the crowd.
   m.def(
       "match_anchors(Tensor anchors, Tensor gt_boxes, Tensor? counts, float fg_iou_threshold,"

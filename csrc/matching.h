@@ -9,7 +9,12 @@ namespace focalops {
 enum Role : uint8_t { kObject, kCrowd, kNothing };
 
 // A box whose IoU with no anchor reaches the threshold gets anchors by one of these rules.
-enum class LowQuality { kNone, kOwnBest, kLastBox, kLastBoxFirstAnchor };
+enum class LowQuality { kNone, kOwnBest, kLastBox, kLastBoxFirstAnchor, kFirstBoxFirstAnchor };
+
+// By these a box takes the first of its equally good anchors alone.
+inline bool takes_first_anchor(LowQuality rule) {
+  return rule == LowQuality::kLastBoxFirstAnchor || rule == LowQuality::kFirstBoxFirstAnchor;
+}
 
 struct MatchRule {
   double fg_iou_threshold, bg_iou_threshold;

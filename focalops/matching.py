@@ -32,7 +32,7 @@ from focalops._ops import (
 )
 from focalops.boxes import as_coordinates, check_coordinates, check_like, coordinates_dtype
 
-RULES = ("torchvision", "detectron2", "mmdet")
+RULES = ("torchvision", "detectron2", "mmdet", "efficientdet")
 
 
 def match_anchors(
@@ -61,7 +61,9 @@ def match_anchors(
     - ``"torchvision"`` and ``"detectron2"``, whose Matchers agree: its own best box;
     - ``"mmdet"``, the MaxIoUAssigner: the last box that it is best for, even where it has a better one of its own, of the
       boxes whose best IoU is at least ``min_pos_iou``; with ``gt_max_assign_all=False`` a box takes only the first of its
-      equally good anchors.
+      equally good anchors;
+    - ``"efficientdet"``, automl's and effdet's: every box takes the first of its equally good anchors; of boxes that claim the
+      same one the first has it.
 
     Unlike there, a box that overlaps no anchor does not make all of them foreground.
 
@@ -160,6 +162,8 @@ def _low_quality(rule: str, allowed: bool, min_pos_iou: float, gt_max_assign_all
         )
     if not allowed:
         return 0
+    if rule == "efficientdet":
+        return 4
     return 1 if rule != "mmdet" else 2 if gt_max_assign_all else 3
 
 
@@ -214,10 +218,12 @@ def match_iou_matrix(
         return matches
     best_of_box, first_anchor = iou.max(dim=-1, keepdim=True)
     is_best = (iou == best_of_box) & (best_of_box > 0) & (best_of_box >= min_pos_iou)
-    if low_quality == 3:
+    if low_quality >= 3:
         is_best &= torch.arange(num_anchors, device=iou.device) == first_anchor
     claimed = best_box
-    if low_quality != 1:
+    if low_quality == 4:
+        claimed = is_best.to(torch.uint8).argmax(dim=-2)  # the first
+    elif low_quality != 1:
         claimed = num_boxes - 1 - is_best.flip(-2).to(torch.uint8).argmax(dim=-2)  # the last
     return torch.where(is_best.any(dim=-2), claimed, matches)
 
@@ -515,7 +521,7 @@ def _(
             f"got {bg_iou_threshold:g}"
         ),
     )
-    check(0 <= low_quality <= 3, lambda: f"{op}: low_quality must lie in [0, 3], got {low_quality}")
+    check(0 <= low_quality <= 4, lambda: f"{op}: low_quality must lie in [0, 4], got {low_quality}")
     check(
         crowd_threshold >= 0,
         lambda: f"{op}: crowd_threshold must be >= 0, got {crowd_threshold:g}",

@@ -617,7 +617,8 @@ def match_anchors(
             _inside(anchors, boxes[is_crowd & ~degenerate], crowd_threshold, ignore_wrt_candidates),
             (fg_iou_threshold, bg_iou_threshold),
             allow_low_quality_matches,
-            None if rule != "mmdet" else (min_pos_iou, gt_max_assign_all),
+            rule,
+            (min_pos_iou, gt_max_assign_all),
         )
         if len(objects):
             match = torch.where(match < 0, match, objects[match.clamp(min=0)])
@@ -656,12 +657,12 @@ def _match_one_image(
     ignored: Tensor,  # [A], which take no part
     thresholds: tuple[float, float],
     allow_low_quality: bool,
-    mmdet: tuple[float, bool] | None,
+    rule: str,
+    of_mmdet: tuple[float, bool],
 ) -> Tensor:
     iou = box_iou(gt_boxes, anchors).nan_to_num(0)  # [M, A]; what is not a number overlaps nothing
     iou[:, ignored] = 0
-    rule = "torchvision" if mmdet is None else "mmdet"
-    min_pos_iou, all_of_equal = mmdet or (0, True)
+    min_pos_iou, all_of_equal = of_mmdet
     matches = match_iou_matrix(
         iou,
         *thresholds,
@@ -694,15 +695,16 @@ def match_iou_matrix(
         best_anchor_iou, best_anchor = iou.max(dim=1, keepdim=True)
         # A box that overlaps no anchor has a best IoU of 0, which every other anchor shares: it matches none of them.
         is_best = (iou == best_anchor_iou) & (best_anchor_iou > 0)
-        if allow_low_quality_matches and rule != "mmdet":
+        if allow_low_quality_matches and rule in ("torchvision", "detectron2"):
             matches = torch.where(is_best.any(dim=0), best_box, matches)
         elif allow_low_quality_matches:
             is_best &= best_anchor_iou >= min_pos_iou
-            if not gt_max_assign_all:
+            if not gt_max_assign_all or rule == "efficientdet":
                 is_first = torch.zeros_like(is_best).scatter_(1, best_anchor, True)
                 is_best &= is_first
-            for j, claimed in enumerate(is_best):
-                matches[claimed] = j
+            boxes = range(len(is_best))  # where several claim an anchor the last one here has it
+            for j in reversed(boxes) if rule == "efficientdet" else boxes:
+                matches[is_best[j]] = j
     return matches
 
 

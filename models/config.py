@@ -126,7 +126,19 @@ class AnchorConfig(Config):
             )
 
 
+def check_levels(config: NetworkConfig, anchors: AnchorConfig) -> None:
+    levels = config.max_level - config.min_level + 1
+    if len(anchors.anchor_sizes) != levels:
+        raise ValueError(
+            f"anchor_sizes must have one entry for each of the {levels} levels, "
+            f"got {len(anchors.anchor_sizes)}"
+        )
+
+
 # ---- Loss -----------------------------------------------------------------------------------------
+
+
+MatchingRule = Literal["torchvision", "mmdet", "efficientdet"]
 
 
 @dataclass(frozen=True)
@@ -135,8 +147,13 @@ class MatchingConfig(Config):
 
     fg_iou_threshold: float = 0.5
     bg_iou_threshold: float = 0.4
+    matching_rule: MatchingRule = "torchvision"  # what boxes get whose best anchor is below it
 
-    RANGES: ClassVar[Ranges] = {"fg_iou_threshold": real(0, 1), "bg_iou_threshold": real(0, 1)}
+    RANGES: ClassVar[Ranges] = {
+        "fg_iou_threshold": real(0, 1),
+        "bg_iou_threshold": real(0, 1),
+        "matching_rule": one_of(get_args(MatchingRule)),
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +165,9 @@ class MatchingConfig(Config):
 
 
 ClassificationLoss = Literal["focal", "focal_star", "ohem", "hinge"]
+# The number of foreground anchors of each image; its mean over the images of the batch, and of all ranks; or the
+# number of the batch, plus 1, for the sum over the images.
+Normalizer = Literal["image", "batch", "positives"]
 BoxLoss = Literal["l1", "smooth_l1", "iou", "giou", "diou", "ciou"]
 CLASSIFICATION_LOSSES: tuple[str, ...] = get_args(ClassificationLoss)
 BOX_LOSSES: tuple[str, ...] = get_args(BoxLoss)
@@ -159,16 +179,20 @@ class LossConfig(Config):
     alpha: float = 0.25  # of the focal losses
     gamma: float = 2.0  # of the focal losses; 0: cross entropy
     beta: float = 1.0  # of focal_star
-    normalizer: Literal["image", "batch"] = "image"  # whose foreground the losses are divided by
+    normalizer: Normalizer = "image"  # whose foreground the losses are divided by
     box_loss: BoxLoss = "l1"
+    box_loss_beta: float = 1.0  # of smooth_l1: below it the loss is quadratic
+    box_loss_weight: float = 1.0
 
     RANGES: ClassVar[Ranges] = {
         "classification_loss": one_of(CLASSIFICATION_LOSSES),
         "alpha": either(Range("-1, which is no balance,", lambda x: x == -1), real(0, 1)),
         "gamma": real(0),
         "beta": real(),
-        "normalizer": one_of(("image", "batch")),
+        "normalizer": one_of(get_args(Normalizer)),
         "box_loss": one_of(BOX_LOSSES),
+        "box_loss_beta": real(0, above=True),
+        "box_loss_weight": real(0),
     }
 
     def __post_init__(self) -> None:
@@ -219,6 +243,11 @@ class ImageConfig(Config):
             raise ValueError(
                 f"min_size must be at most max_size, {self.max_size}, got {max(sizes)}"
             )
+
+    @property
+    def is_square(self) -> bool:
+        """Whether all images are made to fit one square."""
+        return False
 
     @property
     def size_divisor(self) -> int:

@@ -119,13 +119,14 @@ def export(detector: StaticDetector, images: Tensor, sizes: Tensor) -> torch.exp
     a dimension of 1 for a constant.
     """
     batch = torch.export.Dim("batch")
-    divisor = detector.model.config.size_divisor
-    height, width = (divisor * torch.export.Dim(name) for name in ("height", "width"))
+    config = detector.model.config
+    of_images = {0: batch}
+    if not config.is_square:  # then every batch has one size
+        for dimension, name in ((2, "height"), (3, "width")):
+            of_images[dimension] = config.size_divisor * torch.export.Dim(name)
     inputs = detector.prepare(images, sizes)
     of_sizes = [{0: batch}] * (len(inputs) - 1)
-    return torch.export.export(
-        detector, inputs, dynamic_shapes=({0: batch, 2: height, 3: width}, *of_sizes)
-    )
+    return torch.export.export(detector, inputs, dynamic_shapes=(of_images, *of_sizes))
 
 
 def package(

@@ -8,12 +8,14 @@ from typing import Any
 
 from .config import DetectorConfig, as_tuples
 from .detector import Detector
+from .efficientdet import EfficientDet, EfficientDetConfig
 from .ranges import check, check_names, one_of
 from .retinanet import RetinaNet, RetinaNetConfig
 
 # A model is made from its configuration and whether its backbone starts with ImageNet weights.
 DETECTORS: dict[str, tuple[type[DetectorConfig], Callable[..., Detector]]] = {
     "retinanet": (RetinaNetConfig, RetinaNet),
+    "efficientdet": (EfficientDetConfig, EfficientDet),
 }
 OF_OLD = "retinanet"  # the kind of what was written before there were kinds
 

@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from focalops import AnchorGenerator
 
 from .backbones import backbone, channels
-from .config import DetectorConfig, NetworkConfig, Ranges
+from .config import DetectorConfig, NetworkConfig, Ranges, check_levels
 from .detector import Detector
 from .ranges import one_of, optional, real, whole
 from .structures import HeadOutputs
@@ -61,12 +61,7 @@ class RetinaNetConfig(DetectorConfig, PyramidConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        levels = self.max_level - self.min_level + 1
-        if len(self.anchor_sizes) != levels:
-            raise ValueError(
-                f"anchor_sizes must have one entry for each of the {levels} levels, "
-                f"got {len(self.anchor_sizes)}"
-            )
+        check_levels(self, self)
 
 
 class RetinaNet(Detector):

@@ -283,7 +283,7 @@ def match_anchors() -> Arguments:
     arguments: Arguments = {"anchors": anchors, "gt_boxes": gt_boxes}
     arguments |= {"fg_iou_threshold": high, "bg_iou_threshold": low}
     arguments |= {"allow_low_quality_matches": pick((True, False))}
-    arguments |= {"rule": pick(("torchvision", "detectron2", "mmdet"))}
+    arguments |= {"rule": pick(("torchvision", "detectron2", "mmdet", "efficientdet"))}
     if arguments["rule"] == "mmdet":
         arguments |= {"min_pos_iou": pick((0, 0.2)), "gt_max_assign_all": pick((True, False))}
     if random.random() < 0.4:

@@ -187,6 +187,12 @@ def test_rules_differ(device):
     assert match_anchors(anchors, [boxes], **mmdet, min_pos_iou=0.1).tolist() == [[1, 1, -1]]
     first = match_anchors(anchors, [boxes], **mmdet, gt_max_assign_all=False)
     assert first.tolist() == [[1, 0, 2]]
+    twice = boxes[[0, 1, 0, 2]]  # three boxes claim the first anchor
+    last = match_anchors(anchors, [twice], **mmdet, gt_max_assign_all=False)
+    assert last.tolist() == [[2, 0, 3]]
+    assert match_anchors(anchors, [twice], rule="efficientdet").tolist() == [[0, 0, 3]]
+    far = torch.tensor([[900.0, 900, 950, 950]], device=device)  # anchor 0 there, none here
+    assert match_anchors(anchors, [far], rule="efficientdet").tolist() == [[-1, -1, -1]]
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 33), (300, 1)], ids=str)
@@ -197,12 +203,13 @@ def test_mmdet_in_batches(counts, take_all, dtype, device):
     gt_boxes = [random_boxes(n, 144, 432, device).to(dtype) for n in counts]
     options = {"rule": "mmdet", "min_pos_iou": 0.1, "gt_max_assign_all": take_all}
     check_is_the_references(anchors, gt_boxes, **options)
+    check_is_the_references(anchors, gt_boxes, rule="efficientdet")
 
 
 # ---- crowds, degenerate boxes -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rule", ["torchvision", "mmdet"])
+@pytest.mark.parametrize("rule", ["torchvision", "mmdet", "efficientdet"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.9])
 def test_crowds(rule, threshold, device):
     anchors = anchor_grid(9, 11, device)
@@ -273,7 +280,7 @@ THRESHOLDS = st.sampled_from([-0.5, 0.0, 0.1, 0.25, 0.5, 1.0, 1.5])
     THRESHOLDS,
     THRESHOLDS,
     st.booleans(),
-    st.sampled_from(["torchvision", "mmdet"]),
+    st.sampled_from(["torchvision", "mmdet", "efficientdet"]),
     st.lists(st.booleans(), min_size=12, max_size=12),
 )
 def test_any_boxes(anchors, boxes, one, other, allow_low_quality, rule, crowd):
@@ -389,7 +396,7 @@ def test_a_crowd_smaller_than_the_anchor(device):
     ]
 
 
-@pytest.mark.parametrize("rule", ["torchvision", "detectron2", "mmdet"])
+@pytest.mark.parametrize("rule", ["torchvision", "detectron2", "mmdet", "efficientdet"])
 @pytest.mark.parametrize("thresholds", [(0.5, 0.4), (0.0, 0.0), (2.0, 1.5)], ids=str)
 def test_match_iou_matrix_is_match_anchors(rule, thresholds, device):
     anchors = anchor_grid(9, 11, device)
@@ -413,6 +420,7 @@ def test_match_iou_matrix_of_any_measure(device):
     iou = torch.tensor([[0.9, math.nan, 0.3, -1.0], [0.9, 0.2, 0.2, 0.0]], device=device)
     assert match_iou_matrix(iou).tolist() == [0, -1, -1, -1]
     assert match_iou_matrix(iou, rule="mmdet").tolist() == [1, -1, -1, -1]
+    assert match_iou_matrix(iou, rule="efficientdet").tolist() == [0, -1, -1, -1]
     assert match_iou_matrix(iou.double(), 0.3, 0.25).tolist() == [0, -1, 0, -1]
     for tenth in range(1, 10):  # thresholds compare in the dtype of the IoUs, as in match_anchors
         value = torch.full((1, 1), tenth / 10, device=device)

@@ -229,7 +229,7 @@ def test_a_model_and_its_kind() -> None:
     old = dataclasses.asdict(RetinaNetConfig(num_classes=7))
     assert from_json(old) == RetinaNetConfig(num_classes=7)
     for values, sentence in (
-        ({"kind": "yolo"}, "kind must be one of retinanet, toy, got 'yolo'"),
+        ({"kind": "yolo"}, "kind must be one of retinanet, efficientdet, toy, got 'yolo'"),
         ({"kind": ["toy"]}, "kind must be one of"),
         ({"kind": "toy", "backbone": "resnet18"}, "ToyConfig has no backbone"),
         ({"kind": "toy", "width": 0}, "width must be a whole number at least 1, got 0"),

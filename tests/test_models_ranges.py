@@ -17,6 +17,7 @@ from tiny_backbone import TINY_RECIPE
 from models import recipes
 from models.__main__ import main
 from models.command_line import COMMANDS
+from models.efficientdet import EfficientDetConfig
 from models.recipes import RECIPES, Recipe
 from models.retinanet import RetinaNetConfig
 
@@ -69,12 +70,15 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "aspect_ratios": ((1,), [(), (0,), (-1.0,), (NAN,), 1.0]),
     "fg_iou_threshold": (1, [-0.1, 1.1, 0.3, NAN]),
     "bg_iou_threshold": (0, [-0.1, 1.1, 0.6, NAN]),
+    "matching_rule": ("mmdet", ["detectron2", None]),
     "classification_loss": ("ohem", ["cross_entropy"]),
     "alpha": (-1, [7, -0.5, NAN]),
     "gamma": (0, [-1, NAN, INF]),
     "beta": (-1.5, [NAN, None]),
     "normalizer": ("batch", ["mean"]),
     "box_loss": ("giou", ["l2"]),
+    "box_loss_beta": (0.1, [0, -1, NAN]),
+    "box_loss_weight": (0, [-1, NAN, INF]),
     "score_threshold": (0, [-0.1, 1.5, NAN]),
     "nms_threshold": (1, [-0.1, 50, NAN]),
     "topk_candidates": (1, [0, -1]),
@@ -84,6 +88,22 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "image_mean": ((0, 0, 0), [(0.5,), (NAN, 0, 0), 0.5]),
     "image_std": ((1, 1, 1), [(0, 1, 1), (1, 1), (NAN, 1, 1)]),
 }
+# Of an EfficientDet, where they are not a RetinaNet's.
+EFFICIENTDET_FIELDS: dict[str, tuple[Any, list[Any]]] = {
+    name: row
+    for name, row in MODEL_FIELDS.items()
+    if name not in ("p6_from", "head_norm_groups", "head_std")
+} | {
+    "max_level": (7, [5, None]),
+    "cells": (1, [0, -1]),
+    "fusion": ("unbounded", ["mean"]),
+    "activation": ("relu6", ["relu"]),
+    "padding": ("same", ["valid"]),
+    "redundant_bias": (True, [1]),
+    "aspect_ratios": ((1, (1.4, 0.7)), [(), (0,), ((1, 2, 3),), (NAN,), 1.0]),
+    "min_size": ((480, 512), [0, -1, 2000, (), (480, 2000), (0,), 80.5]),
+    "max_size": (800, [0, 511]),
+}
 
 
 @pytest.mark.parametrize(
@@ -91,6 +111,7 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     [
         (Recipe, RECIPE_FIELDS, recipes.RANGES),
         (RetinaNetConfig, MODEL_FIELDS, RetinaNetConfig.ranges()),
+        (EfficientDetConfig, EFFICIENTDET_FIELDS, EfficientDetConfig.ranges()),
     ],
 )
 def test_every_field_has_a_range(kind: type, table: dict, ranges: dict) -> None:
@@ -138,7 +159,10 @@ def test_recipes_as_dictionaries() -> None:
         ({**good, "model": 3}, "RetinaNetConfig must be a dictionary, got int"),
         ({**good, "momentum": 1, 5: 6}, "Recipe has no 5, momentum"),
         ({**good, "model": {"classes": 1}}, "RetinaNetConfig has no classes"),
-        ({**good, "model": {"kind": "yolo"}}, "kind must be one of retinanet, got 'yolo'"),
+        (
+            {**good, "model": {"kind": "yolo"}},
+            "kind must be one of retinanet, efficientdet, got 'yolo'",
+        ),
         ({**good, "steps": None}, "steps must be a whole number"),
     ):
         with pytest.raises(ValueError, match=sentence):

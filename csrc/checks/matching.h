@@ -46,8 +46,8 @@ inline void check_match_anchors(const Tensor& anchors, const Tensor& gt_boxes,
     fail(op, ": bg_iou_threshold must be <= fg_iou_threshold, ", rule.fg_iou_threshold, ", got ",
          rule.bg_iou_threshold);
   }
-  if (rule.low_quality < 0 || rule.low_quality > 3) {
-    fail(op, ": low_quality must lie in [0, 3], got ", rule.low_quality);
+  if (rule.low_quality < 0 || rule.low_quality > 4) {
+    fail(op, ": low_quality must lie in [0, 4], got ", rule.low_quality);
   }
   if (!(rule.crowd_threshold >= 0)) {
     fail(op, ": crowd_threshold must be >= 0, got ", rule.crowd_threshold);

@@ -214,10 +214,12 @@ class ImageMatcher {
   }
 
   // Gives each box the first of its best anchors, which is in the chunk first_chunk[j] (< 0: it has
-  // none); of boxes with the same one the last gets it.
-  void restore_first_anchors(const std::vector<int64_t>& first_chunk, const T* best) const {
+  // none); of boxes with the same one the last gets it, or by another rule the first.
+  void restore_first_anchors(const std::vector<int64_t>& first_chunk, const T* best,
+                             LowQuality rule) const {
     AnchorTile<T> tile;
-    for (int64_t j = 0; j < truth_.count; ++j) {
+    for (int64_t k = 0; k < truth_.count; ++k) {
+      const int64_t j = rule == LowQuality::kFirstBoxFirstAnchor ? truth_.count - 1 - k : k;
       bool found = first_chunk[j] < 0;
       for_each_tile(found ? 0 : first_chunk[j], tile, [&](int64_t begin, int64_t n) {
         if (!found && intersects(truth_.box(j), tile.range)) {
@@ -351,7 +353,7 @@ Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
         value = std::max(value, best_of_chunk[task * max_boxes + j]);
       }
     }
-    if (rule == LowQuality::kLastBoxFirstAnchor) {
+    if (takes_first_anchor(rule)) {
       torch::stable::parallel_for(0, num_images, 1, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
           std::vector<int64_t> first_chunk(max_boxes, -1);
@@ -364,7 +366,7 @@ Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
               }
             }
           }
-          image(b).restore_first_anchors(first_chunk, &best[b * max_boxes]);
+          image(b).restore_first_anchors(first_chunk, &best[b * max_boxes], rule);
         }
       });
       return;

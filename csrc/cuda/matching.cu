@@ -234,18 +234,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Each box has a thread; of boxes with the same first anchor the last gets it.
+// Each box has a thread; of boxes with the same first anchor the last gets it, or by another rule
+// the first.
 __global__ void __launch_bounds__(kThreads)
     assign_first_anchors_kernel(const unsigned long long* first_of_boxes,  // [B, M]
                                 int64_t num_images, int64_t max_boxes, int64_t num_anchors,
-                                int64_t* matches) {
+                                bool first_box, int64_t* matches) {
   const int64_t k = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (k >= num_images * max_boxes || first_of_boxes[k] == 0) {
     return;
   }
   const int64_t image = k / max_boxes;
-  for (int64_t later = k + 1; later < (image + 1) * max_boxes; ++later) {
-    if (first_of_boxes[later] == first_of_boxes[k]) {
+  const int64_t begin = first_box ? image * max_boxes : k + 1;
+  const int64_t end = first_box ? k : (image + 1) * max_boxes;
+  for (int64_t other = begin; other < end; ++other) {
+    if (first_of_boxes[other] == first_of_boxes[k]) {
       return;
     }
   }
@@ -295,7 +298,7 @@ Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
     if (rule != LowQuality::kNone) {
       best = torch::stable::new_zeros(anchors, {num_images, max_boxes});
     }
-    if (rule == LowQuality::kLastBoxFirstAnchor) {
+    if (takes_first_anchor(rule)) {
       first = torch::stable::new_zeros(anchors, {num_images, max_boxes}, ScalarType::Long);
     }
     const Matching<T> matching{
@@ -321,11 +324,11 @@ Tensor match_anchors_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
       run(&match_anchors_kernel<T, Pass::kOwnBest>);
     } else if (rule == LowQuality::kLastBox) {
       run(&match_anchors_kernel<T, Pass::kLastBox>);
-    } else if (rule == LowQuality::kLastBoxFirstAnchor && max_boxes > 0) {
+    } else if (takes_first_anchor(rule) && max_boxes > 0) {
       run(&match_anchors_kernel<T, Pass::kFindFirstAnchor>);
       launch(&assign_first_anchors_kernel, ceil_div(num_images * max_boxes, kThreads), kThreads, 0,
              scope.stream(), matching.first_of_boxes, num_images, max_boxes, num_anchors,
-             matching.matches);
+             rule == LowQuality::kFirstBoxFirstAnchor, matching.matches);
     }
   });
   return matches;

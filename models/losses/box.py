@@ -12,11 +12,13 @@ from .matching import Matched
 
 def box_loss(matched: Matched, config: LossConfig) -> Tensor:
     """The sum over the images, each divided by its normalizer."""
-    return dense_box_loss(
+    loss = dense_box_loss(
         matched.outputs.box_deltas,
         matched.anchors,
         [t["boxes"] for t in matched.targets],
         matched.matches,
         loss=config.box_loss,
+        beta=config.box_loss_beta,
         normalizer=matched.normalizers,
     )
+    return loss if config.box_loss_weight == 1 else loss * config.box_loss_weight

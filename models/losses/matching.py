@@ -41,6 +41,7 @@ def match(anchors: Tensor, targets: list[Target], config: MatchingConfig) -> Ten
         [t["boxes"] for t in targets],
         config.fg_iou_threshold,
         config.bg_iou_threshold,
+        rule=config.matching_rule,
         crowd=crowd,
     )
 
@@ -53,6 +54,8 @@ def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)
     """
     if kind == "image":
         return counts
+    if kind == "positives":  # losses are averaged over the images afterwards
+        return ((counts.sum() + 1) / len(counts)).expand(len(counts))
     total = torch.stack([counts.sum(), counts.new_tensor(len(counts))])
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)

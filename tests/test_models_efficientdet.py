@@ -1,0 +1,279 @@
+"""EfficientDet: the published family, and numbers that the package effdet 0.4.1 gave (tests/golden/efficientdet.json).
+
+Where that package is installed its models are compared in whole, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models import deploy
+from models.__main__ import main
+from models.checkpoint import load_checkpoint
+from models.detectors import create, from_json, to_json
+from models.efficientdet import (
+    SCALES,
+    EfficientDet,
+    EfficientDetConfig,
+    anchor_sizes,
+    cell_nodes,
+    compound,
+)
+from models.from_effdet import xywh
+from models.recipes import Recipe
+from models.structures import HeadOutputs
+
+pytest.importorskip("timm")
+pytest_plugins = ["models_runs"]
+
+GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("efficientdet.json").read_text())
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Weights that are the same everywhere, and let no part of the network be without effect."""
+    for k, (name, value) in enumerate(sorted(model.state_dict().items())):
+        if not value.is_floating_point():
+            continue
+        wave = np.sin(0.37 * np.arange(value.numel()) * (1 + k % 7) + k)
+        if name.endswith(".weights"):  # of a fusion: some below 0
+            wave = 0.6 + 0.8 * wave
+        elif name.endswith((".weight", "running_var")) and value.dim() == 1:  # of a batch norm
+            wave = 1 + 0.3 * wave
+        elif value.dim() == 4:
+            wave *= 2.4 / math.sqrt(value[0].numel())
+        else:
+            wave *= 0.3
+        value.copy_(torch.from_numpy(wave.reshape(value.shape)).to(value.dtype))
+
+
+def make_images(batch: int, size: int) -> torch.Tensor:
+    pixels = np.sin(
+        0.011 * np.arange(batch * 3 * size * size) + np.arange(batch * 3 * size * size) % 17
+    )
+    return torch.from_numpy(pixels.reshape(batch, 3, size, size)).float()
+
+
+def make_targets() -> list[dict[str, torch.Tensor]]:
+    """Small boxes that share best anchors, large ones, one in a corner; none has a delta of exactly 0, which has no loss there."""
+    boxes = [
+        [[10.0, 12, 17, 19], [11, 12, 18, 20.5], [40.3, 30, 120, 110.5], [0, 0, 31, 15]],
+        [[60.25, 70, 90, 127], [61.5, 70, 91, 127]],
+    ]
+    labels = [[3, 89, 0, 17], [5, 6]]
+    return [
+        {"boxes": torch.tensor(b), "labels": torch.tensor(k)}
+        for b, k in zip(boxes, labels, strict=True)
+    ]
+
+
+def of_golden(name: str) -> EfficientDet:
+    fields = GOLDEN[name]["fields"]
+    model = create(EfficientDetConfig.named(GOLDEN[name]["published"], **from_lists(fields)))
+    assert isinstance(model, EfficientDet)
+    with torch.no_grad():
+        fill(model)
+    return model.eval()
+
+
+def from_lists(value):
+    if isinstance(value, list):
+        return tuple(from_lists(item) for item in value)
+    return {k: from_lists(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+# ---- The family -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("tf_d0", 3_880_067),
+        ("tf_d1", 6_625_898),
+        ("tf_d2", 8_097_039),
+        ("tf_d3", 12_032_296),
+        ("tf_d4", 20_723_675),
+        ("tf_d5", 33_653_315),
+        ("tf_d6", 51_871_782),
+        ("tf_d7", 51_871_782),
+        ("tf_d7x", 77_147_166),
+        ("d0", 3_877_763),
+        ("d3", 12_022_376),
+        ("lite0", 3_243_470),
+        ("lite1", 4_248_318),
+        ("lite2", 5_252_334),
+        ("lite3", 8_350_862),
+        ("lite4", 15_130_894),
+    ],
+)
+def test_published_sizes(name, parameters):
+    with torch.device("meta"):
+        model = create(EfficientDetConfig.named(name))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_a_cell_is_the_published_one():
+    nodes = cell_nodes(3, 7)
+    assert [node.level for node in nodes] == [6, 5, 4, 3, 4, 5, 6, 7]
+    assert [node.inputs for node in nodes] == [
+        *((3, 4), (2, 5), (1, 6), (0, 7)),
+        *((1, 7, 8), (2, 6, 9), (3, 5, 10), (4, 11)),
+    ]
+
+
+def test_where_the_formulas_are_not_what_was_trained():
+    differences = {}
+    for phi in range(7):
+        formula, published = compound(phi), SCALES[f"d{phi}"]
+        for field in ("size", "pyramid_channels", "cells", "head_depth"):
+            pair = getattr(formula, field), getattr(published, field)
+            if pair[0] != pair[1]:
+                differences[field, phi] = pair
+    assert differences == {
+        ("pyramid_channels", 2): (120, 112),
+        ("pyramid_channels", 4): (216, 224),
+        ("cells", 5): (8, 7),
+        ("size", 5): (1152, 1280),
+        ("cells", 6): (9, 8),
+    }
+
+
+def test_a_configuration_survives_json():
+    config = EfficientDetConfig.named("tf_d7x", num_classes=3)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert config.anchor_sizes == anchor_sizes(4, 3, 8)
+
+
+# ---- effdet's numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name):
+    """Convolutions add in another order on another machine; a wrong connection or padding shows in the first digit."""
+    golden, model = GOLDEN[name], of_golden(name)
+    images, targets = make_images(2, golden["size"]), make_targets()
+    with torch.no_grad():
+        outputs, anchors = model.outputs(images)
+    for level, expected in zip(outputs.cls_logits, golden["logits"], strict=True):
+        assert level[0].flatten()[:: len(level[0].flatten()) // 7][:7].tolist() == pytest.approx(
+            expected, abs=2e-4
+        )
+    for level, expected in zip(outputs.box_deltas, golden["deltas"], strict=True):
+        assert level[1].flatten()[:: len(level[1].flatten()) // 7][:7].tolist() == pytest.approx(
+            expected, abs=2e-4
+        )
+    assert anchors[:: len(anchors) // 5][:5].flatten().tolist() == golden["anchors"]
+    outputs = HeadOutputs(*([x.requires_grad_() for x in levels] for levels in outputs))
+    matched = model.loss_step.match(outputs, anchors, targets)
+    assert int((matched.matches >= 0).sum()) == golden["positives"]
+    losses = model.loss_step(outputs, anchors, targets)
+    assert losses["classification"].item() == pytest.approx(golden["class_loss"], rel=1e-4)
+    assert losses["bbox_regression"].item() == pytest.approx(golden["box_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("efficientdet_d0", 128, {}),
+        ("tf_efficientdet_d0", 192, {}),
+        ("efficientdet_d0", 256, {"max_level": 8, "num_levels": 6}),
+        ("tf_efficientdet_d0", 320, {"fpn_name": "bifpn_attn"}),
+        ("efficientdet_d0", 128, {"fpn_name": "bifpn_sum"}),
+        ("tf_efficientdet_lite0", 320, {}),
+    ],
+)
+def test_is_effdets(name, size, options):
+    """Logits, boxes and anchors to the bit."""
+    effdet = pytest.importorskip("effdet")
+    theirs = make_effdet(effdet, name, size, options)
+    with torch.no_grad():
+        for key, value in theirs.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(
+                    torch.empty_like(value).uniform_(0.5 if "var" in key else -0.2, 1.5)
+                    * (0.1 if value.dim() == 4 else 1)
+                )
+    theirs.eval()
+    ours = EfficientDet.from_effdet(theirs)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        cls_logits, boxes = theirs(images)
+        outputs, anchors = ours.outputs(images)
+    for one, other in zip(cls_logits, outputs.cls_logits, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(boxes, outputs.box_deltas, strict=True):
+        assert torch.equal(xywh(one.transpose(0, 1)).transpose(0, 1), other)
+    of_effdet = effdet.anchors.Anchors.from_config(theirs.config).boxes[:, [1, 0, 3, 2]]
+    assert torch.equal(of_effdet, anchors)
+
+
+def make_effdet(effdet, name, size, options):
+    config = effdet.get_efficientdet_config(name)
+    config.image_size = (size, size)
+    for key, value in options.items():
+        config[key] = value
+    return effdet.EfficientDet(config, pretrained_backbone=False)
+
+
+def test_from_effdet_refuses_what_it_cannot_mean():
+    effdet = pytest.importorskip("effdet")
+    model = make_effdet(effdet, "efficientdet_d0", 128, {})
+    model.config = copy.deepcopy(model.config)
+    effdet.config.set_config_writeable(model.config)
+    model.config.label_smoothing = 0.1
+    with pytest.raises(ValueError, match=r"model\.config\.label_smoothing must be 0, got 0\.1"):
+        EfficientDet.from_effdet(model)
+    with pytest.raises(
+        ValueError, match="model must be an EfficientDet of the package effdet, got Linear"
+    ):
+        EfficientDet.from_effdet(torch.nn.Linear(1, 1))
+
+
+# ---- The commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    config = EfficientDetConfig.named(
+        "lite0", num_classes=2, cells=1, head_depth=1, pyramid_channels=16, min_size=96, max_size=96
+    )
+    return Recipe(model=config, steps=4, batch_size=2, learning_rate=1e-3, warmup_steps=1)
+
+
+@pytest.fixture(scope="module")
+def recipe_file(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "efficientdet.json"
+    path.write_text(json.dumps(recipe.to_dict()))
+    return path
+
+
+def test_the_commands_take_it(finished: Path, coco_folder: Path, tmp_path: Path, capsys):
+    checkpoint, out = str(finished / "checkpoint.pt"), tmp_path / "out"
+    assert load_checkpoint(finished / "checkpoint.pt")["recipe"].model.kind == "efficientdet"
+    data = ["--data", str(coco_folder), "--out", str(out / "results.json")]
+    assert main(["evaluate", checkpoint, *data, "--device", "cpu"]) == 0
+    assert "Average Precision" in capsys.readouterr().out
+    image = str(next((coco_folder / "val2017").iterdir()))
+    options = ["--min-score", "0", "--format", "json", "--out", str(out / "pictures")]
+    assert main(["predict", checkpoint, image, *options, "--device", "cpu"]) == 0
+    assert (out / "pictures" / "predictions.json").exists()
+
+
+def test_it_is_exported(recipe: Recipe):
+    """A batch of another size than the example's; boxes in pixels of the images as they were."""
+    torch.manual_seed(0)
+    model = create(recipe.model).eval()
+    detector = deploy.StaticDetector(model)
+    batch, sizes = detector.to_batch([torch.rand(3, 80, 96), torch.rand(3, 96, 61)])
+    program = deploy.export(detector, batch, sizes)
+    batch, sizes = detector.to_batch([torch.rand(3, 50, 70) for _ in range(3)])
+    with torch.no_grad():
+        expected = detector(batch, sizes)
+        found = program.module()(*detector.prepare(batch, sizes))
+    assert deploy.disagreement(found, expected) is None
