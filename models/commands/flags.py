@@ -47,11 +47,12 @@ def add_fields(
 
 
 def given_fields(options: argparse.Namespace, *configs: type) -> dict[str, Any]:
-    """The fields of the dataclasses that were given as options."""
-    given = {}
+    """The fields of the dataclasses that were given as options; the first with a field says how it is read."""
+    given: dict[str, Any] = {}
     for config in configs:
         hints = get_type_hints(config)
-        for name in {field.name for field in dataclasses.fields(config)} & vars(options).keys():
+        names = {field.name for field in dataclasses.fields(config)} & vars(options).keys()
+        for name in names - given.keys():
             given[name] = read(getattr(options, name), hints[name])
     return given
 
