@@ -82,7 +82,8 @@ def check_are_constant(**values: Any) -> None:
 
 def number(name: str, value: Any) -> float:
     """A number that the host needs, which may come as a 0-d tensor of the host."""
-    if type(value) is float:
+    # Asking an abstract class such as Real costs a microsecond.
+    if type(value) is float or (type(value) is int and -_MOST <= value < _MOST):
         return value
     if isinstance(value, Tensor):
         shape, device = tuple(value.shape), value.device
@@ -96,7 +97,7 @@ def number(name: str, value: Any) -> float:
         return value.item()
     if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not isinstance(value, Real) or (type(value) is int and -_MOST <= value < _MOST):
+    if not isinstance(value, Real):
         return value  # type: ignore[return-value]
     try:
         return float(value)
@@ -118,6 +119,8 @@ _MOST = 2**63  # of int64
 
 def whole(name: str, value: Any) -> int:
     """An integer that a native op takes."""
+    if type(value) is int and -_MOST <= value < _MOST:
+        return value
     if not isinstance(value, (int, Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     value = int(value) if isinstance(value, Integral) else value
