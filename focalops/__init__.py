@@ -25,6 +25,7 @@ from focalops.focal_loss import (
     sigmoid_focal_loss_star,
     softmax_focal_loss,
 )
+from focalops.fusion import fuse_features
 from focalops.iou_aware_losses import (
     ia_bce_loss,
     matchability_aware_loss,
@@ -58,6 +59,7 @@ __all__ = [
     "distance_box_iou",
     "distance_box_iou_loss",
     "encode_boxes",
+    "fuse_features",
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "ia_bce_loss",
