@@ -83,11 +83,15 @@ def test_what_is_not_emulated_does_not_compile(tmp_path):
     assert "atomicAdd" in done.stderr
 
 
+# On CUDA the reference in plain PyTorch runs in their place.
+NO_KERNEL = {"fuse_features", "_fuse_features_backward"}
+
+
 def test_every_op_has_a_cuda_kernel():
     with cuda_emulation.emulated_cuda():
         schemas = {schema.name for schema in torch._C._jit_get_all_schemas()}
     ops = {name.split("::")[1] for name in schemas if name.startswith("focalops_emulated::")}
-    assert ops == set(cuda_emulation.ops())
+    assert ops - NO_KERNEL == set(cuda_emulation.ops())
 
 
 def calls():
