@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from focalops._arguments import choice, flag, number
 
 if TYPE_CHECKING:
     from torchvision.models.detection.image_list import ImageList
@@ -65,10 +67,8 @@ class AnchorGenerator(nn.Module):
         scale_major: bool = True,
     ) -> None:
         nn.Module.__init__(self)  # not torchvision's, which would make anchors of its own
-        if convention not in CELL_ANCHORS:
-            names = ", ".join(repr(name) for name in CELL_ANCHORS)
-            raise ValueError(f"convention must be one of {names}, got {convention!r}")
-        self.convention = convention
+        self.convention = choice("convention", convention, tuple(CELL_ANCHORS))
+        offset, scale_major = number("offset", offset), flag("scale_major", scale_major)
         self.strides = _check_strides(strides, convention)
         levels = None if self.strides is None else len(self.strides)
         self.sizes, self.aspect_ratios = _levels(sizes, aspect_ratios, convention, levels)
@@ -200,7 +200,7 @@ def _levels(
     sizes: Any, aspect_ratios: Any, convention: str, levels: int | None
 ) -> tuple[Sizes, Sizes]:
     """Both with a tuple for each level."""
-    sizes, aspect_ratios = tuple(sizes), tuple(aspect_ratios)
+    sizes, aspect_ratios = _as_tuple("sizes", sizes), _as_tuple("aspect_ratios", aspect_ratios)
     if convention == "detectron2":
         sizes = (sizes,) if _are_numbers(sizes) else sizes
         sizes *= levels if len(sizes) == 1 and levels else 1
@@ -224,11 +224,22 @@ def _check_are_positive(name: str, levels: tuple[Any, ...], pairs: bool = False)
     for level in levels:
         if isinstance(level, numbers.Real):
             raise ValueError(f"{name} must be numbers or a list for each level, got {levels}")
-        for value in level:
-            values = (value,) if isinstance(value, numbers.Real) else tuple(value) if pairs else ()
-            if len(values) not in (1, 2) or not all(number > 0 for number in values):
+        for value in _as_tuple(name, level):
+            is_pair = pairs and isinstance(value, (tuple, list)) and len(value) == 2
+            if not all(map(_is_positive, value if is_pair else (value,))):
                 kind = "numbers > 0 or pairs of them" if pairs else "numbers > 0"
                 raise ValueError(f"{name} must be {kind}, got {value}")
+
+
+def _as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be numbers or a list for each level, got {kind}")
+    return tuple(values)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and float(value) > 0
 
 
 def _are_numbers(values: tuple[Any, ...]) -> bool:
@@ -243,10 +254,10 @@ def _check_strides(strides: Any, convention: str) -> tuple[Stride, ...] | None:
     if strides is None:
         raise ValueError("strides must have an entry for each level of sizes, got None")
     pairs = tuple(
-        (stride, stride) if isinstance(stride, numbers.Real) else tuple(stride)
-        for stride in strides
+        (stride, stride) if isinstance(stride, numbers.Real) else _as_tuple("strides", stride)
+        for stride in _as_tuple("strides", strides)
     )
-    if not all(len(pair) == 2 and min(pair) > 0 for pair in pairs):
+    if not all(len(pair) == 2 and all(map(_is_positive, pair)) for pair in pairs):
         raise ValueError(f"strides must be numbers > 0 or pairs of them, x and y, got {strides}")
     return pairs
 

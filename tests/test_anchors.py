@@ -188,10 +188,18 @@ def test_is_effdets(call, device):
         (((16,), (1.0,), "mmdet", (0,)), {}, "strides must be numbers > 0 or pairs of them"),
         (((16,), (1.0,), "mmdet"), {}, "strides must have an entry for each level of sizes, got None"),
         (((16,), ((1.0, 2, 3),), "efficientdet", (8,)), {}, "aspect_ratios must be numbers > 0 or pairs of them"),
+        (((16,), ("1",), "efficientdet", (8,)), {}, "aspect_ratios must be numbers > 0 or pairs of them, got 1"),
+        (((16,), (1.0,), "mmdet", ((8, "8"),)), {}, "strides must be numbers > 0 or pairs of them"),
+        ((None,), {}, "sizes must be numbers or a list for each level, got NoneType"),
+        (("16",), {}, "sizes must be numbers or a list for each level, got str"),
+        (((16,), ("1.0",)), {}, "aspect_ratios must be numbers or a list for each level, got str"),
+        (((16,), (1.0,), "mmdet", 8), {}, "strides must be numbers or a list for each level, got int"),
+        (((16,), (1.0,), "mmdet", (8,)), {"offset": "0.5"}, "offset must be a number, got str"),
+        (((16,), (1.0,), "mmdet", (8,)), {"scale_major": 1}, "scale_major must be True or False, got int"),
     ],
 )  # fmt: skip
 def test_says_what_is_wrong(arguments, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
         AnchorGenerator(*arguments, **options)
 
 
