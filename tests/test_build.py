@@ -44,7 +44,9 @@ def test_import_without_libraries_says_how_to_build_them(tmp_path):
     (tmp_path / "focalops").mkdir()
     for source in (ROOT / "focalops").glob("*.py"):
         shutil.copy(source, tmp_path / "focalops")
-    result = run_python("-c", "import focalops", cwd=tmp_path)
+    # An editable install would lend the copy its libraries.
+    without = "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]"
+    result = run_python("-c", f"import sys; {without}; import focalops", cwd=tmp_path)
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line.startswith("ImportError: focalops is not compiled for this Python")
     assert "pip install --no-build-isolation ." in last_line

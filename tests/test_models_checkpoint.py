@@ -117,7 +117,7 @@ DAMAGE: dict[str, tuple[Callable[[dict], Any], str]] = {
     ),
     "a kind": (
         damaged(lambda c: c["recipe"]["model"].update(kind="yolo")),
-        "kind must be one of retinanet, got 'yolo'",
+        "kind must be one of retinanet, efficientdet, got 'yolo'",
     ),
     "steps": (damaged(lambda c: c["recipe"].update(steps=0)), "steps must be a whole number"),
     "gamma": (damaged(lambda c: c["recipe"]["model"].update(gamma=-1.0)), "gamma must be"),
