@@ -100,9 +100,10 @@ $(BUILT): $(INSTALLED) $(NATIVE) setup.py build/configuration
 	touch $@
 
 # `import focalops`, `import focalops.models` and the command `focalops` from any folder. pip compiles
-# nothing, since setup.py finds what the line above has built.
+# nothing, since setup.py finds what the line above has built. setuptools warns that an editable install
+# is one.
 $(VENV)/.editable: pyproject.toml setup.py | $(BUILT)
-	$(PY) -m pip install --quiet --no-build-isolation --editable '.[models]'
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[models]'
 	touch $@
 
 # Rewritten only when the build would come out differently.
