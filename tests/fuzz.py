@@ -259,8 +259,9 @@ def difference(actual: Tensor, expected: Tensor, roundings: float, terms: float)
         unit, info = torch.finfo(of_compute).eps, torch.finfo(actual.dtype)
         # Terms may cancel: the largest number says how large they are, and what the caller knows.
         scale = max(largest_of(e), terms)
-        is_half = info.eps > 1e-4
-        least = info.smallest_normal * (4 * info.eps if is_half else 1e4)  # what underflow takes
+        # What underflow takes: where it is rounded to float16, of bfloat16 where it is computed.
+        is_float16 = actual.dtype == torch.float16
+        least = info.smallest_normal * (4 * info.eps if is_float16 else 1e4)
         absolute = roundings * unit * scale + least
         overflow = e.abs() > info.max  # of float32 or half precision
         e = torch.where(overflow, e.sign() * math.inf, e)
