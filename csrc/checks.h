@@ -3,6 +3,8 @@
 // was; the fake kernels in Python say the same sentences.
 #pragma once
 
+#include <algorithm>
+#include <cctype>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -55,8 +57,12 @@ inline std::string dtype_of(const Tensor& tensor) {  // as torch prints it
       return "torch.complex64";
     case ScalarType::ComplexDouble:
       return "torch.complex128";
-    default:
-      return torch::headeronly::toString(tensor.scalar_type());
+    default: {  // Float8_e4m3fn and the like
+      std::string name = std::string("torch.") + torch::headeronly::toString(tensor.scalar_type());
+      std::transform(name.begin(), name.end(), name.begin(),
+                     [](unsigned char c) { return std::tolower(c); });
+      return name;
+    }
   }
 }
 

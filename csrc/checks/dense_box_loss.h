@@ -15,22 +15,8 @@ inline HeadShape check_dense_box_loss(const std::vector<Tensor>& deltas, const T
                                       const std::vector<double>& weights, double beta,
                                       const std::optional<Tensor>& normalizer) {
   const char* op = "dense_box_loss";
-  check_num_levels(op, "deltas", deltas);
+  const int64_t positions = check_levels(op, "deltas", deltas, "A * 4", 4, "A", "deltas");
   const Tensor& first = deltas[0];
-  check_floating(op, "deltas[0]", first);
-  int64_t positions = 0;
-  for (size_t i = 0; i < deltas.size(); ++i) {
-    const Tensor& level = deltas[i];
-    const std::string name = level_name("deltas", i);
-    check_like(op, name.c_str(), level, "deltas[0]", first);
-    if (level.dim() != 4 || level.size(1) % 4 != 0 || !same_shape(level, first, 2)) {
-      fail(op, ": ", name,
-           " must have shape (B, A * 4, H, W), B and A the same in all levels, got ",
-           shape_of(level));
-    }
-    check_image_size(op, name, level, "deltas");
-    positions += level.size(2) * level.size(3);
-  }
   const int64_t images = first.size(0), of_position = first.size(1) / 4;
   const int64_t rows = of_position * positions;
   const auto check_boxes_like = [&](const char* name, const Tensor& boxes) {

@@ -21,22 +21,9 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
                                         const HeadLossOptions& options,
                                         const std::optional<Tensor>& normalizer) {
   const char* op = "dense_focal_loss";
-  check_num_levels(op, "cls_logits", cls_logits);
+  const int64_t positions =
+      check_levels(op, "cls_logits", cls_logits, "A * K", 1, "A * K", "logits");
   const Tensor& first = cls_logits[0];
-  check_floating(op, "cls_logits[0]", first);
-  int64_t positions = 0;
-  for (size_t i = 0; i < cls_logits.size(); ++i) {
-    const Tensor& level = cls_logits[i];
-    const std::string name = level_name("cls_logits", i);
-    check_like(op, name.c_str(), level, "cls_logits[0]", first);
-    if (level.dim() != 4 || (i > 0 && !same_shape(level, first, 2))) {
-      fail(op, ": ", name,
-           " must have shape (B, A * K, H, W), B and A * K the same in all levels, got ",
-           shape_of(level));
-    }
-    check_image_size(op, name, level, "logits");
-    positions += level.size(2) * level.size(3);
-  }
   check_same_device(op, "labels", labels, "cls_logits[0]", first);
   if (!is_index(labels.scalar_type())) {
     fail(op, ": labels must be int32 or int64, got ", dtype_of(labels));

@@ -30,6 +30,29 @@ inline void check_image_size(const char* op, const std::string& name, const Tens
   }
 }
 
+// How many positions the levels have together. `channels` of each, a multiple of `multiple`, are
+// the same in all of them as `same` is; `what` is in them.
+inline int64_t check_levels(const char* op, const char* name, const std::vector<Tensor>& levels,
+                            const char* channels, int64_t multiple, const char* same,
+                            const char* what) {
+  check_num_levels(op, name, levels);
+  const std::string first_name = level_name(name, 0);
+  check_floating(op, first_name.c_str(), levels[0]);
+  int64_t positions = 0;
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const Tensor& level = levels[i];
+    const std::string level_i = level_name(name, i);
+    check_like(op, level_i.c_str(), level, first_name.c_str(), levels[0]);
+    if (level.dim() != 4 || level.size(1) % multiple != 0 || !same_shape(level, levels[0], 2)) {
+      fail(op, ": ", level_i, " must have shape (B, ", channels, ", H, W), B and ", same,
+           " the same in all levels, got ", shape_of(level));
+    }
+    check_image_size(op, level_i, level, what);
+    positions += level.size(2) * level.size(3);
+  }
+  return positions;
+}
+
 // A normalizer of all images, or one for each. `name` is that of the levels, `first` the first.
 inline void check_normalizer_of_images(const char* op, const std::optional<Tensor>& normalizer,
                                        const char* name, const Tensor& first) {

@@ -60,24 +60,13 @@ struct QualityFocalLoss {
   }
 };
 
-// Varifocal loss (Zhang et al., "VarifocalNet", 2021): score BCE(x, score) for the true class of a
-// score > 0, alpha p^gamma BCE(x, 0) for all else.
+// The negatives of the varifocal loss: alpha p^gamma BCE(x, 0).
 template <typename T, int Gamma>
-struct VarifocalLoss {
+struct VarifocalNegatives {
   FocalLoss<T, Gamma> focal;
   T alpha;
-  bool iou_weighted;
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.hard(x, alpha); }
-
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
-    if (score <= 0) {
-      return negative(x);
-    }
-    const detail::CrossEntropy<T> cross_entropy(x, score);
-    const T weight = iou_weighted ? score : T(1);
-    return {weight * cross_entropy.loss, weight * cross_entropy.error};
-  }
 };
 
 // Matchability-aware loss (Huang et al., "DEIM", 2024): BCE(x, score^gamma) for the true class,
@@ -106,13 +95,15 @@ struct MatchabilityAwareLoss {
   }
 };
 
-// The varifocal loss whose weight alpha p^gamma of the negatives is a constant to the gradient.
-template <typename T>
-struct DetachedVarifocalLoss {
-  MatchabilityAwareLoss<T> detached;
+// Varifocal loss (Zhang et al., "VarifocalNet", 2021): score BCE(x, score) for the true class of a
+// score > 0, and for all else its negatives, or those of the matchability-aware loss, whose weight
+// p^gamma is a constant to the gradient.
+template <typename T, typename Negatives>
+struct VarifocalLoss {
+  Negatives negatives;
   bool iou_weighted;
 
-  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return detached.negative(x); }
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return negatives.negative(x); }
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
     if (score <= 0) {
@@ -237,11 +228,11 @@ struct Varifocal : Sigmoid {
   static void dispatch(const std::vector<double>& p, F&& f) {
     const bool iou_weighted = p[2] != 0;
     if (p[3] != 0) {
-      return f(DetachedVarifocalLoss<T>{{T(p[0]), T(p[1])}, iou_weighted});
+      return f(VarifocalLoss<T, MatchabilityAwareLoss<T>>{{T(p[0]), T(p[1])}, iou_weighted});
     }
     dispatch_gamma(p[1], [&](auto gamma) {
-      f(VarifocalLoss<T, decltype(gamma)::value>{
-          {AlphaBalance<T>(-1), T(p[1])}, T(p[0]), iou_weighted});
+      using Negatives = VarifocalNegatives<T, decltype(gamma)::value>;
+      f(VarifocalLoss<T, Negatives>{{{AlphaBalance<T>(-1), T(p[1])}, T(p[0])}, iou_weighted});
     });
   }
 };
