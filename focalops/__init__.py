@@ -19,18 +19,8 @@ from focalops.boxes import (
     encode_boxes,
     generalized_box_iou,
 )
-from focalops.focal_loss import (
-    dense_focal_loss,
-    sigmoid_focal_loss,
-    sigmoid_focal_loss_star,
-    softmax_focal_loss,
-)
-from focalops.iou_aware_losses import (
-    ia_bce_loss,
-    matchability_aware_loss,
-    quality_focal_loss,
-    varifocal_loss,
-)
+from focalops.dense_focal_loss import dense_focal_loss
+from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 from focalops.matching import (
     class_index_targets,
     count_degenerate_boxes,
@@ -39,6 +29,12 @@ from focalops.matching import (
 )
 from focalops.nms import batched_nms, matrix_nms, multiclass_nms, nms, nms_match, soft_nms
 from focalops.postprocess import detect
+from focalops.quality_losses import (
+    ia_bce_loss,
+    matchability_aware_loss,
+    quality_focal_loss,
+    varifocal_loss,
+)
 
 __all__ = [
     "AnchorGenerator",

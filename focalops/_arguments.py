@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from focalops._ops import check, require_tensor
+from focalops._coordinates import check_like
+from focalops._ops import check, check_floating, require_tensor
 
 
 def require_tensors(name: str, value: Any) -> None:
@@ -163,3 +164,30 @@ def check_image_size(op: str, name: str, level: Tensor, what: str) -> None:
         numbers < 2**31,
         lambda: f"{op}: {name} must have fewer than 2^31 {what} an image, got {numbers}",
     )
+
+
+def check_levels(
+    op: str,
+    name: str,
+    levels: Sequence[Tensor],
+    *,
+    channels: str,
+    multiple: int,
+    same: str,
+    what: str,
+) -> None:
+    """Of one dtype, on one device, with as many images and channels, a multiple of ``multiple``, as the first."""
+    check_num_levels(op, name, levels)
+    first = levels[0]
+    check_floating(op, f"{name}[0]", first)
+    for i, level in enumerate(levels):
+        shape, level_name = tuple(level.shape), f"{name}[{i}]"
+        check_like(op, level_name, level, f"{name}[0]", first)
+        check(
+            len(shape) == 4 and shape[1] % multiple == 0 and shape[:2] == first.shape[:2],
+            lambda: (
+                f"{op}: {level_name} must have shape (B, {channels}, H, W), "  # noqa: B023
+                f"B and {same} the same in all levels, got {shape}"  # noqa: B023
+            ),
+        )
+        check_image_size(op, level_name, level, what)

@@ -137,14 +137,6 @@ def register_vmap_as_loop(name: str) -> None:
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def as_own_input(tensor: Tensor) -> Tensor:
-    """The tensor as an input that no other one is computed from, to differentiate a formula by it.
-
-    The gradient by an input must leave out what leads from it to another input, which autograd follows by itself.
-    """
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
-
-
 def require_tensor(name: str, value: Any) -> None:
     """For the public functions: what is no tensor has none of the attributes that the other checks ask for, and no op of
     focalops takes complex numbers, which torch would compare and convert in words of its own."""

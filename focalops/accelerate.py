@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from focalops._arguments import MAX_LEVELS
+from focalops._padding import in_one_dtype
 from focalops.anchors import AnchorGenerator
 from focalops.box_losses import dense_box_loss, generalized_box_iou_loss
 from focalops.boxes import decode_boxes
-from focalops.focal_loss import dense_focal_loss, sigmoid_focal_loss
-from focalops.matching import class_index_targets, in_one_dtype, match_anchors
+from focalops.dense_focal_loss import dense_focal_loss
+from focalops.focal_loss import sigmoid_focal_loss
+from focalops.matching import class_index_targets, match_anchors
 from focalops.nms import batched_nms
 from focalops.postprocess import detect
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from focalops import reference
 from focalops._arguments import (
     check_are_constant,
-    check_image_size,
+    check_levels,
     check_num_levels,
     checked_normalizer,
     choice,
@@ -20,11 +20,26 @@ from focalops._arguments import (
     number,
     require_tensors,
 )
+from focalops._coordinates import (
+    as_coordinates,
+    broadcast,
+    check_coordinates,
+    check_like,
+    check_rows_of_4,
+    coordinates_dtype,
+)
+from focalops._gradients import (
+    differentiable,
+    differentiable_pair,
+    empty_gradients,
+    pair_gradients,
+    scaled,
+    setup_pair,
+)
+from focalops._loss_options import check_normalizer, divisor
 from focalops._ops import (
-    as_own_input,
     call,
     check,
-    check_floating,
     check_same_device,
     compute_dtype,
     ops,
@@ -32,25 +47,8 @@ from focalops._ops import (
     require_tensor,
     runs_reference,
 )
-from focalops.boxes import (
-    IOU_NAMES,
-    as_coordinates,
-    broadcast,
-    check_coordinates,
-    check_like,
-    check_rows_of_4,
-    coordinates_dtype,
-    differentiable,
-    gradients,
-    setup_context,
-)
-from focalops.focal_loss import (
-    _contiguous_like,
-    _divisor,
-    _is_channels_last,
-    _scaled,
-)
-from focalops.matching import pad_boxes
+from focalops._padding import pad_boxes
+from focalops.boxes import IOU_NAMES
 
 
 def box_iou_loss(
@@ -112,6 +110,8 @@ def complete_box_iou_loss(
 # In the order of BoxLossKind in csrc/math/box_loss.h.
 DENSE_LOSSES = ("l1", "smooth_l1", "iou", "giou", "diou", "ciou")
 
+Numbers = tuple[Sequence[float], float, float, float]  # weights, clip, beta, eps
+
 
 def dense_box_loss(
     deltas: Sequence[Tensor],
@@ -163,53 +163,51 @@ def dense_box_loss(
     require_tensor("anchors", anchors)
     require_tensors("gt_boxes", gt_boxes)
     require_tensor("matches", matches)
-    deltas, weights = list(deltas), floats("weights", weights, "4 numbers")
-    clip, beta, eps = number("clip", clip), number("beta", beta), number("eps", eps)
-    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
     check_are_constant(anchors=anchors)
     for boxes in gt_boxes if not isinstance(gt_boxes, Tensor) else (gt_boxes,):
         check_are_constant(gt_boxes=boxes)
-    if deltas and runs_reference(deltas[0]):
-        return reference.dense_box_loss(
-            deltas,
-            anchors,
-            gt_boxes,
-            matches,
-            loss=loss,
-            weights=weights,
-            clip=clip,
-            beta=beta,
-            eps=eps,
-            normalizer=normalizer,
-            min_normalizer=min_normalizer,
-        )
+    coder = floats("weights", weights, "4 numbers"), number("clip", clip)
+    numbers = (*coder, number("beta", beta), number("eps", eps))
+    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
+    deltas, kind = list(deltas), DENSE_LOSSES.index(loss)
+    check_num_levels("dense_box_loss", "deltas", deltas)
+    dtype = compute_dtype(deltas[0].dtype)
     if not isinstance(gt_boxes, Tensor):
         gt_boxes, _ = pad_boxes("dense_box_loss", anchors, gt_boxes)
-    if deltas:
-        dtype = compute_dtype(deltas[0].dtype)
-        anchors, gt_boxes = as_coordinates(anchors, dtype), as_coordinates(gt_boxes, dtype)
-        if isinstance(normalizer, Tensor):
-            normalizer = normalizer.to(dtype)
-    if not isinstance(normalizer, Tensor):
-        min_normalizer = 1 if normalizer is None else max(normalizer, min_normalizer)
-        normalizer = None
+    anchors, gt_boxes = as_coordinates(anchors, dtype), as_coordinates(gt_boxes, dtype)
+    tensors = (deltas, anchors, gt_boxes, matches)
+    divisors = divisor(normalizer, min_normalizer, dtype)
+    if runs_reference(deltas[0]):
+        _check_dense(*tensors, kind, numbers, divisors[0])
+        return _reference_dense(*tensors, kind, numbers, divisors)
     compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
-    value, _ = call(
-        ops.dense_box_loss,
+    return call(ops.dense_box_loss, *tensors, kind, *numbers, *divisors, compute_grad)[0]
+
+
+def _reference_dense(
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    matches: Tensor,
+    kind: int,
+    numbers: Numbers,
+    divisors: tuple[Tensor | None, float],
+) -> Tensor:
+    weights, clip, beta, eps = numbers
+    normalizer, min_normalizer = divisors
+    return reference.dense_box_loss(
         deltas,
         anchors,
         gt_boxes,
         matches,
-        DENSE_LOSSES.index(loss),
-        weights,
-        clip,
-        beta,
-        eps,
-        normalizer,
-        min_normalizer,
-        compute_grad,
+        loss=DENSE_LOSSES[kind],
+        weights=weights,
+        clip=clip,
+        beta=beta,
+        eps=eps,
+        normalizer=min_normalizer if normalizer is None else normalizer,
+        min_normalizer=min_normalizer,
     )
-    return value
 
 
 def _pair_loss(kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
@@ -217,12 +215,13 @@ def _pair_loss(kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: f
     require_tensor("boxes1", boxes1)
     require_tensor("boxes2", boxes2)
     eps = number("eps", eps)
+    dtype = coordinates_dtype(boxes1, boxes2)
+    boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
+    boxes1, boxes2 = broadcast(boxes1, boxes2)
     if runs_reference(boxes1):
+        _check_pair_loss(boxes1, boxes2, kind)
         loss = _reference_pair_loss(boxes1, boxes2, kind, eps)
     else:
-        dtype = coordinates_dtype(boxes1, boxes2)
-        boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
-        boxes1, boxes2 = broadcast(boxes1, boxes2)
         loss = call(ops.box_pair_loss, boxes1, boxes2, kind, eps)
     if reduction == "none":
         return loss
@@ -296,14 +295,9 @@ def _(
     min_normalizer: float,
     compute_grad: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    _check_dense(deltas, anchors, gt_boxes, matches, loss, weights, beta, normalizer)
-    value = anchors.new_empty(())
-    if not compute_grad:
-        return value, []
-    return value, [
-        torch.empty_like(level) if _is_channels_last(level) else _contiguous_like(level)
-        for level in deltas
-    ]
+    numbers = (weights, clip, beta, eps)
+    _check_dense(deltas, anchors, gt_boxes, matches, loss, numbers, normalizer)
+    return anchors.new_empty(()), empty_gradients(deltas) if compute_grad else []
 
 
 def _check_dense(
@@ -312,26 +306,14 @@ def _check_dense(
     gt_boxes: Tensor,
     matches: Tensor,
     loss: int,
-    weights: list[float],
-    beta: float,
+    numbers: Numbers,
     normalizer: Tensor | None,
 ) -> None:
     op = "dense_box_loss"
-    check_num_levels(op, "deltas", deltas)
+    weights, _, beta, _ = numbers
+    check_levels(op, "deltas", deltas, channels="A * 4", multiple=4, same="A", what="deltas")
     first = deltas[0]
     dtype = compute_dtype(first.dtype)
-    check_floating(op, "deltas[0]", first)
-    for i, level in enumerate(deltas):
-        name, shape = f"deltas[{i}]", tuple(level.shape)
-        check_like(op, name, level, "deltas[0]", first)
-        check(
-            level.dim() == 4 and level.shape[1] % 4 == 0 and level.shape[:2] == first.shape[:2],
-            lambda: (
-                f"{op}: {name} must have shape (B, A * 4, H, W), "  # noqa: B023
-                f"B and A the same in all levels, got {shape}"  # noqa: B023
-            ),
-        )
-        check_image_size(op, name, level, "deltas")
     images = first.shape[0]
     rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in deltas)
     for name, boxes in (("anchors", anchors), ("gt_boxes", gt_boxes)):
@@ -366,20 +348,7 @@ def _check_dense(
     check(0 <= loss <= 5, lambda: f"{op}: loss must lie in [0, 5], got {loss}")
     check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
     check(beta >= 0, lambda: f"{op}: beta must be >= 0, got {beta:g}")
-    if normalizer is not None:
-        size, given = tuple(normalizer.shape), normalizer.dtype
-        check_same_device(op, "normalizer", normalizer, "deltas[0]", first)
-        check(
-            size in ((), (images,)),
-            lambda: (
-                f"{op}: normalizer must be a number, a 0-d tensor or a tensor of shape "
-                f"({images},), got a tensor of shape {size}"
-            ),
-        )
-        check(
-            given == dtype,
-            lambda: f"{op}: normalizer must be float32 (float64 for float64 deltas), got {given}",
-        )
+    check_normalizer(op, "deltas[0]", first, normalizer, images)
 
 
 # ---- autograd -----------------------------------------------------------------------------------
@@ -387,20 +356,21 @@ def _check_dense(
 
 def _backward_pair_loss(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return gradients(ctx, None, None)
+        return pair_gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return differentiable(_reference_pair_loss, ctx, grad_output)
+        return differentiable_pair(_reference_pair_loss, ctx, grad_output)
     arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, *ctx.needs_input_grad[:2])
-    return gradients(ctx, *call(ops._box_pair_loss_backward, *arguments))
+    return pair_gradients(ctx, *call(ops._box_pair_loss_backward, *arguments))
 
 
 torch.library.register_autograd(
-    "focalops::box_pair_loss", _backward_pair_loss, setup_context=setup_context
+    "focalops::box_pair_loss", _backward_pair_loss, setup_context=setup_pair
 )
 
 
 def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    deltas, anchors, gt_boxes, matches, *ctx.arguments, normalizer, ctx.min_normalizer, _ = inputs
+    deltas, anchors, gt_boxes, matches, ctx.kind, *ctx.numbers = inputs[:9]
+    normalizer, ctx.min_normalizer, _ = inputs[9:]
     ctx.save_for_backward(anchors, gt_boxes, matches, normalizer, *deltas, *output[1])
     ctx.mark_non_differentiable(*output[1])
     ctx.set_materialize_grads(False)
@@ -413,28 +383,14 @@ def _backward_dense(ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]) 
     deltas, grads = tensors[:levels], tensors[levels:]
     if grad_loss is None:
         return [None] * levels, *nothing
-    if torch.is_grad_enabled() or not grads:
-        kind, weights, clip, beta, eps = ctx.arguments
-        with torch.enable_grad():
-            x = [as_own_input(t) for t in deltas]
-            loss = reference.dense_box_loss(
-                x,
-                anchors,
-                gt_boxes,
-                matches,
-                loss=DENSE_LOSSES[kind],
-                weights=weights,
-                clip=clip,
-                beta=beta,
-                eps=eps,
-                normalizer=ctx.min_normalizer if normalizer is None else normalizer,
-                min_normalizer=ctx.min_normalizer,
-            )
-            return list(torch.autograd.grad(loss, x, grad_loss, create_graph=True)), *nothing
-    factor = grad_loss
-    if deltas[0].dtype == torch.float16:
-        factor = factor / _divisor(normalizer, ctx.min_normalizer)
-    return [_scaled(grad, factor) for grad in grads], *nothing
+    divisors = normalizer, ctx.min_normalizer
+    if grads and not torch.is_grad_enabled():
+        return scaled(grads, grad_loss, *divisors), *nothing
+
+    def formula(*x: Tensor) -> Tensor:
+        return _reference_dense(x, anchors, gt_boxes, matches, ctx.kind, ctx.numbers, divisors)
+
+    return list(differentiable(formula, deltas, grad_loss)), *nothing
 
 
 torch.library.register_autograd(

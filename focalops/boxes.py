@@ -6,7 +6,7 @@ Boxes are ``(x1, y1, x2, y2)`` in absolute pixels with ``x1 <= x2`` and ``y1 <= 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,18 @@ from focalops._arguments import (
     floats,
     number,
 )
+from focalops._coordinates import (
+    as_coordinates,
+    broadcast,
+    check_coordinates,
+    check_like,
+    check_rows_of_4,
+    coordinates_dtype,
+    shapes_broadcast,
+)
+from focalops._gradients import differentiable_pair, pair_gradients, setup_pair
 from focalops._ops import (
     FLOATING,
-    as_own_input,
     call,
     check,
     check_floating,
@@ -118,16 +127,18 @@ def _iou_matrix(
     boxes1, boxes2 = as_coordinates(boxes1, dtype), as_coordinates(boxes2, dtype)
     if fmt != "xyxy":
         boxes1, boxes2 = _corners(boxes1, fmt), _corners(boxes2, fmt)
-    if runs_reference(boxes1):
-        return _reference_iou(boxes1, boxes2, kind, eps)
     batch = None if boxes1.dim() == boxes2.dim() == 2 else _common_batch(boxes1, boxes2)
-    if batch is None:
-        return call(ops.box_iou, boxes1, boxes2, kind, eps)
-    boxes1, boxes2 = (
-        boxes.expand(*batch, -1, -1).reshape(math.prod(batch), *boxes.shape[-2:])
-        for boxes in (boxes1, boxes2)
-    )
-    return call(ops.box_iou, boxes1, boxes2, kind, eps).unflatten(0, batch)
+    if batch is not None:
+        boxes1, boxes2 = (
+            boxes.expand(*batch, -1, -1).reshape(math.prod(batch), *boxes.shape[-2:])
+            for boxes in (boxes1, boxes2)
+        )
+    if runs_reference(boxes1):
+        _check_box_iou(boxes1, boxes2, kind)
+        matrix = _reference_iou(boxes1, boxes2, kind, eps)
+    else:
+        matrix = call(ops.box_iou, boxes1, boxes2, kind, eps)
+    return matrix if batch is None else matrix.unflatten(0, batch)
 
 
 def _common_batch(boxes1: Tensor, boxes2: Tensor) -> tuple[int, ...] | None:
@@ -137,7 +148,7 @@ def _common_batch(boxes1: Tensor, boxes2: Tensor) -> tuple[int, ...] | None:
     batch1, batch2 = boxes1.shape[:-2], boxes2.shape[:-2]
     if batch1 == batch2 and len(batch1) <= 1:
         return None
-    if not _shapes_broadcast(batch1, batch2):
+    if not shapes_broadcast(batch1, batch2):
         return None
     return torch.broadcast_shapes(batch1, batch2)
 
@@ -182,10 +193,11 @@ def encode_boxes(
     require_tensor("boxes", boxes)
     require_tensor("anchors", anchors)
     weights = floats("weights", weights, "4 numbers")
-    if runs_reference(boxes):
-        return reference.encode_boxes(boxes, anchors, weights)
     dtype = coordinates_dtype(boxes, anchors)
     boxes, anchors = broadcast(as_coordinates(boxes, dtype), as_coordinates(anchors, dtype))
+    if runs_reference(boxes):
+        _check_encode_boxes(boxes, anchors, weights)
+        return reference.encode_boxes(boxes, anchors, weights)
     return call(ops.encode_boxes, boxes, anchors, weights)
 
 
@@ -225,19 +237,19 @@ def decode_boxes(
     if ctr_clamp is not None:
         ctr_clamp = _checked_ctr_clamp(ctr_clamp)
     size, sizes = _image_size(image_size, deltas)
-    if runs_reference(deltas):
-        one_or_each = sizes if size is None else size
-        return reference.decode_boxes(
-            deltas, anchors, weights, clip, one_or_each, ctr_clamp=ctr_clamp
-        )
     dtype = coordinates_dtype(deltas, anchors)
+    anchors = as_coordinates(anchors, dtype)
+    if runs_reference(deltas):
+        deltas, anchors = broadcast(as_coordinates(deltas, dtype), anchors)
+        _check_decode_boxes(deltas, anchors, weights, size or [])
+        limits = sizes if size is None else size
+        return reference.decode_boxes(deltas, anchors, weights, clip, limits, ctr_clamp=ctr_clamp)
     if ctr_clamp is not None:
-        # Both ways to the anchors start here, so that their gradients are added before they are rounded.
-        anchors = as_coordinates(anchors, dtype)
+        # Both ways to the anchors start behind their conversion, so that their gradients are added before they are rounded.
         deltas = _clamp_shifts(deltas, anchors, weights, ctr_clamp)
     if deltas.dtype not in FLOATING or dtype == torch.float64:
         deltas = as_coordinates(deltas, dtype)
-    deltas, anchors = broadcast(deltas, as_coordinates(anchors, dtype))
+    deltas, anchors = broadcast(deltas, anchors)
     boxes = call(ops.decode_boxes, deltas, anchors, weights, clip, size or [])
     return boxes if sizes is None else clip_to_images(boxes, sizes)
 
@@ -286,7 +298,7 @@ def _clamp_shifts(
     fits = len(weights) == 4 and deltas.shape[-1:] == (4,) == anchors.shape[-1:]
     fits = fits and deltas.device == anchors.device
     fits = fits and torch.bool not in (deltas.dtype, anchors.dtype)
-    if not fits or not _shapes_broadcast(deltas.shape, anchors.shape):
+    if not fits or not shapes_broadcast(deltas.shape, anchors.shape):
         return deltas  # for the op to refuse
     dtype = coordinates_dtype(deltas, anchors)
     deltas, anchors = as_coordinates(deltas, dtype), as_coordinates(anchors, dtype)
@@ -298,51 +310,7 @@ def _clamp_shifts(
     return torch.cat((shifts, sizes.expand(*shifts.shape[:-1], 2)), dim=-1)
 
 
-def coordinates_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """In which they are computed together."""
-    is_double = a.dtype == torch.float64 or b.dtype == torch.float64
-    return torch.float64 if is_double else torch.float32
-
-
-def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype that they are computed in. What holds no coordinates stays, for the op to refuse."""
-    return boxes if boxes.dtype == torch.bool else boxes.to(dtype)
-
-
-def broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """As views. Shapes that do not fit stay, for the op to refuse."""
-    if a.shape == b.shape or a.shape[-1:] != (4,) or b.shape[-1:] != (4,):
-        return a, b
-    return torch.broadcast_tensors(a, b) if _shapes_broadcast(a.shape, b.shape) else (a, b)
-
-
-def _shapes_broadcast(a: Sequence[int], b: Sequence[int]) -> bool:
-    return all(m == n or 1 in (m, n) for m, n in zip(a[::-1], b[::-1], strict=False))
-
-
 # ---- fake kernels -------------------------------------------------------------------------------
-
-
-def check_coordinates(op: str, name: str, tensor: Tensor) -> None:
-    check(
-        tensor.dtype in (torch.float32, torch.float64),
-        lambda: f"{op}: {name} must be float32 or float64, got {tensor.dtype}",
-    )
-
-
-def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    check_same_device(op, name, tensor, like_name, like)
-    check(
-        tensor.dtype == like.dtype,
-        lambda: f"{op}: {name} must be {like.dtype} like {like_name}, got {tensor.dtype}",
-    )
-
-
-def check_rows_of_4(op: str, name: str, tensor: Tensor) -> None:
-    check(
-        tensor.shape[-1:] == (4,),
-        lambda: f"{op}: {name} must have shape (..., 4), got {tuple(tensor.shape)}",
-    )
 
 
 def _check_anchors(op: str, anchors: Tensor, like_name: str, like: Tensor) -> None:
@@ -484,44 +452,18 @@ def _(
 # ---- autograd: each op takes two tensors, then its settings ---------------------------------------
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    first, second, *ctx.settings = inputs
-    ctx.save_for_backward(first, second)
-    ctx.set_materialize_grads(False)
-
-
-def gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
-    needs_first, needs_second = ctx.needs_input_grad[:2]
-    return (
-        first if needs_first else None,
-        second if needs_second else None,
-        *(None for _ in ctx.settings),
-    )
-
-
-def differentiable(
-    function: Callable[..., Tensor], ctx: Any, grad_output: Tensor
-) -> tuple[Any, ...]:
-    """The gradients through formulas that autograd can differentiate again."""
-    with torch.enable_grad():
-        first, second = (as_own_input(x) for x in ctx.saved_tensors)
-        output = function(first, second, *ctx.settings)
-        grads = torch.autograd.grad(output, (first, second), grad_output, create_graph=True)
-    return gradients(ctx, *grads)
-
-
 def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return gradients(ctx, None, None)
+        return pair_gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return differentiable(_reference_iou, ctx, grad_output)
+        return differentiable_pair(_reference_iou, ctx, grad_output)
     if ctx.settings[0] == 4:  # "iof"
-        grads = differentiable(_reference_iou, ctx, grad_output)
+        grads = differentiable_pair(_reference_iou, ctx, grad_output)
         return tuple(None if grad is None else grad.detach() for grad in grads)
     boxes1, boxes2 = ctx.saved_tensors
     needs1, needs2 = ctx.needs_input_grad[:2]
     transposed = grad_output.transpose(-1, -2)  # the family is symmetric
-    return gradients(
+    return pair_gradients(
         ctx,
         call(ops._box_iou_backward, grad_output, boxes1, boxes2, *ctx.settings) if needs1 else None,
         call(ops._box_iou_backward, transposed, boxes2, boxes1, *ctx.settings) if needs2 else None,
@@ -530,21 +472,21 @@ def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
 
 def _backward_encode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return gradients(ctx, None, None)
+        return pair_gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return differentiable(reference.encode_boxes, ctx, grad_output)
+        return differentiable_pair(reference.encode_boxes, ctx, grad_output)
     grads = call(ops._encode_boxes_backward, grad_output, *ctx.saved_tensors, *ctx.settings)
-    return gradients(ctx, *grads)
+    return pair_gradients(ctx, *grads)
 
 
 def _backward_decode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
-        return gradients(ctx, None, None)
+        return pair_gradients(ctx, None, None)
     if torch.is_grad_enabled():
-        return differentiable(_reference_decode_boxes, ctx, grad_output)
+        return differentiable_pair(_reference_decode_boxes, ctx, grad_output)
     needs_anchors = ctx.needs_input_grad[1]
     arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, needs_anchors)
-    return gradients(ctx, *call(ops._decode_boxes_backward, *arguments))
+    return pair_gradients(ctx, *call(ops._decode_boxes_backward, *arguments))
 
 
 def _reference_decode_boxes(
@@ -558,4 +500,4 @@ for name, backward in (
     ("encode_boxes", _backward_encode_boxes),
     ("decode_boxes", _backward_decode_boxes),
 ):
-    torch.library.register_autograd(f"focalops::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(f"focalops::{name}", backward, setup_context=setup_pair)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from focalops import reference
 from focalops._arguments import (
@@ -17,9 +15,14 @@ from focalops._arguments import (
     flag,
     host_sees,
     number,
-    on_device,
     require_tensors,
     whole,
+)
+from focalops._coordinates import (
+    as_coordinates,
+    check_coordinates,
+    check_like,
+    coordinates_dtype,
 )
 from focalops._ops import (
     call,
@@ -30,7 +33,7 @@ from focalops._ops import (
     require_tensor,
     runs_reference,
 )
-from focalops.boxes import as_coordinates, check_coordinates, check_like, coordinates_dtype
+from focalops._padding import check_labels, pad_boxes, pad_crowd, pad_labels
 
 RULES = ("torchvision", "detectron2", "mmdet", "efficientdet")
 
@@ -109,7 +112,25 @@ def match_anchors(
         require_tensors("crowd", crowd)
     if image_sizes is not None:
         image_sizes = _as_sizes(image_sizes, anchors)
+    if crowd is not None:
+        crowd = pad_crowd(crowd, gt_boxes)
+    if not isinstance(gt_boxes, Tensor):
+        if counts is not None:
+            raise ValueError("counts must be None unless gt_boxes is one padded tensor")
+        gt_boxes, counts = pad_boxes("match_anchors", anchors, gt_boxes)
+    roles = None
+    if crowd is not None or image_sizes is not None:
+        _check_padded(gt_boxes)
+        roles = _roles(gt_boxes, crowd, image_sizes)
+    dtype = coordinates_dtype(anchors, gt_boxes)
+    anchors = as_coordinates(anchors.detach(), dtype)
+    gt_boxes = as_coordinates(gt_boxes.detach(), dtype)
+    arguments = (
+        *(anchors, gt_boxes, counts, fg_iou_threshold, bg_iou_threshold),
+        *(low_quality, min_pos_iou, roles, crowd_threshold, ignore_wrt_candidates),
+    )
     if runs_reference(anchors):
+        _check(*arguments)
         return reference.match_anchors(
             anchors,
             gt_boxes,
@@ -125,30 +146,7 @@ def match_anchors(
             ignore_wrt_candidates=ignore_wrt_candidates,
             image_sizes=image_sizes,
         )
-    if crowd is not None:
-        crowd = _pad_crowd(crowd, gt_boxes)
-    if not isinstance(gt_boxes, Tensor):
-        if counts is not None:
-            raise ValueError("counts must be None unless gt_boxes is one padded tensor")
-        gt_boxes, counts = pad_boxes("match_anchors", anchors, gt_boxes)
-    roles = None
-    if crowd is not None or image_sizes is not None:
-        _check_padded(gt_boxes)
-        roles = _roles(gt_boxes, crowd, image_sizes)
-    dtype = coordinates_dtype(anchors, gt_boxes)
-    return call(
-        ops.match_anchors,
-        as_coordinates(anchors.detach(), dtype),
-        as_coordinates(gt_boxes.detach(), dtype),
-        counts,
-        fg_iou_threshold,
-        bg_iou_threshold,
-        low_quality,
-        min_pos_iou,
-        roles,
-        crowd_threshold,
-        ignore_wrt_candidates,
-    )
+    return call(ops.match_anchors, *arguments)
 
 
 def _low_quality(rule: str, allowed: bool, min_pos_iou: float, gt_max_assign_all: bool) -> int:
@@ -305,26 +303,6 @@ def _check_padded(gt_boxes: Tensor) -> None:
         )
 
 
-def _pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Tensor) -> Tensor:
-    if isinstance(crowd, Tensor):
-        return crowd
-    if len(crowd) != len(gt_boxes):
-        raise ValueError(
-            f"crowd must have one entry for each of the {len(gt_boxes)} images, got {len(crowd)}"
-        )
-    for i, (flags, boxes) in enumerate(zip(crowd, gt_boxes, strict=True)):
-        if flags.dtype != torch.bool or flags.shape != boxes.shape[:1]:
-            raise ValueError(
-                f"crowd[{i}] must be bool of shape {tuple(boxes.shape[:1])}, one for each box, "
-                f"got {flags.dtype} of shape {tuple(flags.shape)}"
-            )
-        if len(flags):
-            check_same_device("match_anchors", f"crowd[{i}]", flags, "gt_boxes", boxes)
-    if len(crowd) == 0:
-        return torch.zeros((0, 0), dtype=torch.bool)
-    return pad_sequence(list(crowd), batch_first=True)
-
-
 def _roles(
     gt_boxes: Tensor,  # [B, M, 4]
     crowd: Tensor | None,
@@ -380,7 +358,7 @@ def class_index_targets(
         )
     num_images = len(matches)
     if isinstance(gt_labels, Tensor):
-        _check_labels("gt_labels", gt_labels)
+        check_labels("gt_labels", gt_labels)
         if gt_labels.dim() != 2 or gt_labels.shape[0] != num_images:
             raise ValueError(
                 f"gt_labels must be a list of (M_i,) or have shape ({num_images}, M), "
@@ -388,7 +366,7 @@ def class_index_targets(
             )
         labels = gt_labels.to(torch.int64)
     else:
-        labels = _pad_labels(gt_labels, matches)
+        labels = pad_labels(gt_labels, matches)
     check_same_device("class_index_targets", "gt_labels", labels, "matches", matches)
     no_class = num_classes + (2 if ignore_index == num_classes + 1 else 1)
     is_class = (labels >= 0) & (labels < num_classes)
@@ -399,28 +377,6 @@ def class_index_targets(
     if host_sees(targets) and (targets == no_class).any():
         _refuse_label(matches, targets == no_class, gt_labels, num_classes)
     return targets
-
-
-def _check_labels(name: str, labels: Tensor) -> None:
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {labels.dtype}")
-
-
-def _pad_labels(gt_labels: Sequence[Tensor], matches: Tensor) -> Tensor:
-    """int64 (B, M), -1 where an image has none."""
-    if len(gt_labels) != len(matches):
-        raise ValueError(
-            f"gt_labels must have one entry for each of the {len(matches)} images, got {len(gt_labels)}"
-        )
-    for i, labels in enumerate(gt_labels):
-        _check_labels(f"gt_labels[{i}]", labels)
-        if labels.dim() != 1:
-            raise ValueError(f"gt_labels[{i}] must have shape (M,), got {tuple(labels.shape)}")
-        check_same_device("class_index_targets", f"gt_labels[{i}]", labels, "matches", matches)
-    if len(gt_labels) == 0:
-        return matches.new_empty((0, 0))
-    in_int64 = [labels.to(torch.int64) for labels in gt_labels]
-    return pad_sequence(in_int64, batch_first=True, padding_value=-1)
 
 
 def _refuse_label(
@@ -438,29 +394,16 @@ def _refuse_label(
     )
 
 
-def pad_boxes(op: str, anchors: Tensor, gt_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Padded boxes, in a dtype that holds those of all images, and their counts, without waiting for the device."""
-    for i, boxes in enumerate(gt_boxes):
-        if boxes.dim() != 2 or boxes.shape[1] != 4:
-            raise ValueError(f"gt_boxes[{i}] must have shape (M, 4), got {tuple(boxes.shape)}")
-        check_same_device(op, f"gt_boxes[{i}]", boxes, "anchors", anchors)
-    if len(gt_boxes) == 0:
-        return anchors.new_empty((0, 0, 4)), anchors.new_empty(0, dtype=torch.int64)
-    counts = torch.tensor([len(boxes) for boxes in gt_boxes])
-    return pad_sequence(in_one_dtype(gt_boxes), batch_first=True), on_device(counts, anchors.device)
-
-
-def in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """pad_sequence takes the first tensor's, to which it would round those of the others."""
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    return [tensor.to(dtype) for tensor in tensors]
-
-
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("focalops::match_anchors")
-def _(
+def _(anchors: Tensor, gt_boxes: Tensor, *options: Any) -> Tensor:
+    _check(anchors, gt_boxes, *options)
+    return anchors.new_empty((gt_boxes.shape[0], anchors.shape[0]), dtype=torch.int64)
+
+
+def _check(
     anchors: Tensor,
     gt_boxes: Tensor,
     counts: Tensor | None,
@@ -471,7 +414,7 @@ def _(
     roles: Tensor | None = None,
     crowd_threshold: float = 0,
     ignore_wrt_candidates: bool = True,
-) -> Tensor:
+) -> None:
     op = "match_anchors"
     check_coordinates(op, "anchors", anchors)
     check(
@@ -526,4 +469,3 @@ def _(
         crowd_threshold >= 0,
         lambda: f"{op}: crowd_threshold must be >= 0, got {crowd_threshold:g}",
     )
-    return anchors.new_empty((num_images, anchors.shape[0]), dtype=torch.int64)

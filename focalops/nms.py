@@ -47,6 +47,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "
     boxes, iou_threshold = _as_rows(boxes, scores), number("iou_threshold", iou_threshold)
     is_diou = by_distance(overlap)
     if runs_reference(boxes):
+        _check(boxes, scores, None)
         return reference.nms(boxes, scores, iou_threshold, overlap=overlap)
     return call(ops.nms, boxes, scores, None, iou_threshold, is_diou)
 
@@ -74,14 +75,15 @@ def batched_nms(
     boxes, iou_threshold = _as_rows(boxes, scores), number("iou_threshold", iou_threshold)
     is_diou = by_distance(overlap)
     require_tensor("idxs", idxs)
-    if runs_reference(boxes):
-        return reference.batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)
     if idxs.is_floating_point():
         idxs = (idxs.to(torch.float64) + 0.0).view(
             torch.int64
         )  # -0 + 0 is 0, whose bits are others
     if idxs.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16):
         idxs = idxs.to(torch.int64)
+    if runs_reference(boxes):
+        _check(boxes, scores, idxs)
+        return reference.batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)
     return call(ops.nms, boxes, scores, idxs, iou_threshold, is_diou)
 
 
@@ -115,6 +117,7 @@ def nms_match(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """
     boxes, iou_threshold = _as_rows(boxes, scores).detach(), number("iou_threshold", iou_threshold)
     if runs_reference(boxes):
+        _check(boxes, scores, None)
         return reference.nms_match(boxes, scores, iou_threshold)
     keep = nms(boxes, scores, iou_threshold)
     iou = box_iou(boxes[keep], boxes)
@@ -164,6 +167,7 @@ def multiclass_nms(
     max_detections = whole("max_detections", max_detections)
     is_diou = by_distance(overlap)
     if runs_reference(boxes):
+        _check_padded(boxes, scores, labels, counts, max_detections)
         return reference.multiclass_nms(
             boxes, scores, labels, iou_threshold, max_detections, counts=counts, overlap=overlap
         )
@@ -232,7 +236,9 @@ def soft_nms(
     iou_threshold = number("iou_threshold", iou_threshold)
     sigma, score_threshold = number("sigma", sigma), number("score_threshold", score_threshold)
     max_detections = whole("max_detections", max_detections)
+    boxes, scores = _in_one_dtype(boxes.detach(), scores.detach())
     if runs_reference(boxes):
+        _check_decayed("soft_nms", boxes, scores, labels, sigma, max_detections)
         return reference.soft_nms(
             boxes,
             scores,
@@ -243,7 +249,6 @@ def soft_nms(
             sigma=sigma,
             score_threshold=score_threshold,
         )
-    boxes, scores = _in_one_dtype(boxes.detach(), scores.detach())
     return call(
         ops.soft_nms,
         boxes,
@@ -296,7 +301,9 @@ def matrix_nms(
     _require_tensors(boxes=boxes, scores=scores, labels=labels)
     sigma, score_threshold = number("sigma", sigma), number("score_threshold", score_threshold)
     max_detections = whole("max_detections", max_detections)
+    boxes, scores = _in_one_dtype(boxes.detach(), scores.detach())
     if runs_reference(boxes):
+        _check_decayed("matrix_nms", boxes, scores, labels, sigma, max_detections)
         return reference.matrix_nms(
             boxes,
             scores,
@@ -306,7 +313,6 @@ def matrix_nms(
             sigma=sigma,
             score_threshold=score_threshold,
         )
-    boxes, scores = _in_one_dtype(boxes.detach(), scores.detach())
     return call(
         ops.matrix_nms,
         boxes,
@@ -383,6 +389,18 @@ def _(
     max_detections: int,
     by_distance: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    _check_padded(boxes, scores, labels, counts, max_detections)
+    indices = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
+    return indices, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
+
+
+def _check_padded(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    max_detections: int,
+) -> None:
     op = "multiclass_nms"
     check_floating(op, "boxes", boxes)
     check(
@@ -398,8 +416,6 @@ def _(
         if tensor is not None:
             _check_one_for_each(op, name, tensor, boxes, dims, what)
     check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
-    indices = boxes.new_empty((boxes.shape[0], max_detections), dtype=torch.int64)
-    return indices, boxes.new_empty(boxes.shape[0], dtype=torch.int64)
 
 
 @torch.library.register_fake("focalops::soft_nms")
@@ -437,6 +453,20 @@ def _decayed(
     sigma: float,
     max_detections: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_decayed(op, boxes, scores, labels, sigma, max_detections)
+    padded = (boxes.shape[0], max_detections)
+    indices = boxes.new_empty(padded, dtype=torch.int64)
+    return indices, boxes.new_empty(padded), boxes.new_empty(padded[:1], dtype=torch.int64)
+
+
+def _check_decayed(
+    op: str,
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor | None,
+    sigma: float,
+    max_detections: int,
+) -> None:
     check(
         boxes.dtype in (torch.float32, torch.float64),
         lambda: f"{op}: boxes must be float32 or float64, got {boxes.dtype}",
@@ -455,6 +485,3 @@ def _decayed(
         _check_one_for_each(op, "labels", labels, boxes, 2, "box")
     check(sigma > 0, lambda: f"{op}: sigma must be > 0, got {sigma:g}")
     check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
-    padded = (boxes.shape[0], max_detections)
-    indices = boxes.new_empty(padded, dtype=torch.int64)
-    return indices, boxes.new_empty(padded), boxes.new_empty(padded[:1], dtype=torch.int64)

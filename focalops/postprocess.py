@@ -96,7 +96,10 @@ def detect(
         image_sizes = image_sizes.to(torch.float32)
     elif image_sizes is not None:
         image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
+    anchors = anchors.detach().to(torch.float32)
+    tensors = (cls_logits, box_deltas, anchors, image_sizes)
     if cls_logits and runs_reference(cls_logits[0]):
+        _check(*tensors, weights, topk_per_level, max_detections)
         return reference.detect(
             cls_logits,
             box_deltas,
@@ -113,10 +116,7 @@ def detect(
         )
     return call(
         ops.detect,
-        cls_logits,
-        box_deltas,
-        anchors.detach().to(torch.float32),
-        image_sizes,
+        *tensors,
         weights,
         clip,
         score_threshold,

@@ -114,13 +114,9 @@ def on_meta(value: Any) -> Any:
 
 
 @pytest.fixture(params=["cpu", "cuda-emulated", "meta", "fake", "reference"])
-def path(request, monkeypatch):
+def path(request):
     if request.param == "reference":
-        for module in (m for m in vars(focalops).values() if inspect.ismodule(m)):
-            if hasattr(module, "runs_reference"):
-                monkeypatch.setattr(module, "runs_reference", lambda _: True)
-            if hasattr(module, "NATIVE_DEVICES"):
-                monkeypatch.setattr(module, "NATIVE_DEVICES", ())
+        request.getfixturevalue("without_kernels")
     with emulated_cuda() if request.param == "cuda-emulated" else nullcontext():
         yield request.param
 

@@ -100,6 +100,10 @@ def elsewhere(tensor: Tensor) -> Tensor:
     return tensor.to("meta")
 
 
+def to_float8(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e4m3fn)
+
+
 def to_bool(tensor: Tensor) -> Tensor:
     return tensor.bool()
 
@@ -115,6 +119,7 @@ def nms_of(boxes: str, shape: str) -> list[tuple[str, Callable, str]]:
         ("boxes", lambda b: b[..., :3], f"boxes must have shape {boxes}, got "),
         ("boxes", lambda b: b[0], f"boxes must have shape {boxes}, got "),
         ("scores", Tensor.long, f"scores must be {FLOATING}, got torch.int64"),
+        ("scores", to_float8, f"scores must be {FLOATING}, got torch.float8_e4m3fn"),
         ("scores", lambda s: s[..., 1:], f"scores must have shape {shape}, one for each box, got "),
         ("scores", lambda s: s[..., None], f"scores must have shape {shape}, one for each box, got "),
         ("scores", elsewhere, "scores " + ELSEWHERE.format("boxes")),
@@ -187,6 +192,7 @@ def row_loss_of(exponent: str) -> list[tuple[str, Callable, str]]:
     shape = "must have the shape of inputs, (6, 5), without its last dimension"
     return [
         ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),
+        ("inputs", to_float8, f"inputs must be {FLOATING}, got torch.float8_e4m3fn"),
         ("targets", lambda t: (t[0][:3], t[1]), f"class-index targets {shape}, got (3,)"),
         ("targets", lambda t: (t[0].float(), t[1]), "class-index targets must be int32 or int64, got torch.float32"),
         ("targets", lambda t: (t[0], t[1][:3]), "scores must have the shape of targets, (6,), and be float32 (float64 for float64 logits), got (3,) and torch.float32"),
@@ -407,6 +413,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     },
     "softmax_focal_loss": [
         ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),
+        ("inputs", to_float8, f"inputs must be {FLOATING}, got torch.float8_e4m3fn"),
         ("targets", lambda t: t[:3], "class-index targets must have the shape of inputs, (6, 5), without its last dimension, got (3,)"),
         ("targets", Tensor.float, "class-index targets must be int32 or int64, got torch.float32"),
         ("targets", lambda t: t + 5, "class-index targets must lie in [0, 4] or equal ignore_index, -100, got 5"),
@@ -500,11 +507,21 @@ def test_every_reduction_says_the_same(op, argument, wrong, sentence, reduction,
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), LOSS_CASES)
 def test_devices_without_kernels_say_the_same(
-    op, argument, wrong, sentence, reduction, monkeypatch
+    op, argument, wrong, sentence, reduction, without_kernels
 ):
-    monkeypatch.setattr(focalops.focal_loss, "runs_reference", lambda _: True)
-    monkeypatch.setattr(focalops.focal_loss, "NATIVE_DEVICES", ())
     arguments = right_arguments()[op] | {"reduction": reduction}
+    arguments[argument] = wrong(arguments.get(argument))
+    if is_of_values(sentence):
+        assert function_of(op)(**arguments).isnan().any()
+    else:
+        assert sentence in sentence_of(op, arguments)
+
+
+@pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), CASES)
+def test_every_function_says_the_same_on_devices_without_kernels(
+    op, argument, wrong, sentence, without_kernels
+):
+    arguments = right_arguments()[op]
     arguments[argument] = wrong(arguments.get(argument))
     if is_of_values(sentence):
         assert function_of(op)(**arguments).isnan().any()

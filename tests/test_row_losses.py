@@ -18,7 +18,7 @@ from focalops import (
     sigmoid_focal_loss_star,
     varifocal_loss,
 )
-from focalops.focal_loss import ROW_LOSSES
+from focalops.row_losses import ROW_LOSSES
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A row shorter than a 16-byte vector, vectors that straddle rows, more than one block and one chunk.

@@ -1,0 +1,181 @@
+"""What the backward passes of the ops share: formulas that can be differentiated again, and the gradient that a forward saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focalops._ops import call, ops
+
+# ---- formulas -----------------------------------------------------------------------------------
+
+
+def differentiable(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of a formula by its inputs, which autograd can differentiate again."""
+    with torch.enable_grad():
+        own = [_as_own_input(x) for x in inputs]
+        return torch.autograd.grad(formula(*own), own, grad_output, create_graph=True)
+
+
+def _as_own_input(tensor: Tensor) -> Tensor:
+    """The tensor as an input that no other one is computed from, to differentiate a formula by it.
+
+    The gradient by an input must leave out what leads from it to another input, which autograd follows by itself.
+    """
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+# ---- functions of two tensors -------------------------------------------------------------------
+
+
+def setup_pair(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps two tensors and the settings behind them."""
+    first, second, *ctx.settings = inputs
+    ctx.save_for_backward(first, second)
+    ctx.set_materialize_grads(False)
+
+
+def pair_gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
+    """What a backward returns after setup_pair."""
+    needs_first, needs_second = ctx.needs_input_grad[:2]
+    return (
+        first if needs_first else None,
+        second if needs_second else None,
+        *(None for _ in ctx.settings),
+    )
+
+
+def differentiable_pair(
+    formula: Callable[..., Tensor], ctx: Any, grad_output: Tensor
+) -> tuple[Any, ...]:
+    """The same, through formulas that autograd can differentiate again."""
+
+    def of_tensors(first: Tensor, second: Tensor) -> Tensor:
+        return formula(first, second, *ctx.settings)
+
+    return pair_gradients(ctx, *differentiable(of_tensors, ctx.saved_tensors, grad_output))
+
+
+# ---- the gradient that a forward saved ----------------------------------------------------------
+
+
+def empty_gradient(tensor: Tensor) -> Tensor:
+    """Where the forward writes the gradient of a tensor, for the fake kernels."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def empty_gradients(levels: Sequence[Tensor]) -> list[Tensor]:
+    """The same of a head's levels, each in its own layout."""
+    return [
+        torch.empty_like(level)
+        if level.is_contiguous(memory_format=torch.channels_last)
+        else empty_gradient(level)
+        for level in levels
+    ]
+
+
+def divisor_of(normalizer: Tensor | None, min_normalizer: float) -> Tensor | float:
+    return min_normalizer if normalizer is None else normalizer.clamp(min=min_normalizer)
+
+
+def scaled(
+    saved: Sequence[Tensor], grad_loss: Tensor, normalizer: Tensor | None, min_normalizer: float
+) -> list[Tensor]:
+    """The gradients that the forward of a sum saved, times that of the loss: in place where that is allowed."""
+    if saved[0].dtype == torch.float16:  # the forward left the division to the backward
+        grad_loss = grad_loss / divisor_of(normalizer, min_normalizer)
+    return [_scaled(grad, grad_loss) for grad in saved]
+
+
+def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """The gradient times a number or one for each image."""
+    if _may_overwrite(saved, factor):
+        call(ops._scale_, saved, factor)
+        return saved
+    if factor.dim() == 0:
+        return saved * factor
+    return (saved * factor.view(-1, *[1] * (saved.dim() - 1))).to(saved.dtype)
+
+
+def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
+    """Whether this backward may scale what its forward saved: not if it can run again, nor under a tracer or vmap."""
+    if torch.compiler.is_compiling() or type(saved) is not Tensor:
+        return False
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor):
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+@torch.library.register_fake("focalops::_scale_")
+def _(tensor: Tensor, scale: Tensor) -> None:
+    pass
+
+
+# ---- the gradient over the logits ---------------------------------------------------------------
+
+
+def loss_over_its_logits(
+    loss: Callable[..., Tensor], logits: dict[str, Tensor], divisor: tuple[Tensor | None, float]
+) -> Tensor:
+    """A summed loss of logits, given by their names, that writes their gradient over them."""
+    for name, tensor in logits.items():
+        _check_may_hold_gradient(name, tensor)
+    return _OverItsLogits.apply(loss, *divisor, *logits.values())
+
+
+def _check_may_hold_gradient(name: str, logits: Tensor) -> None:
+    """The sentence that says why autograd would give wrong gradients, or none, if these logits were overwritten."""
+    reason = None
+    if (
+        torch.compiler.is_compiling()
+        or type(logits) is not Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(logits)
+        or torch._C._functorch.is_legacy_batchedtensor(logits)
+    ):
+        reason = "be a plain tensor in eager mode, and it is traced, transformed or of a subclass"
+    elif not logits.requires_grad:
+        reason = "require grad"
+    elif logits.is_leaf:
+        reason = "be computed by an op, and it is a leaf"
+    elif logits._is_view():
+        reason = "not be a view"
+    if reason is not None:
+        raise ValueError(f"inplace_backward needs {name} to {reason}")
+
+
+class _OverItsLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Callable[..., Tensor],
+        normalizer: Tensor | None,
+        min_normalizer: float,
+        *logits: Tensor,
+    ) -> Tensor:
+        value = loss(*logits)
+        torch.autograd.graph.increment_version(logits)
+        ctx.min_normalizer = min_normalizer
+        ctx.save_for_backward(normalizer, *logits)
+        ctx.set_materialize_grads(False)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() or torch._C._autograd._get_current_graph_task_keep_graph():
+            raise RuntimeError(
+                "inplace_backward has one gradient for one backward: it works with neither "
+                "retain_graph nor create_graph"
+            )
+        normalizer, *logits = ctx.saved_tensors
+        nothing = (None, None, None)
+        if grad_loss is None:
+            return *nothing, *(None for _ in logits)
+        torch.autograd.graph.increment_version(logits)
+        saved = [tensor.detach() for tensor in logits]
+        return *nothing, *scaled(saved, grad_loss, normalizer, ctx.min_normalizer)

@@ -1,0 +1,73 @@
+"""Lists of one tensor an image, padded to one tensor without waiting for the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from focalops._arguments import on_device
+from focalops._ops import check_same_device
+
+
+def pad_boxes(op: str, anchors: Tensor, gt_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Padded boxes, in a dtype that holds those of all images, and their counts."""
+    for i, boxes in enumerate(gt_boxes):
+        if boxes.dim() != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"gt_boxes[{i}] must have shape (M, 4), got {tuple(boxes.shape)}")
+        check_same_device(op, f"gt_boxes[{i}]", boxes, "anchors", anchors)
+    if len(gt_boxes) == 0:
+        return anchors.new_empty((0, 0, 4)), anchors.new_empty(0, dtype=torch.int64)
+    counts = torch.tensor([len(boxes) for boxes in gt_boxes])
+    return pad_sequence(in_one_dtype(gt_boxes), batch_first=True), on_device(counts, anchors.device)
+
+
+def in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """pad_sequence takes the first tensor's, to which it would round those of the others."""
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Tensor) -> Tensor:
+    if isinstance(crowd, Tensor):
+        return crowd
+    if len(crowd) != len(gt_boxes):
+        raise ValueError(
+            f"crowd must have one entry for each of the {len(gt_boxes)} images, got {len(crowd)}"
+        )
+    for i, (flags, boxes) in enumerate(zip(crowd, gt_boxes, strict=True)):
+        if flags.dtype != torch.bool or flags.shape != boxes.shape[:1]:
+            raise ValueError(
+                f"crowd[{i}] must be bool of shape {tuple(boxes.shape[:1])}, one for each box, "
+                f"got {flags.dtype} of shape {tuple(flags.shape)}"
+            )
+        if len(flags):
+            check_same_device("match_anchors", f"crowd[{i}]", flags, "gt_boxes", boxes)
+    if len(crowd) == 0:
+        return torch.zeros((0, 0), dtype=torch.bool)
+    return pad_sequence(list(crowd), batch_first=True)
+
+
+def check_labels(name: str, labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {labels.dtype}")
+
+
+def pad_labels(gt_labels: Sequence[Tensor], matches: Tensor) -> Tensor:
+    """int64 (B, M), -1 where an image has none."""
+    if len(gt_labels) != len(matches):
+        raise ValueError(
+            f"gt_labels must have one entry for each of the {len(matches)} images, got {len(gt_labels)}"
+        )
+    for i, labels in enumerate(gt_labels):
+        check_labels(f"gt_labels[{i}]", labels)
+        if labels.dim() != 1:
+            raise ValueError(f"gt_labels[{i}] must have shape (M,), got {tuple(labels.shape)}")
+        check_same_device("class_index_targets", f"gt_labels[{i}]", labels, "matches", matches)
+    if len(gt_labels) == 0:
+        return matches.new_empty((0, 0))
+    in_int64 = [labels.to(torch.int64) for labels in gt_labels]
+    return pad_sequence(in_int64, batch_first=True, padding_value=-1)

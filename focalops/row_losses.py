@@ -1,0 +1,253 @@
+"""The row losses: those of a class index a row, and perhaps a score, each a row of the table that csrc/math/row_losses.h has too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from focalops import reference
+from focalops._arguments import number
+from focalops._gradients import (
+    differentiable,
+    divisor_of,
+    empty_gradient,
+    loss_over_its_logits,
+    scaled,
+)
+from focalops._loss_options import (
+    LossOptions,
+    check_class_weight,
+    check_non_negative,
+    check_normalizer,
+    check_row_numbers,
+    check_targets,
+    check_unit,
+    check_unit_or_none,
+    num_classes,
+    to_dtype,
+)
+from focalops._ops import NATIVE_DEVICES, call, check, compute_dtype, ops, runs_reference
+
+Check = Callable[[str, str, float], None]  # of the op, and the name and the value of a parameter
+
+
+class RowLoss(NamedTuple):
+    """What Python knows of a member of the row losses, which csrc/math/row_losses.h knows by the same name."""
+
+    reference: Callable[..., Tensor]
+    parameters: dict[str, Check | None]  # in C++'s order
+    has_scores: bool = True
+    knows_dense_targets: bool = False  # of scores, one a logit
+    is_softmax: bool = False  # a row has one loss, and no background
+
+    def evaluate(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        scores: Tensor | None,
+        numbers: Sequence[float],
+        **options: Any,
+    ) -> Tensor:
+        """The reference, of the numbers that its parameters have."""
+        parameters = dict(zip(self.parameters, numbers, strict=True))
+        targets = (labels, scores) if self.has_scores else labels
+        return self.reference(inputs, targets, **parameters, **options)
+
+
+ROW_LOSSES = {
+    "sigmoid_focal_loss": RowLoss(
+        reference.sigmoid_focal_loss,
+        {
+            "alpha": check_unit_or_none,
+            "gamma": check_non_negative,
+            "label_smoothing": check_unit,
+        },
+        has_scores=False,
+    ),
+    "quality_focal_loss": RowLoss(
+        reference.quality_focal_loss, {"beta": check_non_negative}, knows_dense_targets=True
+    ),
+    "varifocal_loss": RowLoss(
+        reference.varifocal_loss,
+        {
+            "alpha": check_non_negative,
+            "gamma": check_non_negative,
+            "iou_weighted": None,
+            "detach_weight": None,
+        },
+        knows_dense_targets=True,
+    ),
+    "matchability_aware_loss": RowLoss(
+        reference.matchability_aware_loss,
+        {"gamma": check_non_negative, "alpha": check_non_negative},
+    ),
+    "ia_bce_loss": RowLoss(
+        reference.ia_bce_loss, {"alpha": check_unit, "gamma": check_non_negative}
+    ),
+    "softmax_focal_loss": RowLoss(
+        reference.softmax_focal_loss,
+        {"alpha": None, "gamma": check_non_negative},
+        has_scores=False,
+        is_softmax=True,
+    ),
+}
+
+
+def row_loss(
+    name: str,  # of ROW_LOSSES
+    inputs: Tensor,
+    labels: Tensor,
+    scores: Tensor | None,
+    parameters: dict[str, Any],
+    options: LossOptions,  # checked
+) -> Tensor:
+    """What the public functions of the family return, once they have checked their tensors and options."""
+    numbers = [float(number(option, value)) for option, value in parameters.items()]
+    dtype = compute_dtype(inputs.dtype)
+    scores, options = to_dtype(scores, dtype), options.in_dtype(dtype)
+    weights = options.weight, options.class_weight
+    if runs_reference(inputs) or options.reduction == "none":
+        normalizer, _ = options.divisor(dtype)
+        _check_row_loss(inputs, labels, scores, name, numbers, *weights, normalizer)
+        if inputs.device.type in NATIVE_DEVICES:
+            indices = (labels, name, inputs.shape[-1], options.ignore_index)
+            labels = call(ops._class_indices, *indices)
+        keywords = options._asdict()
+        del keywords["inplace_backward"]
+        return ROW_LOSSES[name].evaluate(inputs, labels, scores, numbers, **keywords)
+    if options.reduction == "mean":
+        losses_of_row = 1 if ROW_LOSSES[name].is_softmax else num_classes(inputs)
+        losses = (labels != options.ignore_index).sum() * losses_of_row
+        options = options._replace(normalizer=losses, min_normalizer=1)
+    divisor = options.divisor(dtype)
+    arguments = (labels, scores, name, numbers, *weights, options.ignore_index, *divisor)
+    compute_grad = inputs.requires_grad and torch.is_grad_enabled()
+    if options.inplace_backward and compute_grad:
+
+        def loss(x: Tensor) -> Tensor:
+            return call(ops._row_loss_sum_, x, *arguments)
+
+        return loss_over_its_logits(loss, {"inputs": inputs}, divisor)
+    return call(ops.row_loss_sum, inputs, *arguments, compute_grad)[0]
+
+
+# ---- fake kernels -------------------------------------------------------------------------------
+
+
+def _row_loss_of(op: str, name: str) -> RowLoss:
+    names = ", ".join(map(repr, ROW_LOSSES))
+    check(name in ROW_LOSSES, lambda: f"{op}: loss must be one of {names}, got {name!r}")
+    return ROW_LOSSES[name]
+
+
+def _check_row_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    scores: Tensor | None,
+    op: str,
+    parameters: list[float],
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    normalizer: Tensor | None,
+) -> None:
+    loss = _row_loss_of("row_loss_sum", op)
+    names = ", ".join(loss.parameters)
+    check(
+        len(parameters) == len(loss.parameters),
+        lambda: (
+            f"row_loss_sum: parameters must be those of {op}, ({names}), got {len(parameters)} numbers"
+        ),
+    )
+    check_targets(op, inputs, targets, may_be_dense=False)
+    check(
+        not loss.is_softmax or inputs.shape[-1] > 0,
+        lambda: f"{op}: inputs must have at least one class, got shape {tuple(inputs.shape)}",
+    )
+    dtype = compute_dtype(inputs.dtype)
+    check_row_numbers(op, "scores", scores, "targets", targets, dtype)
+    check_row_numbers(op, "weight", weight, "targets", targets, dtype)
+    check_class_weight(op, class_weight, inputs, inputs.shape[-1])
+    check_normalizer(op, "inputs", inputs, normalizer)
+    for (name, check_number), given in zip(loss.parameters.items(), parameters, strict=True):
+        if check_number is not None:
+            check_number(op, name, given)
+
+
+@torch.library.register_fake("focalops::_class_indices")
+def _(targets: Tensor, loss: str, num_classes: int, ignore_index: int) -> Tensor:
+    _row_loss_of("_class_indices", loss)
+    return torch.empty_like(targets)
+
+
+@torch.library.register_fake("focalops::row_loss_sum")
+def _(
+    inputs: Tensor,
+    targets: Tensor,
+    scores: Tensor | None,
+    loss: str,
+    parameters: list[float],
+    weight: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    normalizer: Tensor | None,
+    min_normalizer: float,
+    compute_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    _check_row_loss(inputs, targets, scores, loss, parameters, weight, class_weight, normalizer)
+    total = inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
+    return total, empty_gradient(inputs) if compute_grad else inputs.new_empty(0)
+
+
+@torch.library.register_fake("focalops::_row_loss_sum_")
+def _(inputs: Tensor, *_: Any) -> Tensor:
+    return inputs.new_empty((), dtype=compute_dtype(inputs.dtype))
+
+
+# ---- autograd and vmap --------------------------------------------------------------------------
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    logits, targets, scores, ctx.loss, ctx.parameters, *weights = inputs[:7]
+    ctx.ignore_index, normalizer, ctx.min_normalizer, _ = inputs[7:]
+    ctx.save_for_backward(logits, targets, scores, *weights, normalizer, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_rows(
+    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 10
+    if grad_loss is None:
+        return None, *nothing
+    inputs, targets, scores, weight, class_weight, normalizer, grad = ctx.saved_tensors
+    if not torch.is_grad_enabled() and grad.numel() == inputs.numel():
+        return *scaled([grad], grad_loss, normalizer, ctx.min_normalizer), *nothing
+
+    def formula(x: Tensor) -> Tensor:
+        return ROW_LOSSES[ctx.loss].evaluate(
+            x,
+            targets,
+            scores,
+            ctx.parameters,
+            reduction="sum",
+            ignore_index=ctx.ignore_index,
+            weight=weight,
+            class_weight=class_weight,
+        )
+
+    factor = grad_loss / divisor_of(normalizer, ctx.min_normalizer)
+    return *differentiable(formula, [inputs], factor), *nothing
+
+
+torch.library.register_autograd("focalops::row_loss_sum", _backward_rows, setup_context=_setup_rows)
+
+
+@torch.library.register_vmap("focalops::_class_indices")
+def _(
+    info: Any, in_dims: tuple[Any, ...], targets: Tensor, *options: Any
+) -> tuple[Tensor, int | None]:
+    return ops._class_indices(targets, *options), in_dims[0]
