@@ -106,7 +106,7 @@ FEWER_WORKERS = "lower --workers, or give it more memory, shared memory (/dev/sh
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
-        prog=program(), description="Train and run the reference RetinaNet."
+        prog=program(), description="Train and run the reference detectors."
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

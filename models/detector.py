@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from focalops import AnchorGenerator, detect
+from focalops import AnchorGenerator, batched_nms, detect
 
 from .config import DetectorConfig
 from .losses import LossStep
@@ -75,6 +75,13 @@ class Detector(nn.Module):
             iou_threshold=config.nms_threshold,
             max_detections=config.detections_per_image,
             image_sizes=image_sizes,
+        )
+
+    def kept(self, found: Detections) -> Tensor:
+        """Of detections from several looks at one image, its windows or symmetries, the indices of those that no better one
+        of their class overlaps too much, by descending score."""
+        return batched_nms(
+            found["boxes"], found["scores"], found["labels"], self.config.nms_threshold
         )
 
     def detections(

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from tqdm import tqdm
 
-from focalops import batched_nms, box_iou
+from focalops import box_iou
 
 from .data import (
     CocoDataset,
@@ -57,7 +57,7 @@ def detect(model: Detector, recipe: Recipe, image: Tensor) -> Detections:
     if recipe.symmetries:
         found = vote(
             [_detect_in_symmetry(model, recipe, image, turns, flip) for turns, flip in SYMMETRIES],
-            recipe.model.nms_threshold,
+            model.kept,
         )
     else:
         found = _detect(model, recipe, image)
@@ -111,7 +111,7 @@ def _detect(model: Detector, recipe: Recipe, image: Tensor) -> Detections:
                 | {name: output[name][inside] for name in ("scores", "labels")}
             )
     found = _joined(parts)
-    keep = batched_nms(found["boxes"], found["scores"], found["labels"], recipe.model.nms_threshold)
+    keep = model.kept(found)
     return {name: value[keep] for name, value in found.items()}
 
 
@@ -141,16 +141,16 @@ def _detect_in_symmetry(
     return found | {"boxes": boxes}
 
 
-def vote(parts: list[Detections], nms_threshold: float) -> Detections:
-    """One set of detections from several of the same image.
+def vote(parts: list[Detections], kept: Callable[[Detections], Tensor]) -> Detections:
+    """One set of detections from several of the same image, of which `kept` gives the indices of the best.
 
-    What NMS keeps becomes the mean, by score, of all boxes of its class that overlap it by VOTE_IOU (box
+    What is kept becomes the mean, by score, of all boxes of its class that overlap it by VOTE_IOU (box
     voting: Gidaris and Komodakis, 2015), and its score their sum over the number of parts, at most 1: what
     few of them see ranks low.
     """
     found = _joined(parts)
     boxes, scores, labels = found["boxes"], found["scores"], found["labels"]
-    keep = batched_nms(boxes, scores, labels, nms_threshold)
+    keep = kept(found)
     votes = (box_iou(boxes[keep], boxes) > VOTE_IOU) & (labels[keep, None] == labels)
     votes[torch.arange(len(keep)), keep] = True  # boxes without an area overlap not even themselves
     weights = torch.where(votes, scores, 0)

@@ -10,11 +10,14 @@ import torch
 from models_fixtures import DISC, SQUARE, make_coco_folder
 from PIL import Image
 
+from focalops import AnchorGenerator, batched_nms
 from models import evaluate as evaluation
 from models.__main__ import main
 from models.bench import PHASES
 from models.checkpoint import load_checkpoint, load_model
+from models.config import DetectorConfig
 from models.data import CocoDataset
+from models.detector import Detector
 from models.draw import draw_comparison, draw_curves, draw_detections
 from models.recipes import RECIPES, Recipe
 from models.retinanet import RetinaNetConfig
@@ -156,14 +159,14 @@ def test_table_is_pycocotools_own(
     assert ours == capsys.readouterr().out
 
 
-class Bright(torch.nn.Module):
+class Bright(Detector):
     """Sees bright pixels as boxes."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: DetectorConfig) -> None:
+        super().__init__(config, AnchorGenerator(((8,),)))
         self.weight = torch.nn.Parameter(torch.ones(1))
 
-    def forward(self, images: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def forward(self, images, targets=None):
         outputs = []
         for image in images:
             y, x = torch.where(image[0] > 0.5)
@@ -183,7 +186,7 @@ def test_each_object_is_found_once(window: int | None, symmetries: bool) -> None
     recipe = dataclasses.replace(
         RECIPE, max_detections=1000, window=window, window_overlap=16, symmetries=symmetries
     )
-    found = evaluation.detect(Bright(), recipe, image)
+    found = evaluation.detect(Bright(recipe.model), recipe, image)
     places = found["boxes"][:, 1] * 170 + found["boxes"][:, 0]
     assert sorted(places.round().tolist()) == sorted(points.tolist())
     assert (found["boxes"][:, 2:] - found["boxes"][:, :2] - 1).abs().max() < 1e-3
@@ -196,8 +199,11 @@ def test_boxes_vote() -> None:
         boxes = torch.stack((left, left * 0, left + 10, left * 0 + 10), dim=1)
         return {"boxes": boxes, "scores": scores, "labels": labels}
 
+    def kept(found: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batched_nms(found["boxes"], found["scores"], found["labels"], 0.5)
+
     found = evaluation.vote(
-        [part((0.0, 0.6, 0), (50.0, 0.9, 0)), part((1.0, 0.3, 0), (0.5, 0.8, 1))], 0.5
+        [part((0.0, 0.6, 0), (50.0, 0.9, 0)), part((1.0, 0.3, 0), (0.5, 0.8, 1))], kept
     )
     # Two of one object, weighted 2 to 1; one that only one part sees; one of another class.
     torch.testing.assert_close(found["boxes"][:, 0], torch.tensor([1 / 3, 50, 0.5]))
@@ -207,10 +213,10 @@ def test_boxes_vote() -> None:
     point = torch.tensor([[3.0, 4, 3, 4]])
     for score in (0.5, 0.0):
         alone = {"boxes": point, "scores": torch.tensor([score]), "labels": torch.tensor([0])}
-        found = evaluation.vote([alone], 0.5)
+        found = evaluation.vote([alone], kept)
         assert torch.equal(found["boxes"], point) and found["scores"].tolist() == [score]
     nothing = {"boxes": point[:0], "scores": torch.empty(0), "labels": torch.empty(0).long()}
-    assert evaluation.vote([nothing, nothing], 0.5)["boxes"].shape == (0, 4)
+    assert evaluation.vote([nothing, nothing], kept)["boxes"].shape == (0, 4)
 
 
 def test_train_and_predict(coco_folder: Path, tmp_path: Path) -> None:
