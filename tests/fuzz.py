@@ -297,6 +297,8 @@ def in_words(name: str, arguments: Arguments) -> str:
             if value.numel() <= 12 and not value.is_meta:
                 return re.sub(r"\s+", " ", repr(value))
             return f"{value.dtype}{list(value.shape)}".removeprefix("torch.")
+        if isinstance(value, (list, tuple)) and len(value) > 12:
+            return f"[{word(value[0])}, ...] of {len(value)}"
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(word(v) for v in value)}]"
         return repr(value) if not isinstance(value, torch.nn.Module) else type(value).__name__
@@ -441,7 +443,7 @@ class Round:
 
 
 def is_a_sentence(said: Said, arguments: Arguments) -> bool:
-    names = [*arguments, "scores"]  # of targets (labels, scores)
+    names = [*arguments, "labels", "scores"]  # of targets (labels, scores)
     return (
         said.is_usual and "\n" not in said.sentence and any(name in said.sentence for name in names)
     )
