@@ -49,12 +49,14 @@ class LossOptions(NamedTuple):
             )
         for name, given in tensors.items():
             require_tensor(name, given)
-            if name != "inputs":
+            if name != "inputs" and given.requires_grad:
                 check_are_constant(**{name: given})
-        for name, given in (("weight", self.weight), ("class_weight", self.class_weight)):
-            if given is not None:
-                require_tensor(name, given)
-                check_are_constant(**{name: given})
+        if self.weight is not None:
+            require_tensor("weight", self.weight)
+            check_are_constant(weight=self.weight)
+        if self.class_weight is not None:
+            require_tensor("class_weight", self.class_weight)
+            check_are_constant(class_weight=self.class_weight)
         return LossOptions(
             self.reduction,
             whole("ignore_index", self.ignore_index),
