@@ -810,11 +810,7 @@ def soft_nms(
     kept_scores = boxes.new_zeros((len(boxes), max_detections))
     num_kept = boxes.new_zeros(len(boxes), dtype=torch.int64)
     for i in range(len(boxes)):
-        left = (
-            scores[i]
-            .masked_fill(boxes[i].isnan().any(dim=1), -math.inf)
-            .nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-        )
+        left = scores[i].masked_fill(boxes[i].isnan().any(dim=1) | scores[i].isnan(), -math.inf)
         for count in range(max_detections if len(left) else 0):
             best = left.argmax()
             if not left[best] > score_threshold:
@@ -830,6 +826,7 @@ def soft_nms(
             else:
                 decay = torch.where(iou.double() > iou_threshold, 1 - iou, 1)
             left = torch.where(left == -math.inf, left, left * decay)
+            left = left.masked_fill(left.isnan(), -math.inf)  # an infinite score, times 0
     return indices, kept_scores, num_kept
 
 

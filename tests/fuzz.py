@@ -204,7 +204,7 @@ def torchvisions_choice(name: str, a: Arguments) -> list[Tensor] | None:
         if b.dtype in (torch.float32, torch.float64) and b.isfinite().all() and s.isfinite().all():
             return [torchvision.ops.nms(b, s, a["iou_threshold"])]
     if name == "match_anchors" and not {"crowd", "counts", "image_sizes"} & a.keys():
-        if a["rule"] == "mmdet":
+        if a["rule"] in ("mmdet", "efficientdet"):
             return None
         thresholds = a["fg_iou_threshold"], a["bg_iou_threshold"], a["allow_low_quality_matches"]
         matches = []

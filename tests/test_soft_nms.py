@@ -107,6 +107,13 @@ def test_hostile_input(method, device):
     assert (num_kept == 0).all()
 
 
+def test_an_infinite_score_times_zero_is_none(device):
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [0, 0, 10, 10], [30, 0, 40, 10]]])
+    scores = torch.tensor([[torch.inf, torch.inf, 0.8]])
+    indices, _, num_kept = check_against_reference(boxes.to(device), scores.to(device))
+    assert indices[0, : num_kept[0]].tolist() == [0, 2]
+
+
 @pytest.mark.parametrize(("images", "size", "most"), [(0, 5, 3), (2, 0, 3), (2, 5, 0)])
 def test_empty(images, size, most, device):
     indices, kept_scores, num_kept = soft_nms(*setup(device, images, size), max_detections=most)
