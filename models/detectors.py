@@ -41,4 +41,8 @@ def from_json(values: Any) -> DetectorConfig:
     check("kind", kind, one_of(tuple(DETECTORS)))
     config, _ = DETECTORS[kind]
     check_names(config, fields)
+    if kind == EfficientDetConfig.kind and "letterbox" not in fields:
+        # Before there was the field, images were padded to a square where both sizes were one.
+        sizes = [fields.get(name, getattr(config, name)) for name in ("min_size", "max_size")]
+        fields["letterbox"] = sizes[0] == sizes[1]
     return config(**{name: as_tuples(value) for name, value in fields.items()})

@@ -131,6 +131,7 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
     detections_per_image: int = 100
     min_size: int = 512
     max_size: int = 512
+    letterbox: bool = True
 
     RANGES: ClassVar[Ranges] = {
         "anchor_sizes": several(several(real(0, above=True))),
@@ -142,12 +143,13 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
         check_levels(self, self)
 
     @property
-    def is_square(self) -> bool:
-        return self.min_size == self.max_size
+    def size_divisor(self) -> int:
+        return 2**self.max_level
 
     @property
-    def size_divisor(self) -> int:
-        return self.max_size if self.is_square else 2**self.max_level
+    def batch_divisor(self) -> int:
+        """A square may have any side: strides are its own, as lite0's 320 / 3."""
+        return self.max_size if self.letterbox else self.size_divisor
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> EfficientDetConfig:

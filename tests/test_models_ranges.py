@@ -85,6 +85,7 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "detections_per_image": (1, [0, -1]),
     "min_size": ((480, 800), [0, -1, 2000, (), (480, 2000), (0,), 80.5]),
     "max_size": (800, [0, 799]),
+    "letterbox": (True, [1, None]),
     "image_mean": ((0, 0, 0), [(0.5,), (NAN, 0, 0), 0.5]),
     "image_std": ((1, 1, 1), [(0, 1, 1), (1, 1), (NAN, 1, 1)]),
 }
@@ -103,6 +104,7 @@ EFFICIENTDET_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "aspect_ratios": ((1, (1.4, 0.7)), [(), (0,), ((1, 2, 3),), (NAN,), 1.0]),
     "min_size": ((480, 512), [0, -1, 2000, (), (480, 2000), (0,), 80.5]),
     "max_size": (800, [0, 511]),
+    "letterbox": (False, [0, None]),
 }
 
 

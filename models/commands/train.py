@@ -204,6 +204,7 @@ def with_options(base: Recipe, given: dict[str, Any]) -> Recipe:
     of_model = {name: value for name, value in given.items() if name not in fields}
     if "crop" in given and given["crop"] != base.crop:
         of_model.setdefault("min_size", None)  # crops keep their size unless told otherwise
+        of_model.setdefault("letterbox", False)
     own = {name: value for name, value in given.items() if name in fields}
     unknown = of_model.keys() - {f.name for f in dataclasses.fields(base.model)}
     if unknown:
