@@ -36,11 +36,13 @@ class Recipe:
     accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
     compile: bool = False  # the network and the loss, by torch.compile
+    sync_batch_norm: bool = False  # batch norms see the batch of all processes, on GPUs
     seed: int = 0
     # Optimisation
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     weight_decay: float = 1e-4
+    decay_vectors: bool = True  # weight_decay also of biases, norms and the weights of fusions
     schedule: Literal["steps", "cosine"] = "steps"
     drops: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run: where "steps" divides the rate by ten
     warmup_steps: int = 500
@@ -48,6 +50,8 @@ class Recipe:
     ema_decay: float | None = (
         None  # of a running average of the weights, which is then what is evaluated
     )
+    ema_warmup: bool = False  # after t steps ema_decay is at most (1 + t) / (10 + t)
+    ema_buffers: bool = False  # the statistics of the batch norms are averaged as the weights are
     # Samples
     crop: int | None = None  # the side of random squares to train on, instead of whole images
     crop_zoom: tuple[float, float] = (1.0, 1.0)
@@ -107,15 +111,19 @@ RANGES = {
     "accumulate": whole(1),
     "precision": one_of(tuple(PRECISIONS)),
     "compile": switch(),
+    "sync_batch_norm": switch(),
     "seed": whole(0, 2**63 - 1),
     "optimizer": one_of(("sgd", "adamw")),
     "learning_rate": real(0, above=True),
     "weight_decay": real(0),
+    "decay_vectors": switch(),
     "schedule": one_of(("steps", "cosine")),
     "drops": several(real(0, 1), least=0),
     "warmup_steps": whole(0),
     "clip_norm": optional(real(0, above=True)),
     "ema_decay": optional(real(0, 1, below=True)),
+    "ema_warmup": switch(),
+    "ema_buffers": switch(),
     "crop": optional(whole(1)),
     "crop_zoom": several(real(0, above=True), 2),
     "dihedral": switch(),

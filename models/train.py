@@ -16,7 +16,6 @@ from typing import Any, Protocol, cast, overload, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -25,6 +24,7 @@ from .data import CocoDataset, DataError, TrainingStream, collate, mix
 from .detector import Detector
 from .detectors import create
 from .distributed import rank, world_size
+from .optimization import average_of, build_optimizer, lr_factor, synchronised
 from .outputs import write_whole
 from .ranges import check, whole
 from .recipes import PRECISIONS, Recipe
@@ -67,19 +67,18 @@ def train(
             another one.
     """
     check("checkpoint_every", checkpoint_every, whole(1))
+    kind = torch.device(device).type
+    synchronises = recipe.sync_batch_norm and world_size() > 1
+    if synchronises and kind == "cpu":  # torch has it for GPUs alone
+        raise ValueError(f"sync_batch_norm must be false for several processes on {kind}, got True")
     torch.manual_seed(recipe.seed)
     model = create(recipe.model, pretrained_backbone=pretrained and not resume)
     if initialise is not None and not resume:
         initialise(model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        if recipe.ema_decay
-        else None
-    )
+    average = average_of(recipe, model)
     evaluation_model = model if average is None else cast(Detector, average.module)
     optimizer = build_optimizer(recipe, model)
-    kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
     modules: dict[str, nn.Module] = {"model": model}
     if average is not None:
@@ -144,6 +143,8 @@ def train(
                 saved(done, evaluation_model.eval())
                 model.train()
 
+    if synchronises:
+        synchronised(model)
     if recipe.compile:  # not before: the average is a copy to be evaluated
         model.network = torch.compile(model.network)  # type: ignore[method-assign]
         model.loss_step.compile()
@@ -446,24 +447,6 @@ def memory(device: str) -> dict[str, str]:
     if not device.startswith("cuda"):
         return {}
     return {"GB": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"}
-
-
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
-    return torch.optim.AdamW(parameters, rate, weight_decay=decay)
-
-
-def lr_factor(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a half cosine to 0 or the recipe's drops."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    if recipe.schedule == "cosine":
-        progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 0.1 ** sum(step >= int(recipe.steps * drop) for drop in recipe.drops)
 
 
 def keep_freed_memory() -> None:
