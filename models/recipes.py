@@ -55,6 +55,8 @@ class Recipe:
     # Samples
     crop: int | None = None  # the side of random squares to train on, instead of whole images
     crop_zoom: tuple[float, float] = (1.0, 1.0)
+    # The image is resized to fit the square of the model's letterbox times a random factor, and cropped to the square.
+    scale_jitter: tuple[float, float] | None = None  # the limits of the factor
     dihedral: bool = False  # all eight symmetries of the square instead of the horizontal flip
     photometric: bool = False
     # Evaluation
@@ -79,11 +81,26 @@ class Recipe:
             raise ValueError(
                 f"crop must be at least a pixel at the highest crop_zoom, {high}, got {self.crop}"
             )
+        if self.scale_jitter is not None:
+            self.check_jitter(*self.scale_jitter)
         if self.window is not None and self.window <= self.window_overlap:
             raise ValueError(
                 f"window must be larger than window_overlap, {self.window_overlap}, "
                 f"got {self.window}"
             )
+
+    def check_jitter(self, low: float, high: float) -> None:
+        if low > high:
+            raise ValueError(
+                f"scale_jitter must be the lower and the higher limit, got {low}, {high}"
+            )
+        if not self.model.letterbox:
+            raise ValueError(
+                "scale_jitter must be nothing without the model's letterbox, "
+                f"got {self.scale_jitter}"
+            )
+        if self.crop is not None:
+            raise ValueError(f"crop must be nothing with scale_jitter, got {self.crop}")
 
     def to_dict(self) -> dict[str, Any]:
         """As files have it: JSON's types, but for tuples."""
@@ -126,6 +143,7 @@ RANGES = {
     "ema_buffers": switch(),
     "crop": optional(whole(1)),
     "crop_zoom": several(real(0, above=True), 2),
+    "scale_jitter": optional(several(real(0, above=True), 2)),
     "dihedral": switch(),
     "photometric": switch(),
     "window": optional(whole(1)),

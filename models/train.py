@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, load_weights, save_checkpoint
 from .data import CocoDataset, DataError, TrainingStream, collate, mix
+from .data.jitter import ScaleJitter
 from .detector import Detector
 from .detectors import create
 from .distributed import rank, world_size
@@ -253,6 +254,7 @@ def restore(
 
 
 def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
+    model, factors = recipe.model, recipe.scale_jitter
     return TrainingStream(
         data,
         recipe.steps * recipe.batch_size,
@@ -261,6 +263,7 @@ def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
         recipe.crop_zoom,
         recipe.dihedral,
         recipe.photometric,
+        ScaleJitter(factors, model.max_size, model.image_mean) if factors else None,
     )
 
 
