@@ -8,7 +8,7 @@ from typing import Any
 
 from .config import DetectorConfig, as_tuples
 from .detector import Detector
-from .efficientdet import EfficientDet, EfficientDetConfig
+from .efficientdet import SCALES, EfficientDet, EfficientDetConfig
 from .ranges import check, check_names, one_of
 from .retinanet import RetinaNet, RetinaNetConfig
 
@@ -17,12 +17,39 @@ DETECTORS: dict[str, tuple[type[DetectorConfig], Callable[..., Detector]]] = {
     "retinanet": (RetinaNetConfig, RetinaNet),
     "efficientdet": (EfficientDetConfig, EfficientDet),
 }
+# What torchvision and EfficientDet's authors published: the former's names, and the latter's with the kind before them.
+PUBLISHED: dict[str, DetectorConfig] = {
+    "retinanet_resnet50_fpn": RetinaNetConfig(),
+    "retinanet_resnet50_fpn_v2": RetinaNetConfig(
+        frozen_batch_norm=False,
+        p6_from="c5",
+        head_norm_groups=32,
+        box_loss="giou",
+        min_size=tuple(range(480, 801, 32)),
+    ),
+    **{
+        f"efficientdet_{size}": EfficientDetConfig.named(
+            size if size.startswith("lite") else f"tf_{size}"
+        )
+        for size in SCALES
+    },
+}
 OF_OLD = "retinanet"  # the kind of what was written before there were kinds
 
 
 def create(config: DetectorConfig, pretrained_backbone: bool = False) -> Detector:
     _, model = DETECTORS[config.kind]
     return model(config, pretrained_backbone)
+
+
+def named(name: str) -> DetectorConfig:
+    """A published model, or a kind with its defaults.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    check("--model", name, one_of((*DETECTORS, *PUBLISHED)))
+    return PUBLISHED[name] if name in PUBLISHED else DETECTORS[name][0]()
 
 
 def to_json(config: DetectorConfig) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 
 from .config import DetectorConfig, as_tuples, octave_sizes
-from .detectors import DETECTORS, from_json, to_json
-from .efficientdet import SCALES, EfficientDetConfig
+from .detectors import DETECTORS, PUBLISHED, from_json, to_json
+from .efficientdet import EfficientDetConfig
 from .ranges import (
     Range,
     check_fields,
@@ -226,13 +226,7 @@ SMALL = Recipe(
 # for the model that it calls v2.
 R101 = Recipe(model=RetinaNetConfig(backbone="resnet101"))
 V2 = Recipe(
-    model=RetinaNetConfig(
-        frozen_batch_norm=False,
-        p6_from="c5",
-        head_norm_groups=32,
-        box_loss="giou",
-        min_size=tuple(range(480, 801, 32)),
-    ),
+    model=PUBLISHED["retinanet_resnet50_fpn_v2"],
     steps=190_000,
     optimizer="adamw",
     learning_rate=1e-4,
@@ -247,10 +241,10 @@ V2 = Recipe(
 EPOCH = 120_000 // 128  # steps, as they count COCO's images
 
 
-def published(size: str) -> Recipe:
+def published(name: str) -> Recipe:
     return Recipe(
-        model=EfficientDetConfig.named(f"tf_{size}"),
-        steps=(600 if size in ("d7", "d7x") else 300) * EPOCH,
+        model=PUBLISHED[name],
+        steps=(600 if name in ("efficientdet_d7", "efficientdet_d7x") else 300) * EPOCH,
         batch_size=128,
         sync_batch_norm=True,
         learning_rate=0.16,
@@ -291,6 +285,6 @@ RECIPES = {
     "coco_v2": V2,
     "small": SMALL,
     "trees": TREES,
-    **{f"efficientdet_{size}": published(size) for size in SCALES if not size.startswith("lite")},
+    **{name: published(name) for name in PUBLISHED if name.startswith("efficientdet_d")},
     "efficientdet_small": SMALL_EFFICIENTDET,
 }
