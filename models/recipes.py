@@ -260,7 +260,8 @@ def published(name: str) -> Recipe:
     )
 
 
-# SMALL's data and time for an EfficientDet: lite0's backbone and widths at a lower resolution.
+# SMALL's data and time for an EfficientDet: lite0's backbone and widths at a lower resolution. The statistics of its new
+# batch norms take some 200 steps to become those of the features (momentum 0.01): until then it detects nothing.
 SMALL_EFFICIENTDET = Recipe(
     model=EfficientDetConfig.named("lite0", min_size=256, max_size=256, score_threshold=0.02),
     steps=700,
