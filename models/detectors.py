@@ -27,9 +27,10 @@ PUBLISHED: dict[str, DetectorConfig] = {
         box_loss="giou",
         min_size=tuple(range(480, 801, 32)),
     ),
+    # The original drops residual blocks of all backbones but B0; of lite's training nothing is known.
     **{
         f"efficientdet_{size}": EfficientDetConfig.named(
-            size if size.startswith("lite") else f"tf_{size}"
+            f"tf_{size}", drop_path=0.2 if size.startswith("d") and size != "d0" else 0.0
         )
         for size in SCALES
     },
