@@ -24,7 +24,7 @@ from .data import CocoDataset, DataError, TrainingStream, collate, mix
 from .data.jitter import ScaleJitter
 from .detector import Detector
 from .detectors import create
-from .distributed import rank, world_size
+from .distributed import rank, share_buffers, world_size
 from .optimization import average_of, build_optimizer, lr_factor, synchronised
 from .outputs import write_whole
 from .ranges import check, whole
@@ -130,6 +130,7 @@ def train(
         """Evaluates, logs and saves what is due after a step."""
         best = False
         if validation is not None and not stop and validation.due(done, recipe.steps):
+            share_buffers(evaluation_model)
             best = validation(done, evaluation_model)
             figures = figures | validation.figures
             model.train()
@@ -214,6 +215,7 @@ def train(
             )
             if interrupted:
                 raise TrainingInterrupted(f"interrupted after step {done} of {recipe.steps}")
+    share_buffers(evaluation_model)
     return evaluation_model.eval()
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +133,52 @@ def test_where_they_are_synchronised(data: CocoDataset, tmp_path: Path, monkeypa
     ):
         train(recipe, data, tmp_path / "two.pt", pretrained=False)
     assert not (tmp_path / "two.pt").exists()
+
+
+RANK = """
+import dataclasses, sys
+from pathlib import Path
+
+import torch
+from test_models_optimization import NORMED
+
+from models.data import CocoDataset
+from models.distributed import gather, process_group, rank
+from models.train import train
+from models.validation import Validation
+
+seen = []
+
+
+def evaluate(model):
+    seen.append(torch.cat([b.flatten().double() for b in model.buffers()]))
+    return {"AP": 0.0}
+
+
+data, file = CocoDataset(sys.argv[1], "train"), Path(sys.argv[2])
+with process_group("cpu"):
+    for changes in ({"ema_buffers": True}, {"ema_decay": None}):
+        recipe = dataclasses.replace(NORMED, **changes)
+        model = train(recipe, data, file, pretrained=False, validation=Validation(evaluate, 2))
+        seen.append(torch.cat([b.flatten().double() for b in model.buffers()]))
+        parts = gather([torch.stack(seen)])
+        if rank() == 0:
+            assert len(seen) == 3 and torch.equal(*parts), (parts[0] - parts[1]).abs().amax(dim=1)
+            print("the same")
+        seen.clear()
+"""
+
+
+def test_all_processes_evaluate_one_model(data: CocoDataset, tmp_path: Path) -> None:
+    """Each saw other images, and its batch norms have other statistics until they are rank 0's."""
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script), str(data.root), str(tmp_path / "run.pt")]
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parent)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("the same") == 2

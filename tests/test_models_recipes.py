@@ -73,7 +73,7 @@ def test_residual_blocks_are_dropped_in_training_alone() -> None:
 def test_blocks_that_cannot_be_dropped() -> None:
     with pytest.raises(
         ValueError,
-        match="^drop_path must be 0 with a backbone of torchvision's, resnet18, got 0.2$",
+        match=r"^drop_path must be 0 with a backbone of torchvision's, resnet18, got 0.2$",
     ):
         EfficientDetConfig(backbone="resnet18", drop_path=0.2)
     with pytest.raises(
