@@ -107,3 +107,16 @@ def test_crops_are_not_enlarged_to_the_square() -> None:
     assert (recipe.model.min_size, recipe.model.letterbox) == (None, False)
     given = {"crop": 128, "letterbox": True, "min_size": 256}
     assert with_options(Recipe(model=EfficientDetConfig()), given).model.letterbox
+
+
+def test_the_square_is_one_option() -> None:
+    recipe = Recipe(model=EfficientDetConfig())
+    model = with_options(recipe, {"max_size": 384}).model
+    assert (model.min_size, model.max_size, model.batch_divisor) == (384, 384, 384)
+    model = with_options(recipe, {"max_size": 640, "min_size": (320, 640)}).model
+    assert (model.min_size, model.max_size) == ((320, 640), 640)
+    assert with_options(Recipe(), {"max_size": 1500}).model.min_size == 800
+    assert with_options(recipe, {"max_size": 640, "letterbox": False}).model.min_size == 512
+    for wrong in (0, "x"):
+        with pytest.raises(ValueError, match=rf"^--max-size must be .* got {wrong!r}$"):
+            with_options(recipe, {"max_size": wrong})

@@ -219,6 +219,9 @@ def with_options(
     if "crop" in given and given["crop"] != base.crop:
         of_model.setdefault("min_size", None)  # crops keep their size unless told otherwise
         of_model.setdefault("letterbox", False)
+    fills = network.min_size == network.max_size and of_model.get("letterbox", network.letterbox)
+    if fills and network.ranges()["max_size"].holds(given.get("max_size")):
+        of_model.setdefault("min_size", given["max_size"])  # images go on to fill the square
     own = {name: value for name, value in given.items() if name in fields}
     unknown = of_model.keys() - {f.name for f in dataclasses.fields(network)}
     if unknown:
