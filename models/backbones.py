@@ -14,10 +14,14 @@ from torchvision.ops import FrozenBatchNorm2d
 from .config import BACKBONES, TIMM, NetworkConfig
 
 
-def backbone(config: NetworkConfig, pretrained: bool) -> nn.Module:
-    """(B, 3, H, W) -> the features of each of its levels, finest first, in a dictionary: "c3" and so on, up to "c5"."""
-    from_timm = config.backbone.startswith(TIMM)
-    return (TimmBody if from_timm else torchvision_body)(config, pretrained)
+def backbone(config: NetworkConfig, pretrained: bool, drop_path: float = 0.0) -> nn.Module:
+    """(B, 3, H, W) -> the features of each of its levels, finest first, in a dictionary: "c3" and so on, up to "c5".
+
+    `drop_path` is timm's: how often the last residual block is skipped in training.
+    """
+    if config.backbone.startswith(TIMM):
+        return TimmBody(config, pretrained, drop_path)
+    return torchvision_body(config, pretrained)
 
 
 def torchvision_body(config: NetworkConfig, pretrained: bool) -> nn.Module:
@@ -44,19 +48,29 @@ def torchvision_body(config: NetworkConfig, pretrained: bool) -> nn.Module:
 class TimmBody(nn.Module):
     """A convolutional model of timm's, by its own name."""
 
-    def __init__(self, config: NetworkConfig, pretrained: bool) -> None:
+    def __init__(self, config: NetworkConfig, pretrained: bool, drop_path: float) -> None:
         super().__init__()
         try:
             import timm
         except ImportError:
             raise ValueError(f"backbone {config.backbone!r} needs the package timm") from None
+        dropping: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         create = functools.partial(
-            timm.create_model, config.backbone.removeprefix(TIMM), features_only=True
+            timm.create_model,
+            config.backbone.removeprefix(TIMM),
+            features_only=True,
+            **dropping,
         )
         try:
             info: Any = create(pretrained=False).feature_info
         except RuntimeError as error:
             raise ValueError(f"backbone {config.backbone!r}: {error}") from None
+        except TypeError:
+            if not drop_path:
+                raise
+            raise ValueError(
+                f"drop_path must be 0 with backbone {config.backbone!r}, got {drop_path}"
+            ) from None
         last = {reduction: index for index, reduction in enumerate(info.reduction())}
         self.levels = range(config.min_level, min(config.max_level, 5) + 1)
         if any(2**level not in last for level in self.levels):

@@ -226,12 +226,14 @@ class ImageConfig(Config):
     # their size.
     min_size: int | tuple[int, ...] | None = 800  # the shorter side becomes it, or one of several
     max_size: int = 1333  # the limit of the longer side
+    letterbox: bool = False  # pad every image to the square of max_size, on the right and below
     image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     RANGES: ClassVar[Ranges] = {
         "min_size": optional(either(whole(1), several(whole(1)))),
         "max_size": whole(1),
+        "letterbox": switch(),
         "image_mean": several(real(), 3),
         "image_std": several(real(0, above=True), 3),
     }
@@ -243,17 +245,21 @@ class ImageConfig(Config):
             raise ValueError(
                 f"min_size must be at most max_size, {self.max_size}, got {max(sizes)}"
             )
-
-    @property
-    def is_square(self) -> bool:
-        """Whether all images are made to fit one square."""
-        return False
+        if self.letterbox and self.min_size is None:
+            raise ValueError("min_size must be a size where letterbox is, got None")
 
     @property
     def size_divisor(self) -> int:
         """What height and width of a batch are multiples of: 32, as in torchvision's detectors, unless the network asks
         for more."""
         return 32
+
+    @property
+    def batch_divisor(self) -> int:
+        """What a batch is padded to multiples of: size_divisor, or the side of a letterbox's square, which no image
+        exceeds."""
+        divisor = self.size_divisor
+        return -(-self.max_size // divisor) * divisor if self.letterbox else divisor
 
 
 # ---- A detector -----------------------------------------------------------------------------------

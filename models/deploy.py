@@ -57,12 +57,12 @@ class StaticDetector(nn.Module):
     def metadata(self) -> dict[str, str]:
         """What a program that runs the package has to know of the images that it takes."""
         limits = dict(zip(("min_size", "max_size"), self.size_limits or (), strict=False))
-        numbers = {"size_divisor": self.model.config.size_divisor, **limits}
+        numbers = {"size_divisor": self.model.config.batch_divisor, **limits}
         return {name: str(number) for name, number in numbers.items()}
 
     def to_batch(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Images (3, H_i, W_i) in one tensor (B, 3, H, W), and their sizes (B, 2): what the detector takes."""
-        divisor = self.model.config.size_divisor
+        divisor = self.model.config.batch_divisor
         sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.float32)
         height, width = (-(-int(extent) // divisor) * divisor for extent in sizes.amax(dim=0))
         batch = images[0].new_zeros((len(images), 3, height, width))
@@ -92,7 +92,7 @@ class StaticDetector(nn.Module):
 
     def forward(
         self,
-        images: Tensor,  # (B, 3, H, W) in 0..1, each image in the upper left; H, W: multiples of size_divisor
+        images: Tensor,  # (B, 3, H, W) in 0..1, each image in the upper left; H, W: multiples of batch_divisor
         sizes: Tensor,  # (B, 2) float32, their heights and widths
         original_sizes: Tensor
         | None = None,  # (B, 2), before `prepare`, which is called if there are none
@@ -121,9 +121,9 @@ def export(detector: StaticDetector, images: Tensor, sizes: Tensor) -> torch.exp
     batch = torch.export.Dim("batch")
     config = detector.model.config
     of_images = {0: batch}
-    if not config.is_square:  # then every batch has one size
+    if not config.letterbox:  # then every batch has one size
         for dimension, name in ((2, "height"), (3, "width")):
-            of_images[dimension] = config.size_divisor * torch.export.Dim(name)
+            of_images[dimension] = config.batch_divisor * torch.export.Dim(name)
     inputs = detector.prepare(images, sizes)
     of_sizes = [{0: batch}] * (len(inputs) - 1)
     return torch.export.export(detector, inputs, dynamic_shapes=(of_images, *of_sizes))

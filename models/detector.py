@@ -32,7 +32,7 @@ class Detector(nn.Module):
         self.loss_step = LossStep(matching=config, loss=config)
 
     def network(self, images: Tensor) -> HeadOutputs:
-        """Of normalised images (B, 3, H, W), whose H and W are multiples of config.size_divisor."""
+        """Of normalised images (B, 3, H, W), whose H and W are multiples of config.batch_divisor."""
         raise NotImplementedError(f"{type(self).__name__} has no network")
 
     def forward(

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from .data.errors import DataError
 
@@ -80,3 +81,10 @@ def from_first(make: Callable[[], Item]) -> Item:
         raise outcome[1]
     made: Item = outcome[0]
     return made
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Gives the module on every rank what rank 0 has in its buffers: batch norms saw other images on each."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)

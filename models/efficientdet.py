@@ -21,6 +21,7 @@ from focalops import AnchorGenerator
 
 from .backbones import backbone, channels
 from .config import (
+    TIMM,
     BoxLoss,
     DetectorConfig,
     MatchingRule,
@@ -94,6 +95,9 @@ class BiFPNConfig(NetworkConfig):
     # Of the pools and strided convolutions: TensorFlow's, or as many on both sides.
     padding: Literal["symmetric", "same"] = "symmetric"
     redundant_bias: bool = False  # of convolutions before a batch norm, as the original has them
+    drop_path: float = (
+        0.0  # how often timm's last residual block is skipped in training; the others less
+    )
     prior_probability: float = 0.01
 
     RANGES: ClassVar[Ranges] = {
@@ -105,6 +109,7 @@ class BiFPNConfig(NetworkConfig):
         "activation": one_of(("silu", "relu6")),
         "padding": one_of(("symmetric", "same")),
         "redundant_bias": switch(),
+        "drop_path": real(0, 1, below=True),
         "prior_probability": real(0, 1, above=True, below=True),
     }
 
@@ -131,6 +136,7 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
     detections_per_image: int = 100
     min_size: int = 512
     max_size: int = 512
+    letterbox: bool = True
 
     RANGES: ClassVar[Ranges] = {
         "anchor_sizes": several(several(real(0, above=True))),
@@ -140,14 +146,20 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_levels(self, self)
-
-    @property
-    def is_square(self) -> bool:
-        return self.min_size == self.max_size
+        if self.drop_path and not self.backbone.startswith(TIMM):
+            raise ValueError(
+                f"drop_path must be 0 with a backbone of torchvision's, {self.backbone}, "
+                f"got {self.drop_path}"
+            )
 
     @property
     def size_divisor(self) -> int:
-        return self.max_size if self.is_square else 2**self.max_level
+        return 2**self.max_level
+
+    @property
+    def batch_divisor(self) -> int:
+        """A square may have any side: strides are its own, as lite0's 320 / 3."""
+        return self.max_size if self.letterbox else self.size_divisor
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> EfficientDetConfig:
@@ -189,7 +201,7 @@ class EfficientDet(Detector):
             strides=[2**level for level in range(config.min_level, config.max_level + 1)],
         )
         super().__init__(config, anchors)
-        self.backbone = backbone(config, pretrained_backbone)
+        self.backbone = backbone(config, pretrained_backbone, config.drop_path)
         self.fpn = BiFPN(config, channels(self.backbone))
         num_anchors = anchors.num_anchors_per_location()[0]
         self.class_head = Head(config, num_anchors * config.num_classes)

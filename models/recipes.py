@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 
 from .config import DetectorConfig, as_tuples, octave_sizes
-from .detectors import DETECTORS, from_json, to_json
+from .detectors import DETECTORS, PUBLISHED, from_json, to_json
+from .efficientdet import EfficientDetConfig
 from .ranges import (
     Range,
     check_fields,
@@ -36,11 +37,13 @@ class Recipe:
     accumulate: int = 1  # the number of pieces that a batch is computed in, to save memory
     precision: Literal["float32", "bfloat16", "float16"] = "float32"  # of the convolutions
     compile: bool = False  # the network and the loss, by torch.compile
+    sync_batch_norm: bool = False  # batch norms see the batch of all processes, on GPUs
     seed: int = 0
     # Optimisation
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.01
     weight_decay: float = 1e-4
+    decay_vectors: bool = True  # weight_decay also of biases, norms and the weights of fusions
     schedule: Literal["steps", "cosine"] = "steps"
     drops: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run: where "steps" divides the rate by ten
     warmup_steps: int = 500
@@ -48,9 +51,13 @@ class Recipe:
     ema_decay: float | None = (
         None  # of a running average of the weights, which is then what is evaluated
     )
+    ema_warmup: bool = False  # after t steps ema_decay is at most (1 + t) / (10 + t)
+    ema_buffers: bool = False  # the statistics of the batch norms are averaged as the weights are
     # Samples
     crop: int | None = None  # the side of random squares to train on, instead of whole images
     crop_zoom: tuple[float, float] = (1.0, 1.0)
+    # The image is resized to fit the square of the model's letterbox times a random factor, and cropped to the square.
+    scale_jitter: tuple[float, float] | None = None  # the limits of the factor
     dihedral: bool = False  # all eight symmetries of the square instead of the horizontal flip
     photometric: bool = False
     # Evaluation
@@ -75,11 +82,26 @@ class Recipe:
             raise ValueError(
                 f"crop must be at least a pixel at the highest crop_zoom, {high}, got {self.crop}"
             )
+        if self.scale_jitter is not None:
+            self.check_jitter(*self.scale_jitter)
         if self.window is not None and self.window <= self.window_overlap:
             raise ValueError(
                 f"window must be larger than window_overlap, {self.window_overlap}, "
                 f"got {self.window}"
             )
+
+    def check_jitter(self, low: float, high: float) -> None:
+        if low > high:
+            raise ValueError(
+                f"scale_jitter must be the lower and the higher limit, got {low}, {high}"
+            )
+        if not self.model.letterbox:
+            raise ValueError(
+                "scale_jitter must be nothing without the model's letterbox, "
+                f"got {self.scale_jitter}"
+            )
+        if self.crop is not None:
+            raise ValueError(f"crop must be nothing with scale_jitter, got {self.crop}")
 
     def to_dict(self) -> dict[str, Any]:
         """As files have it: JSON's types, but for tuples."""
@@ -107,17 +129,22 @@ RANGES = {
     "accumulate": whole(1),
     "precision": one_of(tuple(PRECISIONS)),
     "compile": switch(),
+    "sync_batch_norm": switch(),
     "seed": whole(0, 2**63 - 1),
     "optimizer": one_of(("sgd", "adamw")),
     "learning_rate": real(0, above=True),
     "weight_decay": real(0),
+    "decay_vectors": switch(),
     "schedule": one_of(("steps", "cosine")),
     "drops": several(real(0, 1), least=0),
     "warmup_steps": whole(0),
     "clip_norm": optional(real(0, above=True)),
     "ema_decay": optional(real(0, 1, below=True)),
+    "ema_warmup": switch(),
+    "ema_buffers": switch(),
     "crop": optional(whole(1)),
     "crop_zoom": several(real(0, above=True), 2),
+    "scale_jitter": optional(several(real(0, above=True), 2)),
     "dihedral": switch(),
     "photometric": switch(),
     "window": optional(whole(1)),
@@ -199,18 +226,58 @@ SMALL = Recipe(
 # for the model that it calls v2.
 R101 = Recipe(model=RetinaNetConfig(backbone="resnet101"))
 V2 = Recipe(
-    model=RetinaNetConfig(
-        frozen_batch_norm=False,
-        p6_from="c5",
-        head_norm_groups=32,
-        box_loss="giou",
-        min_size=tuple(range(480, 801, 32)),
-    ),
+    model=PUBLISHED["retinanet_resnet50_fpn_v2"],
     steps=190_000,
     optimizer="adamw",
     learning_rate=1e-4,
     weight_decay=0.05,
     drops=(16 / 26, 22 / 26),
+)
+
+# EfficientDet as its authors trained it on COCO: hparams_config.py and det_model_fn.py of google/automl; the batch, which
+# is a flag there, and 600 epochs for D7 and D7x are the paper's. Different are: the warm-up starts at 0 as the paper
+# says, not at a tenth of the rate; the cosine starts where the warm-up ends, which moves the rate by half a percent at
+# most; gradients are clipped together, not each of them before. A smaller batch has a rate in proportion.
+EPOCH = 120_000 // 128  # steps, as they count COCO's images
+
+
+def published(name: str) -> Recipe:
+    return Recipe(
+        model=PUBLISHED[name],
+        steps=(600 if name in ("efficientdet_d7", "efficientdet_d7x") else 300) * EPOCH,
+        batch_size=128,
+        sync_batch_norm=True,
+        learning_rate=0.16,
+        weight_decay=4e-5,
+        decay_vectors=False,
+        schedule="cosine",
+        warmup_steps=EPOCH,
+        clip_norm=10.0,
+        ema_decay=0.9998,
+        ema_warmup=True,
+        ema_buffers=True,
+        scale_jitter=(0.1, 2.0),
+    )
+
+
+# SMALL's data and time for an EfficientDet: lite0's backbone and widths at a lower resolution. The statistics of its new
+# batch norms take some 200 steps to become those of the features (momentum 0.01): until then it detects nothing.
+SMALL_EFFICIENTDET = Recipe(
+    model=EfficientDetConfig.named("lite0", min_size=256, max_size=256, score_threshold=0.02),
+    steps=700,
+    batch_size=8,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    decay_vectors=False,
+    schedule="cosine",
+    warmup_steps=50,
+    clip_norm=10.0,
+    ema_decay=0.99,
+    ema_warmup=True,
+    ema_buffers=True,
+    scale_jitter=(0.5, 1.5),
+    photometric=True,
 )
 
 RECIPES = {
@@ -219,4 +286,6 @@ RECIPES = {
     "coco_v2": V2,
     "small": SMALL,
     "trees": TREES,
+    **{name: published(name) for name in PUBLISHED if name.startswith("efficientdet_d")},
+    "efficientdet_small": SMALL_EFFICIENTDET,
 }

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 
 from focalops.info import describe
 
@@ -350,7 +350,10 @@ def probabilities_of_the_truth(
     model: Detector, stream: TrainingStream, images: int, device: str
 ) -> tuple[Tensor, Tensor]:
     """p_t of the positive and of the negative logits of `images` samples, float32 on the CPU."""
-    model.train()  # the anchors' targets are found only there; batch norms must be frozen
+    model.train()  # the anchors' targets are found only there
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
     positives, negatives = [], []
     for index in range(images):
         batch, targets = collate([stream[index]])

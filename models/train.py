@@ -16,15 +16,16 @@ from typing import Any, Protocol, cast, overload, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .checkpoint import load_checkpoint, load_weights, save_checkpoint
 from .data import CocoDataset, DataError, TrainingStream, collate, mix
+from .data.jitter import ScaleJitter
 from .detector import Detector
 from .detectors import create
-from .distributed import rank, world_size
+from .distributed import rank, share_buffers, world_size
+from .optimization import average_of, build_optimizer, lr_factor, synchronised
 from .outputs import write_whole
 from .ranges import check, whole
 from .recipes import PRECISIONS, Recipe
@@ -67,19 +68,18 @@ def train(
             another one.
     """
     check("checkpoint_every", checkpoint_every, whole(1))
+    kind = torch.device(device).type
+    synchronises = recipe.sync_batch_norm and world_size() > 1
+    if synchronises and kind == "cpu":  # torch has it for GPUs alone
+        raise ValueError(f"sync_batch_norm must be false for several processes on {kind}, got True")
     torch.manual_seed(recipe.seed)
     model = create(recipe.model, pretrained_backbone=pretrained and not resume)
     if initialise is not None and not resume:
         initialise(model)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average = (
-        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        if recipe.ema_decay
-        else None
-    )
+    average = average_of(recipe, model)
     evaluation_model = model if average is None else cast(Detector, average.module)
     optimizer = build_optimizer(recipe, model)
-    kind = torch.device(device).type
     scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
     modules: dict[str, nn.Module] = {"model": model}
     if average is not None:
@@ -130,6 +130,7 @@ def train(
         """Evaluates, logs and saves what is due after a step."""
         best = False
         if validation is not None and not stop and validation.due(done, recipe.steps):
+            share_buffers(evaluation_model)
             best = validation(done, evaluation_model)
             figures = figures | validation.figures
             model.train()
@@ -144,6 +145,8 @@ def train(
                 saved(done, evaluation_model.eval())
                 model.train()
 
+    if synchronises:
+        synchronised(model)
     if recipe.compile:  # not before: the average is a copy to be evaluated
         model.network = torch.compile(model.network)  # type: ignore[method-assign]
         model.loss_step.compile()
@@ -212,6 +215,7 @@ def train(
             )
             if interrupted:
                 raise TrainingInterrupted(f"interrupted after step {done} of {recipe.steps}")
+    share_buffers(evaluation_model)
     return evaluation_model.eval()
 
 
@@ -252,6 +256,7 @@ def restore(
 
 
 def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
+    model, factors = recipe.model, recipe.scale_jitter
     return TrainingStream(
         data,
         recipe.steps * recipe.batch_size,
@@ -260,6 +265,7 @@ def training_stream(recipe: Recipe, data: CocoDataset) -> TrainingStream:
         recipe.crop_zoom,
         recipe.dihedral,
         recipe.photometric,
+        ScaleJitter(factors, model.max_size, model.image_mean) if factors else None,
     )
 
 
@@ -446,24 +452,6 @@ def memory(device: str) -> dict[str, str]:
     if not device.startswith("cuda"):
         return {}
     return {"GB": f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"}
-
-
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, rate, momentum=0.9, weight_decay=decay)
-    return torch.optim.AdamW(parameters, rate, weight_decay=decay)
-
-
-def lr_factor(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a half cosine to 0 or the recipe's drops."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    if recipe.schedule == "cosine":
-        progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 0.1 ** sum(step >= int(recipe.steps * drop) for drop in recipe.drops)
 
 
 def keep_freed_memory() -> None:

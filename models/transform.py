@@ -16,7 +16,7 @@ def transform(config: ImageConfig) -> GeneralizedRCNNTransform:
         config.max_size,
         list(config.image_mean),
         list(config.image_std),
-        size_divisible=config.size_divisor,
+        size_divisible=config.batch_divisor,
     )
 
 

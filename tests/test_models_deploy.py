@@ -135,10 +135,16 @@ class Coarse(RetinaNetConfig):
     size_divisor = 64
 
 
+SQUARE = dataclasses.replace(CONFIG, min_size=128, max_size=128, letterbox=True)
+
+
 @torch.no_grad()
-def test_runs_from_cpp_without_python(images, tmp_path):
+@pytest.mark.parametrize(
+    "config", [Coarse(**dataclasses.asdict(RESIZING)), SQUARE], ids=["coarse", "letterbox"]
+)
+def test_runs_from_cpp_without_python(config, images, tmp_path):
     torch.manual_seed(0)
-    detector = deploy.StaticDetector(RetinaNet(Coarse(**dataclasses.asdict(RESIZING))))
+    detector = deploy.StaticDetector(RetinaNet(config))
     batch = detector.to_batch(images)
     package = tmp_path / "detector.pt2"
     run = deploy.package(deploy.export(detector, *batch), package, detector.metadata)
@@ -155,10 +161,15 @@ def test_runs_from_cpp_without_python(images, tmp_path):
             [tmp_path / "detect", *arguments], capture_output=True, text=True, env=environment
         )
 
-    older = tmp_path / "older.pt2"
-    without_divisor(package, older)
     # 128 x 164 pixels, where multiples of 32 and of 64 give the same batch, and 128 x 146, where they do not.
-    for file, width in ((package, 90), (package, 80), (older, 90)):
+    runs = [(package, 90), (package, 80)]
+    if config.letterbox:
+        runs.append((package, 160))  # 56 x 128, which multiples of 32 would not make a square
+    else:
+        older = tmp_path / "older.pt2"
+        without_divisor(package, older)
+        runs.append((older, 90))
+    for file, width in runs:
         pixels = np.random.default_rng(1).integers(0, 256, (70, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "image.ppm")
         result = detect(file, tmp_path / "image.ppm", library)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_models_ranges import EFFICIENTDET_FIELDS, MODEL_FIELDS, RECIPE_FIELDS
+from test_models_ranges import EFFICIENTDET_FIELDS, MODEL_FIELDS, NEEDED, RECIPE_FIELDS
 
 from models.__main__ import main
 from models.command_line import parser
@@ -57,7 +57,7 @@ def test_an_option_sets_its_field_alone(name: str) -> None:
     good, _ = FIELDS[name]
     given = parsed(*words(name, good))
     assert given == {name: good}
-    base = Recipe()
+    base = NEEDED.get(name, Recipe())
     if name == "crop":
         good = {"crop": good, "min_size": None}  # crops keep their size
     changed = with_options(base, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,11 +21,12 @@ from models import study
 from models.__main__ import main
 from models.config import CLASSIFICATION_LOSSES
 from models.data import open_data
+from models.detectors import create
 from models.losses import Matched
 from models.losses.classification import OHEM_BATCH, classification_loss, rows_of
 from models.recipes import Recipe
 from models.structures import HeadOutputs
-from models.train import TrainingInterrupted
+from models.train import TrainingInterrupted, training_stream
 
 RECIPE = Recipe(
     model=dataclasses.replace(TINY, min_size=None, frozen_batch_norm=True),
@@ -247,6 +249,19 @@ def test_distribution_study(coco, recipe_file, tmp_path):
     table = (tmp_path / "distribution.md").read_text()
     assert table.count("\n| ") == 1 + len(study.GAMMAS)
     assert (tmp_path / "distribution.png").exists()
+
+
+def test_the_distribution_is_of_the_model_as_it_detects(coco):
+    """Its batch norms keep their statistics, and one image is no batch to take others from."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(RECIPE.model, frozen_batch_norm=False)
+    model, data = create(config), open_data(coco, "train2017")
+    before = copy.deepcopy(model.state_dict())
+    stream = training_stream(dataclasses.replace(RECIPE, model=config), data)
+    study.probabilities_of_the_truth(model, stream, 2, "cpu")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not any(module.training for module in model.modules())
 
 
 def test_cumulative_share():

@@ -64,7 +64,18 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("changes", [{}, {"precision": "float16", "accumulate": 2, "crop": 64}])
+AS_PUBLISHED: dict = {
+    "model": dataclasses.replace(RECIPE.model, frozen_batch_norm=False),
+    "optimizer": "sgd",
+    "decay_vectors": False,
+    "ema_warmup": True,
+    "ema_buffers": True,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"precision": "float16", "accumulate": 2, "crop": 64}, AS_PUBLISHED]
+)
 def test_a_resumed_run_ends_as_an_uninterrupted_one(
     data: CocoDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
 ) -> None:

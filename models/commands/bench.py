@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..bench import bench, table
+from ..bench import BENCH_MODELS, bench, table
 from ..commands.common import DATA_HELP, files_of
+from ..config import DetectorConfig
 from ..data import TrainingStream, collate, open_data
+from ..detectors import DETECTORS, PUBLISHED, named
 from ..outputs import claim, write_whole
 from ..ranges import check, whole
 from ..recipes import PRECISIONS
@@ -21,7 +23,14 @@ HELP = "time the parts of a training step beside torchvision's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", choices=BENCH_MODELS, default=BENCH_MODELS[0])
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        default=BENCH_MODELS[0],
+        help=f"{', '.join(BENCH_MODELS)}, or, without torchvision's beside it, "
+        f"{', '.join(name for name in (*DETECTORS, *PUBLISHED) if name not in BENCH_MODELS)} "
+        "(default: %(default)s)",
+    )
     parser.add_argument(
         "--data", metavar="DIR", help=f"{DATA_HELP} (default: noise, 8 boxes an image)"
     )
@@ -30,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=int,
         nargs=2,
-        default=(800, 1333),
         metavar=("HEIGHT", "WIDTH"),
-        help="of the images, or what those of --data are resized to (default: 800 1333)",
+        help="of the images, or what those of --data are resized to (default: 800 1333, or the square of the "
+        "model's letterbox)",
     )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
@@ -41,10 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out")
 
 
-BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")
+def sizes_of(config: DetectorConfig) -> tuple[int, int]:
+    return (config.max_size, config.max_size) if config.letterbox else (800, 1333)
 
 
 def run(options: argparse.Namespace) -> None:
+    config = named(options.model)
+    options.size = options.size or sizes_of(config)
     for side in options.size:
         check("--size", side, whole(1))
     check("--batch-size", options.batch_size, whole(1))

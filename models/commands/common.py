@@ -10,7 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config import DetectorConfig
 from ..data import CocoDataset, DataError, open_data
+from ..detectors import DETECTORS, PUBLISHED, named
 from ..distributed import rank
 from ..recipes import RECIPES, Recipe, with_model
 
@@ -28,6 +30,43 @@ def find_recipe(name: str) -> Recipe:
         ) from None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"the file {name} is no recipe ({first_line(error)})") from None
+
+
+def add_recipe_arguments(parser: argparse._ActionsContainer, note: str = "") -> None:
+    parser.add_argument(
+        "--recipe",
+        help=f"{', '.join(RECIPES)} or a file that configs printed{note}; default: trees for trees, else "
+        "what --model has of its own, else coco",
+    )
+    add_model_argument(parser)
+
+
+def add_model_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--model",
+        dest="model_name",  # model is a field of the recipe
+        metavar="NAME",
+        help=f"in place of the recipe's model: {', '.join((*DETECTORS, *PUBLISHED))}",
+    )
+
+
+def chosen_model(options: argparse.Namespace) -> DetectorConfig | None:
+    """That of --model, if it was given."""
+    return None if options.model_name is None else named(options.model_name)
+
+
+def chosen_recipe(options: argparse.Namespace) -> Recipe:
+    """That of --recipe, or what belongs to the data or to --model; with its own model."""
+    own = options.model_name if options.model_name in RECIPES else "coco"
+    return find_recipe(options.recipe or ("trees" if options.data == "trees" else own))
+
+
+def model_for(recipe: Recipe, model: DetectorConfig | None) -> DetectorConfig:
+    """The model in place of the recipe's: for the same classes, and for crops as they are where the recipe crops."""
+    if model is None:
+        return recipe.model
+    crops = {} if recipe.crop is None else {"min_size": None, "letterbox": False}
+    return dataclasses.replace(model, num_classes=recipe.model.num_classes, **crops)  # type: ignore[arg-type]
 
 
 def add_data_arguments(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
 from ..checkpoint import expected_bytes
-from ..commands.common import with_given
+from ..commands.common import add_model_argument, chosen_model, model_for, with_given
 from ..commands.flags import add_fields, check_given, given_fields
 from ..data import open_data, prepare_backbone_weights
+from ..detectors import DETECTORS
 from ..draw import draw_comparison
 from ..evaluate import detect, evaluate, save_results, to_results
 from ..outputs import claim_folder, locked, remade
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s"
     )
+    add_model_argument(parser)
     add_fields(parser, Recipe, RANGES, ["steps", "seed"])
 
 
@@ -31,6 +34,7 @@ def run(options: argparse.Namespace) -> None:
     given = given_fields(options, Recipe)
     check_given(given, RANGES)
     recipe = with_given(RECIPES["trees"], given)
+    recipe = dataclasses.replace(recipe, model=model_for(recipe, chosen_model(options)))
     keep_freed_memory()
     claim_folder(options.out, 2 * expected_bytes(recipe))
     names = (CHECKPOINT, "not-finite.json", "results.json", "trees.png")
@@ -43,7 +47,8 @@ def show(options: argparse.Namespace, recipe: Recipe) -> None:
     prepare_backbone_weights(recipe.model.pretrained_backbone)
     data, val = open_data("trees", "train"), open_data("trees", "val")
     backbone, crowns = recipe.model.pretrained_backbone, len(data.coco.anns)
-    print(f"Training RetinaNet ({backbone}) on an aerial photograph with {crowns} tree crowns.")
+    name = DETECTORS[recipe.model.kind][1].__name__
+    print(f"Training {name} ({backbone}) on an aerial photograph with {crowns} tree crowns.")
     model = train(recipe, data, options.out / CHECKPOINT, device=options.device)
 
     print(

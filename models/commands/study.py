@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from ..checkpoint import load_model
 from ..commands.common import (
     add_data_arguments,
-    find_recipe,
+    add_recipe_arguments,
+    chosen_model,
+    chosen_recipe,
     for_data,
+    model_for,
     open_split,
     with_given,
 )
@@ -37,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=(*STUDIES, DISTRIBUTION))
     add_data_arguments(parser, split="train", data="trees")
     parser.add_argument("--val-split", default="val", help="default: %(default)s")
-    parser.add_argument("--recipe", help="as in train; the study changes what it compares")
+    add_recipe_arguments(parser, "; the study changes what it compares")
     add_fields(parser, Recipe, RANGES, ["steps"])
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
@@ -69,7 +73,8 @@ def run(options: argparse.Namespace) -> None:
     if options.checkpoint is not None and options.name != DISTRIBUTION:
         raise ValueError(f"--checkpoint is of {DISTRIBUTION}: {options.name} trains its own models")
     keep_freed_memory()
-    recipe = find_recipe(options.recipe or ("trees" if options.data == "trees" else "coco"))
+    recipe = chosen_recipe(options)
+    recipe = dataclasses.replace(recipe, model=model_for(recipe, chosen_model(options)))
     data = open_split(options, options.split)
     recipe = with_given(for_data(recipe, data), given)
     claim_folder(options.out)

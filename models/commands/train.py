@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import expected_bytes, load_checkpoint
-from ..commands.common import add_data_arguments, find_recipe, for_data, open_split
+from ..commands.common import (
+    add_data_arguments,
+    add_recipe_arguments,
+    chosen_model,
+    chosen_recipe,
+    find_recipe,
+    for_data,
+    model_for,
+    open_split,
+)
 from ..commands.flags import add_fields, given_fields
+from ..config import DetectorConfig
 from ..data import CocoDataset, prepare_backbone_weights
 from ..detector import Detector
 from ..detectors import DETECTORS
@@ -25,7 +35,7 @@ from ..finetune import take_weights
 from ..log import Log
 from ..outputs import claim_folder, locked
 from ..ranges import Range, check, option, optional, whole
-from ..recipes import RANGES, RECIPES, Recipe, with_model
+from ..recipes import RANGES, Recipe, with_model
 from ..resume import differences, fingerprint, other_recipe
 from ..run_folder import (
     BEST,
@@ -86,11 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "recipe",
         "what differs from the recipe of the data set; where a value may be nothing, the word is none",
     )
-    recipe.add_argument(
-        "--recipe",
-        help=f"{', '.join(RECIPES)} or a file that configs printed; default: trees for trees, "
-        "else coco",
-    )
+    add_recipe_arguments(recipe)
     known = {"model", "num_classes"}  # num_classes is what the data have
     for config, ranges in configs():
         names = [f.name for f in dataclasses.fields(config) if f.name not in known]
@@ -172,6 +178,7 @@ def check_options(options: argparse.Namespace) -> None:
         ("patience", optional(whole(1))),
     ):
         check(option(name), getattr(options, name), rule)
+    chosen_model(options)
     if options.resume and options.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give only one")
     for name in ("evaluate_every", "patience"):
@@ -192,24 +199,35 @@ def new_run(
 ) -> tuple[Recipe, dict[str, Any] | None]:
     """The recipe of a new run, and the checkpoint whose weights it starts from."""
     source = load_checkpoint(options.weights) if options.weights else None
-    if options.recipe is None and source is not None:
-        return with_options(source["recipe"], given), source
-    name = options.recipe or ("trees" if options.data == "trees" else "coco")
-    return with_options(find_recipe(name), given), source
+    if source is None or options.recipe is not None:
+        base = chosen_recipe(options)
+    else:
+        base = source["recipe"]
+    return with_options(base, given, chosen_model(options)), source
 
 
-def with_options(base: Recipe, given: dict[str, Any]) -> Recipe:
-    """A ValueError names the options that were given, and the fields of the recipe otherwise."""
+def with_options(
+    base: Recipe, given: dict[str, Any], model: DetectorConfig | None = None
+) -> Recipe:
+    """The recipe with its fields that were given, and with the model, where there is one, in place of its own.
+
+    A ValueError names the options that were given, and the fields of the recipe otherwise.
+    """
+    network = model_for(base, model)
     fields = {f.name for f in dataclasses.fields(Recipe)}
     of_model = {name: value for name, value in given.items() if name not in fields}
     if "crop" in given and given["crop"] != base.crop:
         of_model.setdefault("min_size", None)  # crops keep their size unless told otherwise
+        of_model.setdefault("letterbox", False)
+    fills = network.min_size == network.max_size and of_model.get("letterbox", network.letterbox)
+    if fills and network.ranges()["max_size"].holds(given.get("max_size")):
+        of_model.setdefault("min_size", given["max_size"])  # images go on to fill the square
     own = {name: value for name, value in given.items() if name in fields}
-    unknown = of_model.keys() - {f.name for f in dataclasses.fields(base.model)}
+    unknown = of_model.keys() - {f.name for f in dataclasses.fields(network)}
     if unknown:
-        raise ValueError(f"{option(min(unknown))} is nothing that a {base.model.kind} has")
+        raise ValueError(f"{option(min(unknown))} is nothing that a {network.kind} has")
     try:
-        return dataclasses.replace(base, **own, model=dataclasses.replace(base.model, **of_model))
+        return dataclasses.replace(base, **own, model=dataclasses.replace(network, **of_model))
     except ValueError as error:
         names = "|".join(given) or "$^"
         # What may be chosen and what was given are no names, though they may read as some.
@@ -224,7 +242,7 @@ def check_same_recipe(
     """Options given together with --resume must say what the checkpoint says."""
     base = recipe if options.recipe is None else find_recipe(options.recipe)
     base = with_model(base, num_classes=recipe.model.num_classes)
-    changed = differences(recipe, with_options(base, given))
+    changed = differences(recipe, with_options(base, given, chosen_model(options)))
     if changed:
         raise other_recipe(file, {option(n) if n in given else n: v for n, v in changed.items()})
 

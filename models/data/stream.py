@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..data.coco import CocoDataset, Target
 from ..data.errors import DataError
+from ..data.jitter import ScaleJitter
 
 
 class TrainingStream(Dataset):
@@ -34,6 +35,7 @@ class TrainingStream(Dataset):
         crop_zoom: tuple[float, float] = (1.0, 1.0),
         dihedral: bool = False,
         photometric: bool = False,
+        jitter: ScaleJitter | None = None,
     ) -> None:
         if len(data) == 0:
             raise DataError(f"{data.annotation_file} has no images")
@@ -42,7 +44,7 @@ class TrainingStream(Dataset):
         if not data.categories:
             raise DataError(f"{data.annotation_file} has no categories to train on")
         self.data, self.num_samples, self.seed = data, num_samples, seed
-        self.crop, self.crop_zoom = crop, crop_zoom
+        self.crop, self.crop_zoom, self.jitter = crop, crop_zoom, jitter
         transforms: list[v2.Transform] = [v2.RandomHorizontalFlip()]
         if dihedral:
             quarter_turn = v2.RandomRotation((90, 90), expand=True)
@@ -77,10 +79,13 @@ class TrainingStream(Dataset):
             labels = torch.cat([target["labels"], torch.full((len(target["crowd_boxes"]),), CROWD)])
             if self.crop is not None:
                 image, boxes, labels = random_crop(image, boxes, labels, self.crop, self.crop_zoom)
+            if self.jitter is not None:
+                image, boxes, labels = self.jitter(image, boxes, labels)
             size = (image.shape[-2], image.shape[-1])
             wrapped = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)  # type: ignore[call-arg]
             image, wrapped = self.transform(tv_tensors.Image(image), wrapped)
-        return image.as_subclass(Tensor), {
+        image = image.as_subclass(Tensor)
+        return image if self.jitter is None else self.jitter.pad(image), {
             "boxes": wrapped.as_subclass(Tensor),
             "labels": labels.clamp(min=0),
             "iscrowd": labels == CROWD,
