@@ -243,8 +243,10 @@ def roundings(a: Arguments) -> float:
     return 128 * (1 + ratio)
 
 
-def difference(actual: Tensor, expected: Tensor, roundings: float, terms: float) -> str:
-    """In words; nothing where there is none."""
+def difference(
+    actual: Tensor, expected: Tensor, roundings: float, terms: float, stored: int = 1
+) -> str:
+    """In words; nothing where there is none. ``stored``: how often it was rounded to its dtype."""
     if actual.shape != expected.shape:
         return f"has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if actual.dtype != expected.dtype and expected.dtype != torch.float64:  # that of references
@@ -265,7 +267,9 @@ def difference(actual: Tensor, expected: Tensor, roundings: float, terms: float)
         absolute = roundings * unit * scale + least
         overflow = e.abs() > info.max  # of float32 or half precision
         e = torch.where(overflow, e.sign() * math.inf, e)
-        bad = ~torch.isclose(a, e, rtol=roundings * unit + info.eps, atol=absolute, equal_nan=True)
+        bad = ~torch.isclose(
+            a, e, rtol=roundings * unit + stored * info.eps, atol=absolute, equal_nan=True
+        )
         bad |= a.isnan() != e.isnan()
     if not bad.any():
         return ""
@@ -329,15 +333,16 @@ class Round:
                 words = [str(x) if isinstance(x, Said) else "a result" for x in (actual, expected)]
                 self.add(path, f"{words[0]} instead of {words[1]}")
             return
-        # 1 less an overlap is as exact as 1 is, and so is torchvision's 1 less a probability; a gradient by what others
-        # depend on has their terms.
-        is_of_one = "iou_loss" in self.name or path == "cpu against torchvision"
-        result = max(largest_of(expected[0]), is_of_one) if expected else 0
+        # 1 less an overlap is as exact as 1 is, and so is 1 less a probability in torchvision and in the logarithm of a
+        # softmax; a gradient by what others depend on has their terms.
+        is_of_one = re.search("iou_loss|softmax", self.name) or "torchvision" in path
+        result = max(largest_of(expected[0]), bool(is_of_one)) if expected else 0
         most = max(1e-4 * result, self.terms)
         if path == "graph kept":
             most = max([most, *map(largest_of, expected)])
         for i, (a, e) in enumerate(zip(actual, expected, strict=False)):
-            if what := difference(a, e, self.slack, most if i else result):
+            # A gradient is rounded when it is saved and when it is scaled.
+            if what := difference(a, e, self.slack, most if i else result, 2 if i else 1):
                 self.add(path, f"result or gradient {i} {what}")
                 return
 
