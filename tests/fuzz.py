@@ -35,6 +35,7 @@ NAMES = sorted(MAKERS)
 DIFFERENTIATED = {
     **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
     **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
+    "fuse_features": ("features", "weights"),
     **dict.fromkeys(("detect", "class_index_targets"), ()),
 }
 # What is said of the numbers in a tensor.
