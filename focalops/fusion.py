@@ -10,8 +10,8 @@ from torch import Tensor
 
 from focalops import reference
 from focalops._arguments import choice, number, require_tensors
+from focalops._gradients import differentiable
 from focalops._ops import (
-    as_own_input,
     call,
     check,
     check_floating,
@@ -57,9 +57,10 @@ def fuse_features(
 
     Contiguous and channels_last maps are read where they lie if they lie as the first does; others are copied. Computed in float32
     (float64 for float64): with ``"fast"`` each map times its factor, divided, then added in the order given, which are the bits of
-    effdet's. A NaN stays through the pooling; of equal maxima the first gets the gradient. Nothing is kept for the backward but
-    the maps and the weights; it needs the size of the output for the gradient of the sum, and a byte for each pooled number. Two
-    runs give the same bits. Time O(maps). On CUDA its reference in plain PyTorch runs.
+    effdet's. On CUDA, maps of half precision are multiplied by the quotient instead, before the sum is rounded to their dtype. A
+    NaN stays through the pooling; of equal maxima the first gets the gradient. Nothing is kept for the backward but the maps and
+    the weights; it needs the size of the output for the gradient of the sum, and a byte for each pooled number. Two runs give the
+    same bits. Time O(maps).
 
     Source: effdet's ``FpnCombine`` with its ``ResampleFeatureMap`` behind the lateral convolution.
 
@@ -77,7 +78,7 @@ def fuse_features(
     if features and weights is not None and weights.is_floating_point():
         weights = weights.to(compute_dtype(features[0].dtype))
     arguments = (MODES.index(mode), eps, ACTIVATIONS.index(activation), padding == "symmetric")
-    if features and (runs_reference(features[0]) or features[0].is_cuda):
+    if features and runs_reference(features[0]):
         _check(features, weights, arguments[0], arguments[2])
         return _reference(features, weights, *arguments)
     return call(ops.fuse_features, features, weights, *arguments)
@@ -212,12 +213,15 @@ def _backward(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     if grad_output is None:
         return [None] * len(features), None, *nothing
     if torch.is_grad_enabled():
-        with torch.enable_grad():
-            x = [as_own_input(feature) for feature in features]
-            e = [] if weights is None else [as_own_input(weights)]
-            output = _reference(x, e[0] if e else None, *ctx.arguments)
-            grads = torch.autograd.grad(output, (*x, *e), grad_output, create_graph=True)
-        return list(grads[: len(x)]), grads[len(x)] if e else None, *nothing
+
+        def formula(*x: Tensor) -> Tensor:
+            return _reference(
+                x[: len(features)], None if weights is None else x[-1], *ctx.arguments
+            )
+
+        inputs = features if weights is None else [*features, weights]
+        grads = differentiable(formula, inputs, grad_output)
+        return list(grads[: len(features)]), None if weights is None else grads[-1], *nothing
     grads, grad_weights = call(
         ops._fuse_features_backward, grad_output, features, weights, *ctx.arguments
     )

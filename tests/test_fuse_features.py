@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from focalops import fuse_features, reference
+from focalops._ops import compute_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MODES = ("fast", "softmax", "sum", "unbounded")
@@ -90,6 +91,28 @@ def test_matches_the_reference(sizes, dtype, layout, device):
             len(maps), mode, device, torch.float64 if dtype == torch.float64 else torch.float32
         )
         check_against_reference(maps, weights, mode=mode, activation=activation, padding=padding)
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels, last", [(16, range(4)), (3, ())], ids=["channels", "columns"])
+@pytest.mark.parametrize("rows", [(3, 2, 5), (4, 2, 8), (1, 1, 1)], ids=str)
+def test_vectors(rows, channels, last, dtype, padding, device):
+    """Rows of 16 bytes and their multiples, along channels or along columns; heights are odd, even and 1."""
+    height, above, below = rows
+    sizes = [(height, 16), (above, 8), (below, 32), (height, 16)]
+    for count in (3, 4):  # the CUDA kernels have three maps at a time
+        maps = make(sizes[:count], dtype, device, channels, images=1, last=last)
+        weights = make_weights(count, "fast", device, compute_dtype(dtype))
+        check_against_reference(maps, weights, padding=padding, activation="silu")
+
+
+def test_views_that_begin_anywhere(device):
+    def view(x: Tensor) -> Tensor:
+        return torch.cat((x.new_zeros(1), x.detach().flatten()))[1:].view(x.shape).requires_grad_()
+
+    maps = [view(x) for x in make([(2, 16), (1, 8), (4, 32)], device=device)]
+    check_against_reference(maps, make_weights(3, "fast", device), activation="silu")
 
 
 @given(

@@ -1,17 +1,15 @@
 // A node of a BiFPN on the CPU: one pass over the maps where they lie, vectorised along a row,
 // parallel over rows of the output.
 //
-// Both layouts are planes of pixels: contiguous maps have B * C planes of pixels of one number,
-// channels_last ones B planes of pixels of C numbers. The backward computes the sum before the
-// activation again, keeps the gradient by it and which of the nine pixels of each window was the
-// maximum, and then writes each map's gradient by looking up what a pixel went to.
+// The backward computes the sum before the activation again, keeps the gradient by it and which of
+// the nine pixels of each window was the maximum, and then writes each map's gradient by looking up
+// what a pixel went to.
 #include <algorithm>
 #include <array>
 #include <limits>
 #include <vector>
 
-#include "../checks/fusion.h"
-#include "../head_levels.h"
+#include "../fusion_node.h"
 #include "memory.h"
 #include "simd.h"
 
@@ -112,59 +110,13 @@ FOCALOPS_SIMD void add_where(const T* grad, const uint8_t* places, uint8_t place
 
 // ---- maps ---------------------------------------------------------------------------------------
 
-struct Map {
-  Tensor tensor;
-  Resampling resampling;
-  int64_t height, width;
-  int64_t pad_y, pad_x;  // rows and columns of -inf before a map that is pooled
-};
-
-struct Node {
-  std::vector<Map> maps;
-  int64_t planes, height, width, pixel;  // pixel: numbers of one
-  ScalarType dtype;
-  bool channels_last;
-
-  int64_t row() const { return width * pixel; }
-  int64_t rows() const { return row() == 0 ? 0 : planes * height; }
-};
-
-int64_t padding_of(int64_t size, bool symmetric) { return symmetric || size % 2 == 1 ? 1 : 0; }
-
-Tensor laid_out(const Tensor& tensor, bool channels_last) {
-  if (channels_last) {
-    return is_channels_last(tensor)
-               ? tensor
-               : torch::stable::contiguous(tensor, torch::headeronly::MemoryFormat::ChannelsLast);
-  }
-  return torch::stable::contiguous(tensor);
-}
-
-Node node_of(const std::vector<Tensor>& features, bool symmetric) {
-  const Tensor& first = features[0];
-  const bool rows = is_channels_last(first);
-  const int64_t channels = first.size(1);
-  Node node{{},
-            rows ? first.size(0) : first.size(0) * channels,
-            first.size(2),
-            first.size(3),
-            rows ? channels : 1,
-            first.scalar_type(),
-            rows};
-  for (const Tensor& feature : features) {
-    const int64_t height = feature.size(2), width = feature.size(3);
-    node.maps.push_back({laid_out(feature, rows),
-                         static_cast<Resampling>(resampling_of(feature, first)), height, width,
-                         padding_of(height, symmetric), padding_of(width, symmetric)});
-  }
-  return node;
-}
-
 template <typename T>
 FusionWeights<T> weights_of(const std::optional<Tensor>& weights, int64_t mode, size_t count,
                             double eps) {
-  return fusion_weights(static_cast<FusionMode>(mode), data_of<T>(weights), static_cast<int>(count),
-                        static_cast<T>(eps));
+  FusionWeights<T> fusion;
+  fusion_weights(static_cast<FusionMode>(mode), data_of<T>(weights), static_cast<int>(count),
+                 static_cast<T>(eps), fusion);
+  return fusion;
 }
 
 // What one thread needs to bring rows of maps to the output's size.
@@ -173,7 +125,7 @@ class Resampler {
  public:
   using T = compute_t<scalar_t>;
 
-  explicit Resampler(const Node& node) : node_(node), rows_(node.maps.size()) {
+  explicit Resampler(const FusionNode& node) : node_(node), rows_(node.maps.size()) {
     for (auto& row : rows_) {
       row.resize(node.row());
     }
@@ -185,7 +137,7 @@ class Resampler {
   // Row y of a plane of map i, resampled; `places`, where asked for and where the map is pooled,
   // says which of the 9 pixels of its window, in row-major order, each number is.
   const T* row(size_t i, int64_t plane, int64_t y, uint8_t* places = nullptr) {
-    const Map& map = node_.maps[i];
+    const FusionMap& map = node_.maps[i];
     const int64_t pixel = node_.pixel;
     const auto* data = static_cast<const scalar_t*>(map.tensor.const_data_ptr()) +
                        plane * map.height * map.width * pixel;
@@ -219,7 +171,7 @@ class Resampler {
   }
 
  private:
-  void pool(const Map& map, const scalar_t* data, int64_t y, T* out, uint8_t* places) {
+  void pool(const FusionMap& map, const scalar_t* data, int64_t y, T* out, uint8_t* places) {
     const T infinity = std::numeric_limits<T>::infinity();
     const int64_t pixel = node_.pixel, width = node_.width, size = 2 * width + 1;
     const int64_t top = 2 * y - map.pad_y;
@@ -256,7 +208,7 @@ class Resampler {
     }
   }
 
-  const Node& node_;
+  const FusionNode& node_;
   std::vector<std::vector<T>> rows_;
   std::vector<T> window_;
   std::vector<int32_t> places_;
@@ -270,8 +222,8 @@ void for_rows(int64_t rows, int64_t length, const F& f) {
 
 // The sum of the terms of row y of a plane; `rows` are the resampled maps.
 template <typename scalar_t, typename T>
-void sum_terms(const Node& node, const FusionWeights<T>& fusion, const std::vector<const T*>& rows,
-               T* sum) {
+void sum_terms(const FusionNode& node, const FusionWeights<T>& fusion,
+               const std::vector<const T*>& rows, T* sum) {
   for (size_t i = 0; i < rows.size(); ++i) {
     add_term(rows[i], fusion.factor[i], fusion.divisor, sum, node.row(), i == 0);
   }
@@ -281,7 +233,7 @@ Tensor fuse_features_cpu(const std::vector<Tensor>& features, const std::optiona
                          int64_t mode, double eps, int64_t activation, bool symmetric) {
   check_fuse_features(features, weights_, mode, activation);
   const auto weights = contiguous(weights_);
-  const Node node = node_of(features, symmetric);
+  const FusionNode node = fusion_node(features, symmetric);
   Tensor output = torch::stable::empty_like(node.maps[0].tensor);
   output = on_huge_pages(output, output.element_size());
   dispatch_floating(node.dtype, [&](auto tag) {
@@ -313,7 +265,7 @@ Tensor fuse_features_cpu(const std::vector<Tensor>& features, const std::optiona
 // The gradient by the sum of the terms, and by the places of the maxima.
 template <typename T>
 struct Upstream {
-  const Node& node;
+  const FusionNode& node;
   const T* grad;
   const uint8_t* places;  // of a map that is pooled
   T factor, divisor;
@@ -323,9 +275,9 @@ struct Upstream {
 int64_t first_child(int64_t i, int64_t from, int64_t to) { return (i * to + from - 1) / from; }
 
 template <typename T>
-void add_children(const Upstream<T>& up, const Map& map, int64_t plane, int64_t y, T* children,
-                  T* out) {
-  const Node& node = up.node;
+void add_children(const Upstream<T>& up, const FusionMap& map, int64_t plane, int64_t y,
+                  T* children, T* out) {
+  const FusionNode& node = up.node;
   std::fill_n(children, node.row(), T(0));
   for (int64_t child = first_child(y, map.height, node.height);
        child < first_child(y + 1, map.height, node.height); ++child) {
@@ -345,8 +297,8 @@ void add_children(const Upstream<T>& up, const Map& map, int64_t plane, int64_t 
 }
 
 template <typename T>
-void add_maxima(const Upstream<T>& up, const Map& map, int64_t plane, int64_t y, T* window) {
-  const Node& node = up.node;
+void add_maxima(const Upstream<T>& up, const FusionMap& map, int64_t plane, int64_t y, T* window) {
+  const FusionNode& node = up.node;
   const int64_t pixel = node.pixel;
   std::fill_n(window, (2 * node.width + 1) * pixel, T(0));
   const int64_t last = std::min((y + map.pad_y) / 2, node.height - 1);
@@ -368,8 +320,8 @@ void add_maxima(const Upstream<T>& up, const Map& map, int64_t plane, int64_t y,
 }
 
 template <typename scalar_t, typename T = compute_t<scalar_t>>
-void write_gradient(const Upstream<T>& up, const Map& map, scalar_t* out) {
-  const Node& node = up.node;
+void write_gradient(const Upstream<T>& up, const FusionMap& map, scalar_t* out) {
+  const FusionNode& node = up.node;
   const int64_t length = map.width * node.pixel;
   const int64_t rows = length == 0 ? 0 : node.planes * map.height;
   for_rows(rows, length, [&](int64_t row, int64_t end) {
@@ -396,11 +348,11 @@ std::tuple<std::vector<Tensor>, Tensor> fuse_features_backward_cpu(
     bool symmetric) {
   check_fuse_features_backward(grad_output_, features, weights_, mode, activation);
   const auto weights = contiguous(weights_);
-  const Node node = node_of(features, symmetric);
+  const FusionNode node = fusion_node(features, symmetric);
   const Tensor grad_output = laid_out(grad_output_, node.channels_last);
   const size_t count = features.size();
   std::vector<Tensor> grads;
-  for (const Map& map : node.maps) {
+  for (const FusionMap& map : node.maps) {
     Tensor grad = torch::stable::empty_like(map.tensor);
     grads.push_back(on_huge_pages(grad, grad.element_size()));
   }
@@ -411,7 +363,7 @@ std::tuple<std::vector<Tensor>, Tensor> fuse_features_backward_cpu(
   const int64_t numel = node.rows() * node.row();
   Tensor grad_sum = torch::stable::new_empty(first, {numel}, computed);
   std::vector<Tensor> places;
-  for (const Map& map : node.maps) {
+  for (const FusionMap& map : node.maps) {
     const bool is_pooled = map.resampling == Resampling::kPool;
     places.push_back(torch::stable::new_empty(first, {is_pooled ? numel : 0}, ScalarType::Byte));
   }
@@ -458,7 +410,7 @@ std::tuple<std::vector<Tensor>, Tensor> fuse_features_backward_cpu(
         totals[i % count] += sums[i];
       }
       fusion_weights_gradient(static_cast<FusionMode>(mode), data_of<T>(weights),
-                              static_cast<int>(count), static_cast<T>(eps), totals.data(),
+                              static_cast<int>(count), static_cast<T>(eps), fusion, totals.data(),
                               static_cast<T*>(grad_weights.mutable_data_ptr()));
     }
   });

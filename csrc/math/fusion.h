@@ -23,10 +23,8 @@ struct FusionWeights {
 };
 
 template <typename T>
-FOCALOPS_HOST_DEVICE FusionWeights<T> fusion_weights(FusionMode mode, const T* weights, int count,
-                                                     T eps) {
-  FusionWeights<T> result{};
-  result.divisor = 1;
+FOCALOPS_HOST_DEVICE void fusion_weights(FusionMode mode, const T* weights, int count, T eps,
+                                         FusionWeights<T>& result) {
   T largest = mode == FusionMode::kSoftmax ? weights[0] : T(0);
   for (int i = 1; i < count && mode == FusionMode::kSoftmax; ++i) {
     largest = weights[i] > largest || weights[i] != weights[i] ? weights[i] : largest;
@@ -39,20 +37,17 @@ FOCALOPS_HOST_DEVICE FusionWeights<T> fusion_weights(FusionMode mode, const T* w
                                                       : weight;
     sum += result.factor[i];
   }
-  if (mode == FusionMode::kFast) {
-    result.divisor = sum + eps;
-  }
+  result.divisor = mode == FusionMode::kFast ? sum + eps : T(1);
   for (int i = 0; i < count && mode == FusionMode::kSoftmax; ++i) {
     result.factor[i] /= sum;
   }
-  return result;
 }
 
-// The gradient by the weights; sums[i] is that by factor[i] / divisor.
+// The gradient by the weights, of which `fusion` was made; sums[i] is that by factor[i] / divisor.
 template <typename T>
 FOCALOPS_HOST_DEVICE void fusion_weights_gradient(FusionMode mode, const T* weights, int count,
-                                                  T eps, const double* sums, T* grad) {
-  const FusionWeights<T> fusion = fusion_weights(mode, weights, count, eps);
+                                                  T eps, const FusionWeights<T>& fusion,
+                                                  const double* sums, T* grad) {
   double total = mode == FusionMode::kFast ? static_cast<double>(eps) : 0.0;
   for (int i = 0; i < count; ++i) {
     total += fusion.factor[i];
