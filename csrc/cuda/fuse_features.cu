@@ -250,7 +250,7 @@ __device__ __forceinline__ Vector<scalar_t, N> load_pooled(const Map<scalar_t>& 
   if (A == Along::kColumns && left < 0) {
     maxima.place[0] += 1;
   }
-#pragma unroll
+#pragma unroll 1  // three pixels on their way are enough, and nine take too many registers
   for (int ky = 0; ky < 3; ++ky) {
     const bool has_row = top + ky >= 0 && top + ky < map.height;
     const scalar_t* row = plane + int64_t{clamped(top + ky, map.height)} * map.width * pixel;
@@ -375,8 +375,15 @@ __device__ __forceinline__ int64_t number_of(const Node<scalar_t>& node, const P
 
 // ---- kernels ------------------------------------------------------------------------------------
 
+// Blocks a multiprocessor, at least. Without the number ptxas spills for the sake of more of them,
+// and the gradient by the sum needs the most.
+template <typename scalar_t>
+constexpr int kBlocks = std::is_same_v<scalar_t, double> ? 1 : 3;
+template <typename scalar_t>
+constexpr int kGradientBlocks = std::is_same_v<scalar_t, double> ? 1 : 2;
+
 template <typename scalar_t, int N, Along A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     fuse_features_kernel(const __grid_constant__ Node<scalar_t> node, Walk walk,
                          FastDivisor units_of_pixel, scalar_t* output) {
   using T = compute_t<scalar_t>;
@@ -403,7 +410,7 @@ __global__ void __launch_bounds__(kThreads)
 // The gradient by the sum of the terms; from it that of each map of the output's size, and a
 // block's sums of its products with each map.
 template <typename scalar_t, int N, Along A>
-__global__ void __launch_bounds__(kThreads) fusion_gradient_kernel(
+__global__ void __launch_bounds__(kThreads, kGradientBlocks<scalar_t>) fusion_gradient_kernel(
     const __grid_constant__ Node<scalar_t> node, Walk walk, FastDivisor units_of_pixel,
     const scalar_t* upstream,
     compute_t<scalar_t>* grad_sum,  // null: every map is of the output's size
@@ -562,7 +569,7 @@ __device__ __forceinline__ void gather_maxima(const Node<scalar_t>& node, const 
 
 // The gradient of map i, which was resampled.
 template <typename scalar_t, int N, Along A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     resampled_gradient_kernel(const __grid_constant__ Node<scalar_t> node, int i, Walk walk,
                               FastDivisor units_of_pixel, const compute_t<scalar_t>* grad_sum) {
   using T = compute_t<scalar_t>;
