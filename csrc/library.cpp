@@ -89,6 +89,16 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "min_normalizer,"
       " bool compute_grad) -> (Tensor loss, Tensor[] grads)");
 
+  // fusion. features: 1 to 8 maps (B, C, H, W), weights: (n,); mode: 0 fast, 1 softmax, 2 sum, 3
+  // unbounded; activation: 0 none, 1 SiLU, 2 ReLU6. grad_weights is empty where there are none.
+  m.def(
+      "fuse_features(Tensor[] features, Tensor? weights, int mode, float eps, int activation, bool "
+      "symmetric) -> Tensor");
+  m.def(
+      "_fuse_features_backward(Tensor grad_output, Tensor[] features, Tensor? weights, int mode, "
+      "float eps, int activation, bool symmetric) -> (Tensor[] grad_features, Tensor "
+      "grad_weights)");
+
   // matching. roles: uint8 (B, M), 0 an object, 1 a crowd, 2 nothing; low_quality: 0 none, 1 the
   // anchor's own best box, 2 the last box, 3 the last box and of equal anchors the first,
   // 4 the first box and of equal anchors the first.

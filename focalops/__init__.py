@@ -21,6 +21,7 @@ from focalops.boxes import (
 )
 from focalops.dense_focal_loss import dense_focal_loss
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
+from focalops.fusion import fuse_features
 from focalops.matching import (
     class_index_targets,
     count_degenerate_boxes,
@@ -54,6 +55,7 @@ __all__ = [
     "distance_box_iou",
     "distance_box_iou_loss",
     "encode_boxes",
+    "fuse_features",
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "ia_bce_loss",

@@ -583,6 +583,51 @@ def dense_box_loss(
     return (total / divisor.clamp(min=min_normalizer)).sum()
 
 
+def fuse_features(
+    features: Sequence[Tensor],  # n of [B, C, h, w], of the size of the first, about half or twice
+    weights: Tensor | None = None,  # [n]
+    mode: str = "fast",
+    *,
+    eps: float = 1e-4,
+    activation: str | None = None,
+    padding: str = "same",
+) -> Tensor:  # [B, C, H, W], of the size of the first
+    dtype = compute_dtype(features[0].dtype)
+    size = features[0].shape[2:]
+    maps = [_resample(feature.to(dtype), size, padding) for feature in features]
+    if mode == "sum" or weights is None:
+        terms = maps
+    else:
+        e = weights.to(dtype)
+        factors = {"fast": F.relu, "softmax": lambda e: e.softmax(0)}.get(mode, lambda e: e)(e)
+        terms = [x * factor for x, factor in zip(maps, factors.unbind(), strict=True)]
+        if mode == "fast":
+            divisor = sum(factors.unbind()) + eps
+            terms = [term / divisor for term in terms]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    result = {None: lambda x: x, "silu": F.silu, "relu6": F.relu6}[activation](total)
+    return result.to(features[0].dtype)
+
+
+def _resample(x: Tensor, size: Sequence[int], padding: str) -> Tensor:
+    (height, width), (rows, columns) = size, x.shape[2:]
+    if (rows, columns) == (height, width):
+        return x
+    if rows <= height and columns <= width:
+        from_row = torch.arange(height, device=x.device) * rows // height
+        from_column = torch.arange(width, device=x.device) * columns // width
+        return x[:, :, from_row][:, :, :, from_column]
+    if x.shape[1] == 0:  # which max_pool2d refuses
+        return x[:, :, :height, :width]
+    # Of three pixels with a stride of 2, TensorFlow's "same" begins at the first where the size is even.
+    before = [1 if padding == "symmetric" else n % 2 for n in (rows, columns)]
+    after = (0, 1 - before[1], 0, 1 - before[0])
+    padded = F.pad(x, after, value=-math.inf)
+    return F.max_pool2d(padded, 3, 2, padding=before)
+
+
 def match_anchors(
     anchors: Tensor,  # [A, 4]
     gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts

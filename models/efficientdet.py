@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from focalops import AnchorGenerator
+from focalops import AnchorGenerator, fuse_features
 
 from .backbones import backbone, channels
 from .config import (
@@ -281,29 +281,6 @@ class BiFPN(nn.Module):
         return features
 
 
-def fuse(
-    features: list[Tensor], weights: Tensor | None, config: BiFPNConfig, size: tuple[int, int]
-) -> Tensor:
-    maps = [resample(feature, size, config.padding) for feature in features]
-    if weights is not None:
-        if config.fusion == "fast":
-            weights = weights.relu()
-            total = weights.sum() + 1e-4
-            maps = [x * weight / total for x, weight in zip(maps, weights, strict=True)]
-        else:
-            weights = weights.softmax(0) if config.fusion == "softmax" else weights
-            maps = [x * weight for x, weight in zip(maps, weights, strict=True)]
-    return ACTIVATIONS[config.activation](functools.reduce(torch.add, maps))
-
-
-def resample(feature: Tensor, size: tuple[int, int], padding: str) -> Tensor:
-    if feature.shape[-2:] == size:
-        return feature
-    if feature.shape[-1] > size[-1]:
-        return halve(feature, padding)
-    return F.interpolate(feature, size, mode="nearest")
-
-
 def halve(feature: Tensor, padding: str) -> Tensor:
     if padding == "symmetric":
         return F.max_pool2d(feature, kernel_size=3, stride=2, padding=1)
@@ -330,10 +307,9 @@ class Cell(nn.Module):
         maps = list(features)
         outputs = list(features)
         for node, fusion in zip(self.structure, self.nodes, strict=True):
-            level = node.level - self.min_level
-            fused = fusion([maps[index] for index in node.inputs], features[level].shape[-2:])
+            fused = fusion([maps[index] for index in node.inputs])
             maps.append(fused)
-            outputs[level] = fused  # the last node of a level is its output
+            outputs[node.level - self.min_level] = fused  # the last node of a level is its output
         return outputs
 
 
@@ -359,9 +335,16 @@ class Fusion(nn.Module):
             *separable_conv(width, width, config.redundant_bias), batch_norm(width)
         )
 
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> Tensor:
-        features = [lateral(x) for lateral, x in zip(self.laterals, features, strict=True)]
-        fused = fuse(features, self.weights, self.config, size)
+    def forward(self, features: list[Tensor]) -> Tensor:
+        maps = [lateral(x) for lateral, x in zip(self.laterals, features, strict=True)]
+        config = self.config
+        fused = fuse_features(
+            maps,
+            self.weights,
+            config.fusion,
+            activation=config.activation,
+            padding=config.padding,
+        )
         return self.conv(fused)
 
 

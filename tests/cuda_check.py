@@ -31,6 +31,8 @@ MEMORY_BOUND = {
     r"dense_focal_loss_kernel<": ("load", "store"),
     r"softmax_focal_loss_kernel<\w+, true": ("load", "store"),
     r"scale_kernel<": ("load", "store"),
+    # Units of one number are for maps that do not fit 16 bytes.
+    r"(fuse_features|fusion_gradient|resampled_gradient)_kernel<\w+, [248],": ("load", "store"),
     r"box_iou_kernel<.*, true>": (
         "store",
     ),  # true: rows of the matrix begin at multiples of 16 bytes

@@ -35,6 +35,8 @@ NAMES = sorted(MAKERS)
 DIFFERENTIATED = {
     **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
     **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
+    # The terms of the weights' gradient cancel where one map has all the weight: test_fuse_features.py compares it.
+    "fuse_features": ("features",),
     **dict.fromkeys(("detect", "class_index_targets"), ()),
 }
 # What is said of the numbers in a tensor.

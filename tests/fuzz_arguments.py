@@ -263,6 +263,35 @@ def dense_box_loss() -> Arguments:
     }
 
 
+def fuse_features() -> Arguments:
+    height, width, images, channels = between(1, 9), between(1, 9), between(0, 3), between(0, 9)
+    dtype, mode = pick(DTYPES), pick(("fast", "softmax", "sum", "unbounded"))
+    sizes = [(height, width)] + [
+        pick(
+            (
+                (height, width),
+                ((height + 1) // 2, (width + 1) // 2),
+                (2 * height - between(0, 1), 2 * width - between(0, 1)),
+            )
+        )
+        for _ in range(between(0, 3))
+    ]
+    # Of distinct numbers in every dtype, so that each window has one largest.
+    features = [
+        (torch.randperm(images * channels * h * w).view(images, channels, h, w) % 1024 - 512) / 128
+        for h, w in sizes
+    ]
+    weights = torch.rand(len(sizes), dtype=pick((torch.float32, torch.float64))) * 2 - 0.5
+    return {
+        "features": [x.to(dtype) for x in features],
+        "weights": None if mode == "sum" else weights,
+        "mode": mode,
+        "eps": pick((1e-4, 1e-2)),
+        "activation": pick((None, "silu")),
+        "padding": pick(("same", "symmetric")),
+    }
+
+
 # ---- choices ------------------------------------------------------------------------------------
 
 
@@ -432,6 +461,7 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "dense_focal_loss": dense_focal_loss,
     "detect": detect,
     "encode_boxes": encode_boxes,
+    "fuse_features": fuse_features,
     "ia_bce_loss": row_loss(alpha=(0.25, 0.5), gamma=(0, 1.5, 2)),
     "match_anchors": match_anchors,
     "match_iou_matrix": match_iou_matrix,

@@ -21,6 +21,7 @@ from focalops import (
     dense_focal_loss,
     detect,
     encode_boxes,
+    fuse_features,
     match_anchors,
     match_iou_matrix,
     matrix_nms,
@@ -108,6 +109,13 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         ),
     ),
     "encode_boxes": (encode_boxes, lambda n: (boxes(n), boxes(n))),
+    "fuse_features": (
+        lambda own, up, down, w: fuse_features([own, up, down], w, activation="silu"),
+        lambda n: (
+            *(torch.randn(2, n, 4, 6), torch.randn(2, n, 2, 3), torch.randn(2, n, 8, 12)),
+            torch.tensor([0.5, 1.0, 0.25]),
+        ),
+    ),
     "match_anchors": (
         lambda a, g, c: match_anchors(a, g, counts=c),
         lambda n: (boxes(n), boxes(2, 4), torch.tensor([4, 1])),
