@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from focalops import reference
 from focalops._arguments import (
     as_sizes,
     check_num_levels,
+    choice,
     flag,
     floats,
     number,
@@ -45,11 +47,14 @@ def detect(
     overlap: str = "iou",
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     clip: float = math.log(1000 / 16),
+    method: str = "hard",
+    sigma: float = 0.5,
+    topk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The detections of a batch from what a dense head put out, padded to one size.
 
     Scores above a threshold, the best of them in each level, their boxes, NMS inside each class: the post-processing of
-    torchvision's RetinaNet, for all images and levels at once. The logits are read once where the head left them, and nothing
+    torchvision's RetinaNet, or with ``topk`` and ``method`` of EfficientDet, for all images and levels at once. The logits are read once where the head left them, and nothing
     waits for the device: the form for compiled graphs, CUDA graphs and deployment.
 
     Args:
@@ -60,7 +65,8 @@ def detect(
         score_threshold: a class of an anchor is a candidate where ``sigmoid(logit) > score_threshold``, in float32.
         topk_per_level: how many candidates of a level are kept at most, by score. Which ones is exact, whatever passes the
             threshold.
-        iou_threshold: a box is suppressed where ``iou > iou_threshold`` with a better one of its class.
+        iou_threshold: a box is suppressed where ``iou > iou_threshold`` with a better one of its class; with ``"linear"`` its
+            score decays there.
         max_detections: D, how many boxes of an image are kept at most. NMS stops there.
         image_sizes: ``(B, 2)``, a tensor or numbers, the height and width of each image, to which its boxes are clipped; None: no
             clipping. Numbers have to be copied to the device.
@@ -68,15 +74,21 @@ def detect(
         overlap: ``"iou"``, or ``"diou"``, as in :func:`focalops.nms`.
         weights: the four factors of :func:`focalops.encode_boxes`.
         clip: as in :func:`focalops.decode_boxes`.
+        method: ``"hard"``: a box that is suppressed is gone; ``"linear"`` or ``"gaussian"``: its score decays, as in
+            :func:`focalops.soft_nms`, by IoU alone.
+        sigma: of the gaussian, > 0.
+        topk: how many candidates of an image are kept at most, by score, of those that ``topk_per_level`` left; None: all.
 
     Returns:
         ``boxes (B, D, 4)`` and ``scores (B, D)``, float32, ``labels (B, D)``, int64, each image's by descending score, then
         padding: 0, 0 and -1; and ``counts (B,)``, int64, the number of detections of each image. Of equal scores the lower
         level, row, column, anchor, class comes first, also where a cut lies between them: two runs give the same bits. A NaN
-        logit or box is never a detection. Nothing is differentiated.
+        logit or box is never a detection. Unless ``"hard"`` the scores are those that have become, and of equal ones the box
+        comes first that did so before they decayed. Nothing is differentiated.
 
-    Time O(logits), and O(B D^2) for NMS; where more candidates pass than a few times ``topk_per_level``, the logits are read a few times
-    more. Memory O(B * levels * topk_per_level + B D). An image has fewer than 2^31 logits.
+    Time O(logits), and O(B D^2) for NMS, O(B D C) for soft NMS of C candidates an image; where more candidates pass than a few times ``topk_per_level``, the logits are read a few times
+    more. Memory O(B * levels * topk_per_level + B D). Soft NMS takes O(B D) passes over the candidates. An image has fewer than
+    2^31 logits.
 
     >>> boxes, scores, labels, counts = detect(cls_logits, box_deltas, anchors, image_sizes=sizes)
     """
@@ -87,23 +99,27 @@ def detect(
     box_deltas = [level.detach() for level in box_deltas]
     weights, clip = floats("weights", weights, "4 numbers"), number("clip", clip)
     score_threshold = number("score_threshold", score_threshold)
-    iou_threshold = number("iou_threshold", iou_threshold)
+    iou_threshold, sigma = number("iou_threshold", iou_threshold), number("sigma", sigma)
     topk_per_level = whole("topk_per_level", topk_per_level)
+    topk = None if topk is None else whole("topk", topk)
     max_detections = whole("max_detections", max_detections)
     class_agnostic, is_diou = flag("class_agnostic", class_agnostic), by_distance(overlap)
+    if choice("method", method, ("hard", "linear", "gaussian")) != "hard" and is_diou:
+        raise ValueError(f"overlap must be 'iou' unless method is 'hard', got {overlap!r}")
+    if not sigma > 0:
+        raise ValueError(f"sigma must be > 0, got {sigma:g}")
     if isinstance(image_sizes, Tensor):
         require_tensor("image_sizes", image_sizes)
         image_sizes = image_sizes.to(torch.float32)
     elif image_sizes is not None:
         image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
-    anchors = anchors.detach().to(torch.float32)
-    tensors = (cls_logits, box_deltas, anchors, image_sizes)
-    if cls_logits and runs_reference(cls_logits[0]):
-        _check(*tensors, weights, topk_per_level, max_detections)
+    check_num_levels("detect", "cls_logits", cls_logits)
+    tensors = (cls_logits, box_deltas, anchors.detach().to(torch.float32), image_sizes)
+    limits = (topk_per_level, topk)
+    if runs_reference(cls_logits[0]):
+        _check(*tensors, weights, *limits, max_detections)
         return reference.detect(
-            cls_logits,
-            box_deltas,
-            anchors,
+            *tensors[:3],
             score_threshold=score_threshold,
             topk_per_level=topk_per_level,
             iou_threshold=iou_threshold,
@@ -113,7 +129,26 @@ def detect(
             overlap=overlap,
             weights=weights,
             clip=clip,
+            topk=topk,
+            method=method,
+            sigma=sigma,
         )
+    if method != "hard":
+        _check_max_detections(max_detections)
+        found = call(ops._head_candidates, *tensors, weights, clip, score_threshold, *limits)
+        boxes, scores, labels = found
+        indices, kept_scores, counts = call(
+            ops.soft_nms,
+            boxes,
+            scores,
+            None if class_agnostic else labels,
+            iou_threshold,
+            sigma,
+            method == "gaussian",
+            score_threshold,
+            max_detections,
+        )
+        return *_kept(boxes, labels, indices, kept_scores), counts
     return call(
         ops.detect,
         *tensors,
@@ -125,7 +160,20 @@ def detect(
         max_detections,
         class_agnostic,
         is_diou,
+        topk,
     )
+
+
+def _kept(
+    boxes: Tensor,  # [B, C, 4]
+    labels: Tensor,  # [B, C]
+    indices: Tensor,  # [B, D], -1: padding
+    scores: Tensor,  # [B, D]
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Behind the candidates one that is padding, so that there is something to take where there are none.
+    boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+    places = indices.where(indices >= 0, boxes.shape[1] - 1)
+    return boxes.gather(1, places.unsqueeze(2).expand(-1, -1, 4)), scores, labels.gather(1, places)
 
 
 # ---- fake kernel --------------------------------------------------------------------------------
@@ -145,8 +193,11 @@ def _(
     max_detections: int,
     class_agnostic: bool,
     by_distance: bool = False,
+    topk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, max_detections)
+    _check(
+        cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, topk, max_detections
+    )
     like, padded = cls_logits[0], (cls_logits[0].shape[0], max_detections)
     return (
         like.new_empty((*padded, 4), dtype=torch.float32),
@@ -156,6 +207,35 @@ def _(
     )
 
 
+@torch.library.register_fake("focalops::_head_candidates")
+def _(
+    cls_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    image_sizes: Tensor | None,
+    weights: list[float],
+    clip: float,
+    score_threshold: float,
+    topk_per_level: int,
+    topk: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, topk)
+    like = cls_logits[0]
+    logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)
+    most = logits if topk is None else torch.sym_min(logits, topk)
+    of_level = torch.sym_min(topk_per_level, most)
+    padded = (like.shape[0], torch.sym_min(len(cls_logits) * of_level, most))
+    return (
+        like.new_empty((*padded, 4), dtype=torch.float32),
+        like.new_empty(padded, dtype=torch.float32),
+        like.new_empty(padded, dtype=torch.int64),
+    )
+
+
+def _check_max_detections(max_detections: int) -> None:
+    check(max_detections >= 0, lambda: f"detect: max_detections must be >= 0, got {max_detections}")
+
+
 def _check(
     cls_logits: list[Tensor],
     box_deltas: list[Tensor],
@@ -163,7 +243,8 @@ def _check(
     image_sizes: Tensor | None,
     weights: list[float],
     topk_per_level: int,
-    max_detections: int,
+    topk: int | None,
+    max_detections: int = 0,
 ) -> None:
     op = "detect"
     check_num_levels(op, "cls_logits", cls_logits)
@@ -224,7 +305,11 @@ def _check(
         )
     check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
     check(topk_per_level >= 1, lambda: f"{op}: topk_per_level must be >= 1, got {topk_per_level}")
-    check(max_detections >= 0, lambda: f"{op}: max_detections must be >= 0, got {max_detections}")
+    check(
+        topk is None or topk >= 1,
+        lambda: f"{op}: topk must be >= 1, or None for no limit, got {topk}",
+    )
+    _check_max_detections(max_detections)
 
 
 def _check_level(

@@ -928,6 +928,9 @@ def detect(
     overlap: str = "iou",
     weights: Sequence[float] = (1, 1, 1, 1),
     clip: float = math.log(1000 / 16),
+    method: str = "hard",
+    sigma: float = 0.5,
+    topk: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, device = cls_logits[0].shape[0], cls_logits[0].device
     boxes = torch.zeros((batch, max_detections, 4), device=device)
@@ -955,10 +958,26 @@ def detect(
             image_scores.append(level_scores[candidates])
             image_labels.append(candidates % num_classes)
         b, s, k = torch.cat(image_boxes), torch.cat(image_scores), torch.cat(image_labels)
+        best = s.sort(descending=True, stable=True).indices[:topk]
+        b, s, k = b[best], s[best], k[best]
         idxs = torch.zeros_like(k) if class_agnostic else k
-        keep = batched_nms(b, s, idxs, iou_threshold, overlap=overlap)[:max_detections]
+        if method == "hard":
+            keep = batched_nms(b, s, idxs, iou_threshold, overlap=overlap)[:max_detections]
+            s = s[keep]
+        else:
+            kept, decayed, num_kept = soft_nms(
+                b[None],
+                s[None],
+                idxs[None],
+                iou_threshold,
+                max_detections,
+                method=method,
+                sigma=sigma,
+                score_threshold=score_threshold,
+            )
+            keep, s = kept[0, : num_kept[0]], decayed[0, : num_kept[0]]
         count = len(keep)
-        boxes[i, :count], scores[i, :count], labels[i, :count] = b[keep], s[keep], k[keep]
+        boxes[i, :count], scores[i, :count], labels[i, :count] = b[keep], s, k[keep]
         counts[i] = count
     return boxes, scores, labels, counts
 

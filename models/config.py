@@ -209,12 +209,18 @@ class DetectionConfig(Config):
     score_threshold: float = 0.05
     nms_threshold: float = 0.5
     topk_candidates: int = 1000  # a level, before NMS
+    topk: int | None = None  # of all levels together, before NMS
+    nms_method: Literal["hard", "linear", "gaussian"] = "hard"  # the others are soft NMS
+    nms_sigma: float = 0.5  # of "gaussian"
     detections_per_image: int = 300
 
     RANGES: ClassVar[Ranges] = {
         "score_threshold": real(0, 1),
         "nms_threshold": real(0, 1),
         "topk_candidates": whole(1),
+        "topk": optional(whole(1)),
+        "nms_method": one_of(("hard", "linear", "gaussian")),
+        "nms_sigma": real(0, above=True),
         "detections_per_image": whole(1),
     }
 

@@ -6,6 +6,7 @@ what the network computes, and nothing else. Shapes and their letters are those 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -23,6 +24,7 @@ from .transform import transform
 class Detector(nn.Module):
     # What the names of those parameters begin with whose rows, A * K, are of the classes.
     class_layers: ClassVar[tuple[str, ...]] = ()
+    delta_clip: ClassVar[float] = math.log(1000 / 16)  # the clip of focalops.decode_boxes
 
     def __init__(self, config: DetectorConfig, anchor_generator: AnchorGenerator) -> None:
         super().__init__()
@@ -62,9 +64,11 @@ class Detector(nn.Module):
         self,
         outputs: HeadOutputs,
         anchors: Tensor,  # (N, 4)
-        image_sizes: Tensor | Sequence[tuple[int, int]],  # B of (height, width) before padding
+        image_sizes: Tensor
+        | Sequence[tuple[int, int]]
+        | None,  # B of (height, width) before padding; None: boxes are not clipped
     ) -> PaddedDetections:
-        """Score threshold and top-k a level, boxes of the survivors, NMS per class."""
+        """Score threshold and top-k, boxes of the survivors, NMS per class."""
         config = self.config
         return detect(
             outputs.cls_logits,
@@ -75,6 +79,10 @@ class Detector(nn.Module):
             iou_threshold=config.nms_threshold,
             max_detections=config.detections_per_image,
             image_sizes=image_sizes,
+            clip=self.delta_clip,
+            topk=config.topk,
+            method=config.nms_method,
+            sigma=config.nms_sigma,
         )
 
     def kept(self, found: Detections) -> Tensor:

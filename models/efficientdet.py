@@ -133,6 +133,7 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
     box_loss_weight: float = 1.25
     score_threshold: float = 0.0
     topk_candidates: int = 5000
+    topk: int | None = 5000
     detections_per_image: int = 100
     min_size: int = 512
     max_size: int = 512
@@ -192,6 +193,7 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
 class EfficientDet(Detector):
     config: EfficientDetConfig
     class_layers = ("class_head.output.",)
+    delta_clip = math.inf
 
     def __init__(self, config: EfficientDetConfig, pretrained_backbone: bool = False) -> None:
         anchors = AnchorGenerator(

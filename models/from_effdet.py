@@ -102,6 +102,9 @@ def config_of(model: Any) -> EfficientDetConfig:
         box_loss_weight=theirs.box_loss_weight * theirs.delta / 4,
         detections_per_image=theirs.max_det_per_image,
         topk_candidates=theirs.max_detection_points,
+        topk=theirs.max_detection_points,
+        nms_method="gaussian" if theirs.soft_nms else "hard",
+        score_threshold=0.001 if theirs.soft_nms else 0.0,  # where their soft NMS ends
         min_size=height,
         max_size=height,
         image_mean=tuple(theirs.get("mean", EfficientDetConfig.image_mean)),

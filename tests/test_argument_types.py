@@ -25,7 +25,7 @@ FLAGS = {
     "inplace_backward",
     "iou_weighted",
 }
-INTEGERS = {"ignore_index", "max_detections", "num_classes", "topk_per_level"}
+INTEGERS = {"ignore_index", "max_detections", "num_classes", "topk_per_level", "topk"}
 NUMBERS = {
     "alpha",
     "beta",

@@ -9,13 +9,14 @@ from torch import Tensor
 from torchvision.models.detection import retinanet
 from torchvision.ops import boxes as box_ops
 
-from focalops import detect, reference
+from focalops import decode_boxes, detect, reference, soft_nms
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LAYOUTS = {"planes": [False], "rows": [True], "mixed": [True, False, False, True]}
 # Planes that end inside a vector and begin off a 16-byte boundary, an empty level, one position.
 SIZES = ((5, 7), (3, 5), (0, 3), (1, 1))
 IMAGE = (40, 56)
+METHODS = ("hard", "linear", "gaussian")
 
 
 def lay_out(levels: list[Tensor], layout: str) -> list[Tensor]:
@@ -105,6 +106,48 @@ def test_options(topk, iou_threshold, class_agnostic, device):
     }
     check_against_reference(setup(device), image_sizes=[IMAGE, IMAGE], **options)
     check_against_reference(setup(device), image_sizes=None, overlap="diou", **options)
+
+
+@pytest.mark.parametrize("class_agnostic", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("topk", [1, 30, 10**12])
+def test_candidates_of_all_levels_together(topk, method, class_agnostic, device):
+    options = {
+        "topk": topk,
+        "method": method,
+        "class_agnostic": class_agnostic,
+        "iou_threshold": 0.3,
+        "sigma": 0.4,
+        "max_detections": 40,
+    }
+    # Decays differ by the roundings of the IoUs: scores that they leave near each other may change places.
+    head = setup(device, low=-5)
+    *_, counts = check_against_reference(head, image_sizes=[IMAGE, IMAGE], **options)
+    assert ((counts > 0) & (counts <= min(topk, 40))).all()
+    check_against_reference(head, topk_per_level=9, **options)
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+def test_soft_nms_is_that_of_decoded_candidates(method, device):
+    logits, deltas, anchors = setup(device)
+    options = {"iou_threshold": 0.4, "max_detections": 60, "score_threshold": 0.02}
+    results = detect([*logits], deltas, anchors, topk=200, method=method, **options)
+    for i in range(2):
+        rows = [reference.head_rows(level[i : i + 1], 5)[0] for level in logits]
+        scores = torch.cat(rows).sigmoid().flatten()
+        row_deltas = torch.cat([reference.head_rows(level[i : i + 1], 4)[0] for level in deltas])
+        best = scores.sort(descending=True, stable=True).indices[:200]
+        boxes, labels = decode_boxes(row_deltas, anchors)[best // 5], best % 5
+        indices, kept_scores, num_kept = soft_nms(
+            boxes[None], scores[best][None], labels[None], method=method, **options
+        )
+        keep = indices[0, : num_kept[0]]
+        assert results[3][i] == num_kept[0]
+        count = int(num_kept[0])
+        torch.testing.assert_close(results[0][i, :count], boxes[keep], rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(results[1][i], kept_scores[0], rtol=1e-5, atol=1e-7)
+        assert torch.equal(results[2][i, :count], labels[keep])
+        assert (results[2][i, count:] == -1).all() and (results[0][i, count:] == 0).all()
 
 
 @pytest.mark.parametrize("score_threshold", [-1.0, 0.0, 0.05, 0.5, 0.98, 0.99, 1.0, 2.0])
@@ -271,25 +314,29 @@ def test_boxes_of_no_area(device):
     check_against_reference((logits, deltas, anchors), image_sizes=[IMAGE, IMAGE])
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sizes", [((0, 0),), ((0, 4), (3, 0))])
 @pytest.mark.parametrize("images", [0, 2])
-def test_no_anchors(images, sizes, device):
+def test_no_anchors(images, sizes, method, device):
     boxes, scores, labels, counts = check_against_reference(
-        setup(device, images=images, sizes=sizes), max_detections=5
+        setup(device, images=images, sizes=sizes), max_detections=5, method=method
     )
     assert boxes.shape == (images, 5, 4) and (counts == 0).all()
     assert (labels == -1).all() and (scores == 0).all()
 
 
-def test_no_images(device):
+@pytest.mark.parametrize("method", METHODS)
+def test_no_images(method, device):
     head = setup(device, images=0)
-    assert [t.shape[0] for t in detect(*head, image_sizes=torch.empty(0, 2))] == [0] * 4
+    found = detect(*head, image_sizes=torch.empty(0, 2), method=method)
+    assert [t.shape[0] for t in found] == [0] * 4
 
 
-def test_no_classes(device):
+@pytest.mark.parametrize("method", METHODS)
+def test_no_classes(method, device):
     _, deltas, anchors = setup(device)
     logits = [level[:, :0] for level in deltas]
-    assert (detect(logits, deltas, anchors)[3] == 0).all()
+    assert (detect(logits, deltas, anchors, method=method)[3] == 0).all()
 
 
 # ---- as an op -----------------------------------------------------------------------------------
@@ -324,14 +371,19 @@ def test_opcheck(dtype, device):
     for image_sizes in (None, sizes):
         arguments = (*head, image_sizes, [1.0] * 4, 4.0, 0.05, 10, 0.5, 20, False)
         torch.library.opcheck(torch.ops.focalops.detect.default, arguments)
+        for topk in (None, 12):
+            arguments = (*head, image_sizes, [1.0] * 4, 4.0, 0.05, 10, topk)
+            torch.library.opcheck(torch.ops.focalops._head_candidates.default, arguments)
 
 
-def test_compiles_whole(device):
+@pytest.mark.parametrize("method", ["hard", "gaussian"])
+def test_compiles_whole(method, device):
     logits, deltas, anchors = setup(device)
     sizes = torch.tensor([IMAGE, IMAGE], device=device)
 
     def f(logits, deltas, anchors, sizes):
-        return detect([level * 2 for level in logits], deltas, anchors, image_sizes=sizes)
+        levels = [level * 2 for level in logits]
+        return detect(levels, deltas, anchors, image_sizes=sizes, topk=40, method=method)
 
     compiled = torch.compile(f, fullgraph=True)(logits, deltas, anchors, sizes)
     expected = f(logits, deltas, anchors, sizes)

@@ -333,6 +333,10 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("anchors", lambda a: a[1:], "anchors must have shape (57, 4), 3 at each position of the levels, got (56, 4)"),
         ("anchors", elsewhere, "anchors " + ELSEWHERE.format("cls_logits[0]")),
         ("image_sizes", always(torch.ones(3, 2)), "image_sizes must have shape (2, 2), height and width of each image, got (3, 2)"),
+        ("topk", always(0), "topk must be >= 1, or None for no limit, got 0"),
+        ("method", always("soft"), "method must be one of 'hard', 'linear', 'gaussian', got 'soft'"),
+        ("sigma", always(0), "sigma must be > 0, got 0"),
+        ("sigma", always(math.nan), "sigma must be > 0, got nan"),
         ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
         ("topk_per_level", always(0), "topk_per_level must be >= 1, got 0"),
         ("overlap", always("giou"), "overlap must be 'iou' or 'diou', got 'giou'"),
@@ -550,6 +554,24 @@ def test_every_function_says_the_same_on_devices_without_kernels(
         assert function_of(op)(**arguments).isnan().any()
     else:
         assert sentence in sentence_of(op, arguments)
+
+
+@pytest.mark.parametrize("method", ["linear", "gaussian"])
+@pytest.mark.parametrize(
+    ("argument", "wrong", "sentence"),
+    [case[1:] for case in CASES if case[0] == "detect" and case[1] not in ("method", "overlap")],
+)
+def test_soft_detections_say_the_same(argument, wrong, sentence, method, backend, device):
+    arguments = right_arguments()["detect"] | {"method": method, "overlap": "iou"}
+    arguments[argument] = wrong(arguments.get(argument))
+    check_says("detect", arguments, sentence, backend, device)
+
+
+def test_soft_detections_have_no_other_overlap():
+    arguments = right_arguments()["detect"] | {"method": "linear", "overlap": "diou"}
+    assert "overlap must be 'iou' unless method is 'hard', got 'diou'" in sentence_of(
+        "detect", arguments
+    )
 
 
 def is_of_values(sentence: str) -> bool:

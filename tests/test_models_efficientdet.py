@@ -194,14 +194,7 @@ def test_is_effdets(name, size, options):
     """Logits, boxes and anchors to the bit."""
     effdet = pytest.importorskip("effdet")
     theirs = make_effdet(effdet, name, size, options)
-    with torch.no_grad():
-        for key, value in theirs.state_dict().items():
-            if value.is_floating_point():
-                value.copy_(
-                    torch.empty_like(value).uniform_(0.5 if "var" in key else -0.2, 1.5)
-                    * (0.1 if value.dim() == 4 else 1)
-                )
-    theirs.eval()
+    randomise(theirs)
     ours = EfficientDet.from_effdet(theirs)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -213,6 +206,39 @@ def test_is_effdets(name, size, options):
         assert torch.equal(xywh(one.transpose(0, 1)).transpose(0, 1), other)
     of_effdet = effdet.anchors.Anchors.from_config(theirs.config).boxes[:, [1, 0, 3, 2]]
     assert torch.equal(of_effdet, anchors)
+
+
+@pytest.mark.parametrize("soft_nms", [False, True])
+def test_detections_are_effdets(soft_nms):
+    effdet = pytest.importorskip("effdet")
+    # Few classes: there each has coordinates of its own, which many would round.
+    options = {"soft_nms": soft_nms, "num_classes": 3}
+    theirs = make_effdet(effdet, "efficientdet_d0", 192, options)
+    randomise(theirs)
+    images = torch.randn(2, 3, 192, 192)
+    with torch.no_grad():  # scores all over [0, 1], boxes near their anchors
+        for levels, net in zip(theirs(images), (theirs.class_net, theirs.box_net), strict=True):
+            values = torch.cat([level.flatten() for level in levels])
+            for parameter in net.predict.conv_pw.parameters():
+                parameter /= values.std()
+            net.predict.conv_pw.bias -= values.mean() / values.std()
+    ours = EfficientDet.from_effdet(theirs)
+    with torch.no_grad():
+        expected = effdet.DetBenchPredict(theirs)(images)
+        boxes, scores, labels, counts = ours.padded_detections(*ours.outputs(images), None)
+    assert counts.tolist() == [100, 100]
+    torch.testing.assert_close(scores, expected[:, :, 4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(boxes, expected[:, :, :4], rtol=1e-5, atol=1e-3)
+    assert torch.equal(labels + 1.0, expected[:, :, 5])
+
+
+@torch.no_grad()
+def randomise(model):
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            value.uniform_(0.5 if "var" in key else -0.2, 1.5)
+            value *= 0.1 if value.dim() == 4 else 1
+    model.eval()
 
 
 def make_effdet(effdet, name, size, options):

@@ -1,6 +1,7 @@
 // detect refuses these arguments.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -10,11 +11,30 @@
 
 namespace focalops {
 
-inline HeadShape check_detect(const std::vector<Tensor>& cls_logits,
-                              const std::vector<Tensor>& box_deltas, const Tensor& anchors,
-                              const std::optional<Tensor>& image_sizes,
-                              const std::vector<double>& weights, int64_t topk_per_level,
-                              int64_t max_detections) {
+// What is a candidate of an image: detect and _head_candidates take these beside the head's
+// outputs.
+struct CandidateOptions {
+  std::vector<double> weights;  // with clip those of the box coder
+  double clip;
+  double score_threshold;
+  int64_t topk_per_level;
+  std::optional<int64_t> topk;  // of all levels together
+
+  // How many candidates a level has at most, and how many an image has.
+  int64_t most_of_level(const HeadShape& shape) const {
+    const int64_t logits = shape.rows * shape.classes;
+    return std::min({topk_per_level, logits, topk.value_or(logits)});
+  }
+  int64_t most(int64_t levels, const HeadShape& shape) const {
+    const int64_t logits = shape.rows * shape.classes;
+    return std::min({levels * most_of_level(shape), logits, topk.value_or(logits)});
+  }
+};
+
+inline HeadShape check_candidates(const std::vector<Tensor>& cls_logits,
+                                  const std::vector<Tensor>& box_deltas, const Tensor& anchors,
+                                  const std::optional<Tensor>& image_sizes,
+                                  const CandidateOptions& options) {
   const char* op = "detect";
   check_num_levels(op, "cls_logits", cls_logits);
   if (box_deltas.size() != cls_logits.size()) {
@@ -71,14 +91,25 @@ inline HeadShape check_detect(const std::vector<Tensor>& cls_logits,
            ", 2), height and width of each image, got ", shape_of(*image_sizes));
     }
   }
-  check_weights(op, weights);
-  if (topk_per_level < 1) {
-    fail(op, ": topk_per_level must be >= 1, got ", topk_per_level);
+  check_weights(op, options.weights);
+  if (options.topk_per_level < 1) {
+    fail(op, ": topk_per_level must be >= 1, got ", options.topk_per_level);
   }
-  if (max_detections < 0) {
-    fail(op, ": max_detections must be >= 0, got ", max_detections);
+  if (options.topk.value_or(1) < 1) {
+    fail(op, ": topk must be >= 1, or None for no limit, got ", *options.topk);
   }
   return {images, num_anchors, classes, rows};
+}
+
+inline HeadShape check_detect(const std::vector<Tensor>& cls_logits,
+                              const std::vector<Tensor>& box_deltas, const Tensor& anchors,
+                              const std::optional<Tensor>& image_sizes,
+                              const CandidateOptions& options, int64_t max_detections) {
+  const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
+  if (max_detections < 0) {
+    fail("detect: max_detections must be >= 0, got ", max_detections);
+  }
+  return shape;
 }
 
 }  // namespace focalops

@@ -163,13 +163,12 @@ void suppress(const std::vector<uint64_t>& keys, int64_t classes, const NmsOptio
   *to.count = count;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
-    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
-    const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
-    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance) {
-  const HeadShape shape = check_detect(cls_logits, box_deltas, anchors_, image_sizes_, weights,
-                                       topk_per_level, max_detections);
+// For each image, in parallel, finish(image, keys, box_of): the keys of its candidates, best first,
+// and the box of each.
+template <typename Finish>
+void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+                    const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
+                    const CandidateOptions& options, const HeadShape& shape, const Finish& finish) {
   const auto logits_levels = head_levels(cls_logits, shape);
   const auto deltas_levels = head_levels(box_deltas, shape);
   const Tensor anchors = torch::stable::contiguous(anchors_);
@@ -180,16 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
     image_sizes = torch::stable::contiguous(*image_sizes_);
     sizes = static_cast<const float*>(image_sizes->const_data_ptr());
   }
-  const Tensor& like = cls_logits[0];
   const int64_t images = shape.images;
-  const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
-    return torch::stable::new_empty(like, size, dtype);
-  };
-  Tensor boxes = new_empty({images, max_detections, 4}, ScalarType::Float);
-  Tensor scores = new_empty({images, max_detections}, ScalarType::Float);
-  Tensor labels = new_empty({images, max_detections}, ScalarType::Long);
-  Tensor counts = new_empty({images}, ScalarType::Long);
-
   std::vector<Level> levels;
   int64_t num_pieces = 0;
   for (size_t l = 0; l < logits_levels.size(); ++l) {
@@ -205,12 +195,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
                       pieces_of_image});
     num_pieces += images * pieces_of_image;
   }
-  const float least_logit = least_logit_above(score_threshold);
-  std::vector<BestCandidates> best(num_pieces, BestCandidates(topk_per_level, least_logit));
+  const int64_t most_of_level = options.most_of_level(shape);
+  const int64_t most = options.most(static_cast<int64_t>(levels.size()), shape);
+  const float least_logit = least_logit_above(options.score_threshold);
+  std::vector<BestCandidates> best(num_pieces, BestCandidates(most_of_level, least_logit));
 
-  const NmsOptions options{
-      {round_down<float>(iou_threshold), by_distance}, max_detections, class_agnostic};
-  dispatch_floating(like.scalar_type(), [&](auto tag) {
+  dispatch_floating(cls_logits[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t first, int64_t last) {
       size_t l = 0;
@@ -233,14 +223,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
           const auto& more = best[level.first_piece + image * level.pieces_of_image + part].keys();
           of_level.insert(of_level.end(), more.begin(), more.end());
         }
-        BestCandidates::keep_best(of_level, topk_per_level);
+        BestCandidates::keep_best(of_level, most_of_level);
         keys.insert(keys.end(), of_level.begin(), of_level.end());
       }
+      BestCandidates::keep_best(keys, most);
       std::sort(keys.begin(), keys.end(), std::greater<>());
-      const auto coder =
-          sizes == nullptr
-              ? box_coder<float>(weights, clip)
-              : box_coder<float>(weights, clip, {sizes[2 * image], sizes[2 * image + 1]});
+      const auto coder = sizes == nullptr
+                             ? box_coder<float>(options.weights, options.clip)
+                             : box_coder<float>(options.weights, options.clip,
+                                                {sizes[2 * image], sizes[2 * image + 1]});
       const auto box_of = [&](int64_t index) {
         const auto row = static_cast<uint32_t>(index / shape.classes);
         size_t l = 0;
@@ -254,11 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
             static_cast<uint32_t>(shape.anchors));
         return coder.decode(deltas, load_box(anchor_boxes + int64_t{4} * row));
       };
-      suppress(keys, shape.classes, options, box_of,
-               {static_cast<float*>(boxes.mutable_data_ptr()) + image * max_detections * 4,
-                static_cast<float*>(scores.mutable_data_ptr()) + image * max_detections,
-                static_cast<int64_t*>(labels.mutable_data_ptr()) + image * max_detections,
-                static_cast<int64_t*>(counts.mutable_data_ptr()) + image});
+      finish(image, keys, box_of);
     };
     torch::stable::parallel_for(0, images, 1, [&](int64_t first, int64_t last) {
       for (int64_t image = first; image < last; ++image) {
@@ -266,11 +253,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
       }
     });
   });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
+    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+    const Tensor& anchors, const std::optional<Tensor>& image_sizes,
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
+    std::optional<int64_t> topk) {
+  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+  const HeadShape shape =
+      check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
+  const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
+    return torch::stable::new_empty(cls_logits[0], size, dtype);
+  };
+  Tensor boxes = new_empty({shape.images, max_detections, 4}, ScalarType::Float);
+  Tensor scores = new_empty({shape.images, max_detections}, ScalarType::Float);
+  Tensor labels = new_empty({shape.images, max_detections}, ScalarType::Long);
+  Tensor counts = new_empty({shape.images}, ScalarType::Long);
+  const NmsOptions nms{
+      {round_down<float>(iou_threshold), by_distance}, max_detections, class_agnostic};
+  for_each_image(cls_logits, box_deltas, anchors, image_sizes, options, shape,
+                 [&](int64_t image, const std::vector<uint64_t>& keys, const auto& box_of) {
+                   const int64_t first = image * max_detections;
+                   suppress(keys, shape.classes, nms, box_of,
+                            {static_cast<float*>(boxes.mutable_data_ptr()) + first * 4,
+                             static_cast<float*>(scores.mutable_data_ptr()) + first,
+                             static_cast<int64_t*>(labels.mutable_data_ptr()) + first,
+                             static_cast<int64_t*>(counts.mutable_data_ptr()) + image});
+                 });
   return {boxes, scores, labels, counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor> head_candidates_cpu(
+    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+    const Tensor& anchors, const std::optional<Tensor>& image_sizes,
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    std::optional<int64_t> topk) {
+  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+  const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
+  const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);
+  const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
+    return torch::stable::new_empty(cls_logits[0], size, dtype);
+  };
+  Tensor boxes = new_empty({shape.images, most, 4}, ScalarType::Float);
+  Tensor scores = new_empty({shape.images, most}, ScalarType::Float);
+  Tensor labels = new_empty({shape.images, most}, ScalarType::Long);
+  for_each_image(
+      cls_logits, box_deltas, anchors, image_sizes, options, shape,
+      [&](int64_t image, const std::vector<uint64_t>& keys, const auto& box_of) {
+        auto* to_boxes = static_cast<float*>(boxes.mutable_data_ptr()) + image * most * 4;
+        auto* to_scores = static_cast<float*>(scores.mutable_data_ptr()) + image * most;
+        auto* to_labels = static_cast<int64_t*>(labels.mutable_data_ptr()) + image * most;
+        for (size_t i = 0; i < keys.size(); ++i) {
+          const int64_t index = index_of_key(keys[i]);
+          const Box<float> box = box_of(index);
+          std::memcpy(to_boxes + 4 * i, &box, sizeof box);
+          to_scores[i] = score_of_key(keys[i]);
+          to_labels[i] = index % shape.classes;
+        }
+        const auto count = static_cast<int64_t>(keys.size());
+        std::fill(to_boxes + 4 * count, to_boxes + 4 * most, 0.0f);
+        std::fill(to_scores + count, to_scores + most, -std::numeric_limits<float>::infinity());
+        std::fill(to_labels + count, to_labels + most, -1);
+      });
+  return {boxes, scores, labels};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) { m.impl("detect", TORCH_BOX(&detect_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("detect", TORCH_BOX(&detect_cpu));
+  m.impl("_head_candidates", TORCH_BOX(&head_candidates_cpu));
+}
 
 }  // namespace focalops

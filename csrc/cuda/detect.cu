@@ -12,11 +12,12 @@
 //
 // rank finds the place of each candidate in its segment by comparing it with all others, place that
 // among the levels of the image by a binary search in each, and decodes its box; then a block an
-// image keeps the best (nms.cuh).
+// image keeps the best (nms.cuh), or unpack hands the candidates to soft NMS.
 //
 // Bytes moved, s = size of the logits: 1s, and 8 for each of the few candidates. Where a buffer
 // overflowed: 2s more, or up to 6s where many scores are equal.
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "../checks/detect.h"
@@ -335,11 +336,20 @@ __global__ void __launch_bounds__(kThreads) rank_kernel(Segments segments, int64
   }
 }
 
-// All candidates of an image, best first.
+// The candidates of an image, best first; those that have no place are the worst.
 struct Candidates {
   uint64_t* keys;     // [images, size]
   Box<float>* boxes;  // [images, size]
-  int64_t size;       // levels * topk
+  int64_t size;
+
+  __device__ __forceinline__ int64_t count(const Segments& segments, int64_t images,
+                                           int64_t image) const {
+    int64_t found = 0;
+    for (int64_t segment = image; segment < segments.size; segment += images) {
+      found += segments.num_sorted(segment);
+    }
+    return min(found, size);
+  }
 };
 
 // Each place of a segment has a thread, which finds the place of its candidate in the image, and
@@ -372,6 +382,9 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     place += better;
+  }
+  if (place >= candidates.size) {
+    return;
   }
   if (image_sizes != nullptr) {
     coder.clip_to_image(image_sizes[2 * image], image_sizes[2 * image + 1]);
@@ -409,11 +422,7 @@ struct Detections {
 __global__ void __launch_bounds__(kBoxesPerChunk, 1)
     keep_kernel(Candidates candidates, Segments segments, int64_t images, uint32_t classes,
                 Suppression<float> suppresses, bool class_agnostic, Detections detections) {
-  const int64_t image = blockIdx.x;
-  int64_t size = 0;
-  for (int64_t segment = image; segment < segments.size; segment += images) {
-    size += segments.num_sorted(segment);
-  }
+  const int64_t image = blockIdx.x, size = candidates.count(segments, images, image);
   const uint64_t* keys = candidates.keys + image * candidates.size;
   Box<float>* boxes = detections.boxes + image * detections.size;
   float* scores = detections.scores + image * detections.size;
@@ -429,6 +438,25 @@ __global__ void __launch_bounds__(kBoxesPerChunk, 1)
   }
   if (threadIdx.x == 0) {
     detections.counts[image] = count;
+  }
+}
+
+// Each place of an image has a thread, which writes what soft NMS asks of its candidate.
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Candidates candidates, Segments segments, int64_t images, uint32_t classes,
+                  float* scores, int64_t* labels) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t image = i / candidates.size, place = i - image * candidates.size;
+  if (image >= images) {
+    return;
+  }
+  if (place < candidates.count(segments, images, image)) {
+    scores[i] = score_of_key(candidates.keys[i]);
+    labels[i] = index_of_key(candidates.keys[i]) % classes;
+  } else {
+    candidates.boxes[i] = {0, 0, 0, 0};
+    scores[i] = -std::numeric_limits<float>::infinity();
+    labels[i] = -1;
   }
 }
 
@@ -520,51 +548,93 @@ void find_candidates(const Head& head, const Segments& segments, float least_log
   launch(&rank_kernel, segments.size * slices, kThreads, 0, scope.stream(), segments, slices);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
-    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
-    const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
-    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance) {
-  const HeadShape shape = check_detect(cls_logits, box_deltas, anchors_, image_sizes_, weights,
-                                       topk_per_level, max_detections);
-  const Tensor& like = cls_logits[0];
-  const LaunchScope scope(like);
-  const auto logits = head_levels(cls_logits, shape), deltas = head_levels(box_deltas, shape);
-  const Tensor anchors = torch::stable::contiguous(anchors_);
-  const auto image_sizes = contiguous(image_sizes_);
-  const int64_t images = shape.images, num_levels = static_cast<int64_t>(cls_logits.size());
-  OutputTensors outputs(like, images, max_detections);
-  if (images == 0) {
-    return {outputs.boxes, outputs.scores, outputs.labels, outputs.counts};
-  }
+// The candidates of all images, in memory that lives as long as this.
+struct Found {
+  SegmentTensors segment_tensors;
+  Tensor keys, boxes;
+  Segments segments;
+  Candidates candidates;
 
-  const int64_t topk = std::min(topk_per_level, std::max<int64_t>(shape.rows * shape.classes, 1));
-  SegmentTensors segment_tensors(like, num_levels * images, topk);
-  const Segments segments = segment_tensors.segments();
-  Tensor keys = new_empty(like, {images, num_levels * topk}, ScalarType::Long);
-  Tensor boxes = new_empty(like, {images, num_levels * topk, 4}, ScalarType::Float);
-  const Candidates candidates{data_of<uint64_t>(keys), data_of<Box<float>>(boxes),
-                              num_levels * topk};
-  dispatch_floating(like.scalar_type(), [&](auto tag) {
-    using scalar_t = tag_t<decltype(tag)>;
-    const Head head = make_head<scalar_t>(logits, deltas, shape);
-    if (head.num_items > 0) {
-      find_candidates<scalar_t>(head, segments, least_logit_above(score_threshold), scope);
-      launch(&place_kernel<scalar_t>, ceil_div(segments.size * topk, kThreads), kThreads, 0,
-             scope.stream(), head, segments, box_coder<float>(weights, clip),
+  Found(const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+        const Tensor& anchors_, const std::optional<Tensor>& image_sizes_,
+        const CandidateOptions& options, const HeadShape& shape, const LaunchScope& scope)
+      : Found(cls_logits[0], static_cast<int64_t>(cls_logits.size()), options, shape) {
+    const auto logits = head_levels(cls_logits, shape), deltas = head_levels(box_deltas, shape);
+    const Tensor anchors = torch::stable::contiguous(anchors_);
+    const auto image_sizes = contiguous(image_sizes_);
+    dispatch_floating(cls_logits[0].scalar_type(), [&](auto tag) {
+      using scalar_t = tag_t<decltype(tag)>;
+      const Head head = make_head<scalar_t>(logits, deltas, shape);
+      if (head.num_items == 0) {
+        return;
+      }
+      find_candidates<scalar_t>(head, segments, least_logit_above(options.score_threshold), scope);
+      launch(&place_kernel<scalar_t>, ceil_div(segments.size * segments.topk, kThreads), kThreads,
+             0, scope.stream(), head, segments, box_coder<float>(options.weights, options.clip),
              static_cast<const float*>(anchors.const_data_ptr()), data_of<float>(image_sizes),
              candidates);
-    }
-  });
-  launch(&keep_kernel, images, kBoxesPerChunk, 0, scope.stream(), candidates, segments, images,
-         static_cast<uint32_t>(shape.classes),
-         Suppression<float>{round_down<float>(iou_threshold), by_distance}, class_agnostic,
-         outputs.detections());
+    });
+  }
+
+ private:
+  Found(const Tensor& like, int64_t num_levels, const CandidateOptions& options,
+        const HeadShape& shape)
+      : segment_tensors(like, num_levels * shape.images,
+                        std::max<int64_t>(options.most_of_level(shape), 1)),
+        keys(new_empty(like, {shape.images, options.most(num_levels, shape)}, ScalarType::Long)),
+        boxes(
+            new_empty(like, {shape.images, options.most(num_levels, shape), 4}, ScalarType::Float)),
+        segments(segment_tensors.segments()),
+        candidates{data_of<uint64_t>(keys), data_of<Box<float>>(boxes), keys.size(1)} {}
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
+    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+    const Tensor& anchors, const std::optional<Tensor>& image_sizes,
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
+    std::optional<int64_t> topk) {
+  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+  const HeadShape shape =
+      check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
+  const LaunchScope scope(cls_logits[0]);
+  OutputTensors outputs(cls_logits[0], shape.images, max_detections);
+  if (shape.images > 0) {
+    const Found found(cls_logits, box_deltas, anchors, image_sizes, options, shape, scope);
+    launch(&keep_kernel, shape.images, kBoxesPerChunk, 0, scope.stream(), found.candidates,
+           found.segments, shape.images, static_cast<uint32_t>(shape.classes),
+           Suppression<float>{round_down<float>(iou_threshold), by_distance}, class_agnostic,
+           outputs.detections());
+  }
   return {outputs.boxes, outputs.scores, outputs.labels, outputs.counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor> head_candidates_cuda(
+    const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
+    const Tensor& anchors, const std::optional<Tensor>& image_sizes,
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    std::optional<int64_t> topk) {
+  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+  const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
+  const LaunchScope scope(cls_logits[0]);
+  const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);
+  Tensor scores = new_empty(cls_logits[0], {shape.images, most}, ScalarType::Float);
+  Tensor labels = new_empty(cls_logits[0], {shape.images, most}, ScalarType::Long);
+  if (shape.images * most == 0) {
+    return {new_empty(cls_logits[0], {shape.images, most, 4}, ScalarType::Float), scores, labels};
+  }
+  const Found found(cls_logits, box_deltas, anchors, image_sizes, options, shape, scope);
+  launch(&unpack_kernel, ceil_div(shape.images * most, kThreads), kThreads, 0, scope.stream(),
+         found.candidates, found.segments, shape.images, static_cast<uint32_t>(shape.classes),
+         data_of<float>(scores), data_of<int64_t>(labels));
+  return {found.boxes, scores, labels};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) { m.impl("detect", TORCH_BOX(&detect_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(focalops, CUDA, m) {
+  m.impl("detect", TORCH_BOX(&detect_cuda));
+  m.impl("_head_candidates", TORCH_BOX(&head_candidates_cuda));
+}
 
 }  // namespace focalops
