@@ -75,10 +75,11 @@ def fuse_features(
     if activation is not None:
         choice("activation", activation, ACTIVATIONS[1:])  # type: ignore[arg-type]
     eps = number("eps", eps)
-    if features and weights is not None and weights.is_floating_point():
+    _check_num_maps(features)
+    if weights is not None and weights.is_floating_point():
         weights = weights.to(compute_dtype(features[0].dtype))
     arguments = (MODES.index(mode), eps, ACTIVATIONS.index(activation), padding == "symmetric")
-    if features and runs_reference(features[0]):
+    if runs_reference(features[0]):
         _check(features, weights, arguments[0], arguments[2])
         return _reference(features, weights, *arguments)
     return call(ops.fuse_features, features, weights, *arguments)
@@ -141,11 +142,17 @@ def _(
     return [_like_output(features, feature) for feature in features], grad_weights
 
 
+def _check_num_maps(features: Sequence[Tensor]) -> None:
+    """Asked before the op, too: a list of none has no device to dispatch to."""
+    check(
+        1 <= len(features) <= 8,
+        lambda: f"fuse_features: features must be 1 to 8 maps, got {len(features)}",
+    )
+
+
 def _check(features: Sequence[Tensor], weights: Tensor | None, mode: int, activation: int) -> None:
     op = "fuse_features"
-    check(
-        1 <= len(features) <= 8, lambda: f"{op}: features must be 1 to 8 maps, got {len(features)}"
-    )
+    _check_num_maps(features)
     first = features[0]
     check_floating(op, "features[0]", first)
     for i, feature in enumerate(features):
