@@ -54,8 +54,9 @@ def detect(
     r"""The detections of a batch from what a dense head put out, padded to one size.
 
     Scores above a threshold, the best of them in each level, their boxes, NMS inside each class: the post-processing of
-    torchvision's RetinaNet, or with ``topk`` and ``method`` of EfficientDet, for all images and levels at once. The logits are read once where the head left them, and nothing
-    waits for the device: the form for compiled graphs, CUDA graphs and deployment.
+    torchvision's RetinaNet, or with ``topk`` and ``method`` that of EfficientDet, for all images and levels at once. The logits
+    are read once where the head left them, and nothing waits for the device: the form for compiled graphs, CUDA graphs and
+    deployment.
 
     Args:
         cls_logits: 1 to 8 levels ``(B, A * K, H, W)`` of one dtype, contiguous or channels_last, each in its own way; channel
@@ -75,7 +76,7 @@ def detect(
         weights: the four factors of :func:`focalops.encode_boxes`.
         clip: as in :func:`focalops.decode_boxes`.
         method: ``"hard"``: a box that is suppressed is gone; ``"linear"`` or ``"gaussian"``: its score decays, as in
-            :func:`focalops.soft_nms`, by IoU alone.
+            :func:`focalops.soft_nms`, by IoU alone, and it is kept while that is above ``score_threshold``.
         sigma: of the gaussian, > 0.
         topk: how many candidates of an image are kept at most, by score, of those that ``topk_per_level`` left; None: all.
 
@@ -86,9 +87,9 @@ def detect(
         logit or box is never a detection. Unless ``"hard"`` the scores are those that have become, and of equal ones the box
         comes first that did so before they decayed. Nothing is differentiated.
 
-    Time O(logits), and O(B D^2) for NMS, O(B D C) for soft NMS of C candidates an image; where more candidates pass than a few times ``topk_per_level``, the logits are read a few times
-    more. Memory O(B * levels * topk_per_level + B D). Soft NMS takes O(B D) passes over the candidates. An image has fewer than
-    2^31 logits.
+    Time O(logits), and O(B D^2) for NMS, O(B D C) for soft NMS of C candidates an image; where more candidates pass than a few
+    times ``topk_per_level``, the logits are read a few times more. Memory O(B * levels * topk_per_level + B D). An image has fewer
+    than 2^31 logits.
 
     >>> boxes, scores, labels, counts = detect(cls_logits, box_deltas, anchors, image_sizes=sizes)
     """
