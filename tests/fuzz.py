@@ -40,7 +40,7 @@ DIFFERENTIATED = {
     **dict.fromkeys(("detect", "class_index_targets"), ()),
 }
 # What is said of the numbers in a tensor.
-OF_NUMBERS = r"(targets|labels|labels\[\d+\]|matches|matches\[\d+\]|counts|scores) must lie in"
+OF_NUMBERS = r"(targets|labels|labels\[\d+\]|matches|matches\[\d+\]|counts|scores) must (lie in|be less than the number)"
 # Their number of results depends on the data.
 DYNAMIC = ("nms", "batched_nms", "nms_match")
 # These compare overlaps with thresholds, so that float64 may decide otherwise: the reference's bits are asked for.
@@ -111,7 +111,7 @@ def with_gradients(
         made = leaves[-1] * 1  # no leaf, so that its gradient may be written over it
         if chained and before and before[-1].isfinite():
             made = made + (before[-1] - before[-1].detach()).to(made.dtype)
-        before.append(made.sum())
+        before.append(made.mean())  # not the sum, whose gradients would grow from one to the next
         return lay_out(made)
 
     prepared = {k: prepare(v, k in DIFFERENTIATED[name]) for k, v in arguments.items()}
