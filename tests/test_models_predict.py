@@ -307,7 +307,7 @@ image[0, 3990, 10] = 255
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for symmetries in (False, True):
     recipe = dataclasses.replace(RECIPE, window=None, symmetries=symmetries)
-    assert detect(Bright(), recipe, image)["boxes"].tolist() == [[10, 3990, 11, 3991]]
+    assert detect(Bright(recipe.model), recipe, image)["boxes"].tolist() == [[10, 3990, 11, 3991]]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
