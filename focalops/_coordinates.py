@@ -1,4 +1,4 @@
-"""What the ops of boxes ask of coordinates: dtypes, broadcasting, checks."""
+"""What the ops of boxes share of coordinates: dtypes, broadcasting, clipping, checks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def coordinates_dtype(a: Tensor, b: Tensor) -> torch.dtype:
 def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype that they are computed in. What holds no coordinates stays, for the op to refuse."""
     return boxes if boxes.dtype == torch.bool else boxes.to(dtype)
+
+
+def clip_to_images(boxes: Tensor, sizes: Tensor) -> Tensor:  # (B, ..., 4), (B, 2) -> (B, ..., 4)
+    limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)  # width, height, width, height
+    limit = limit.reshape(len(sizes), *(1,) * (boxes.dim() - 2), 4)
+    # Unlike that of torch.clamp with tensors, the gradient is 0 at a bound, as in the op.
+    is_inside = (boxes > 0) & (boxes < limit)
+    return boxes.where(is_inside, boxes.detach().clamp(torch.zeros_like(limit), limit))
 
 
 def broadcast(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

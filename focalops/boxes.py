@@ -25,6 +25,7 @@ from focalops._coordinates import (
     check_coordinates,
     check_like,
     check_rows_of_4,
+    clip_to_images,
     coordinates_dtype,
     shapes_broadcast,
 )
@@ -275,14 +276,6 @@ def _image_size(image_size: Any, deltas: Tensor) -> tuple[list[float] | None, Te
         )
     check_same_device("decode_boxes", "image_size", sizes, "deltas", deltas)
     return None, sizes
-
-
-def clip_to_images(boxes: Tensor, sizes: Tensor) -> Tensor:  # (B, ..., 4), (B, 2) -> (B, ..., 4)
-    limit = sizes.to(boxes.dtype).flip(-1).repeat(1, 2)  # width, height, width, height
-    limit = limit.reshape(len(sizes), *(1,) * (boxes.dim() - 2), 4)
-    # Unlike that of torch.clamp with tensors, the gradient is 0 at a bound, as in the op.
-    is_inside = (boxes > 0) & (boxes < limit)
-    return boxes.where(is_inside, boxes.detach().clamp(torch.zeros_like(limit), limit))
 
 
 def _checked_ctr_clamp(ctr_clamp: Any) -> float:
