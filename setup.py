@@ -47,6 +47,7 @@ LOSS_FLAGS = ["-ffp-contract=fast"]
 CPU_FLAGS_OF = {
     "csrc/cpu/focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_focal_loss.cpp": LOSS_FLAGS,
+    "csrc/cpu/dense_row_losses.cpp": LOSS_FLAGS,
     "csrc/cpu/row_losses.cpp": LOSS_FLAGS,
 }
 

@@ -48,8 +48,17 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, float "
       "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
       "normalizer, float min_normalizer) -> Tensor loss");
+  // Of any member of row_losses::All but softmax_focal_loss. scores: (B, N); losses: (B, N), one an
+  // anchor, multiplied by its weight and divided by its image's normalizer.
+  m.def(
+      "dense_row_losses(Tensor[] cls_logits, Tensor labels, Tensor? scores, str loss, float[] "
+      "parameters, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, "
+      "float min_normalizer, bool compute_grad) -> (Tensor losses, Tensor[] grads)");
   // scale: one number, or one for each tensor[i]
   m.def("_scale_(Tensor(a!) tensor, Tensor scale) -> ()");
+  // tensor: a level (B, A * C, H, W), contiguous or channels_last; scale: (B, N), one an anchor,
+  // the level's from first_row on.
+  m.def("_scale_rows_(Tensor(a!) tensor, Tensor scale, int anchors, int first_row) -> ()");
 
   // boxes. kind: 0 IoU, 1 generalized, 2 distance, 3 complete, and of box_iou alone 4, the
   // intersection over the area of the box of boxes1; eps is added to the divisors of the

@@ -20,6 +20,7 @@ from focalops.boxes import (
     generalized_box_iou,
 )
 from focalops.dense_focal_loss import dense_focal_loss
+from focalops.dense_row_losses import dense_quality_loss
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 from focalops.fusion import fuse_features
 from focalops.matching import (
@@ -34,6 +35,7 @@ from focalops.quality_losses import (
     ia_bce_loss,
     matchability_aware_loss,
     quality_focal_loss,
+    soft_focal_loss,
     varifocal_loss,
 )
 
@@ -51,6 +53,7 @@ __all__ = [
     "decode_boxes",
     "dense_box_loss",
     "dense_focal_loss",
+    "dense_quality_loss",
     "detect",
     "distance_box_iou",
     "distance_box_iou_loss",
@@ -69,6 +72,7 @@ __all__ = [
     "quality_focal_loss",
     "sigmoid_focal_loss",
     "sigmoid_focal_loss_star",
+    "soft_focal_loss",
     "soft_nms",
     "softmax_focal_loss",
     "varifocal_loss",

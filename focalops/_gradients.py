@@ -102,6 +102,43 @@ def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
     return (saved * factor.view(-1, *[1] * (saved.dim() - 1))).to(saved.dtype)
 
 
+def scaled_rows(
+    saved: Sequence[Tensor],
+    grad_losses: Tensor,
+    normalizer: Tensor | None = None,
+    min_normalizer: float = 1,
+) -> list[Tensor]:
+    """The same of losses an anchor: of a head's levels, and of gradients (B, N)."""
+    if not any(grad_losses.stride()):  # of a sum: one number
+        number = grad_losses.as_strided((), ())
+        if normalizer is None or normalizer.dim() == 0 or saved[0].dtype != torch.float16:
+            return scaled(saved, number, normalizer, min_normalizer)
+    if saved[0].dtype == torch.float16:
+        divisor = divisor_of(normalizer, min_normalizer)
+        per_image = isinstance(divisor, Tensor) and divisor.dim() == 1
+        grad_losses = grad_losses / (divisor.unsqueeze(1) if per_image else divisor)
+    positions = sum(level.shape[2] * level.shape[3] for level in saved)
+    anchors = grad_losses.shape[1] // max(positions, 1)
+    result, first_row = [], 0
+    for level in saved:
+        result.append(_scaled_rows(level, grad_losses, anchors, first_row))
+        first_row += anchors * level.shape[2] * level.shape[3]
+    return result
+
+
+def _scaled_rows(saved: Tensor, grad_losses: Tensor, anchors: int, first_row: int) -> Tensor:
+    if saved.numel() == 0:
+        return saved
+    if _may_overwrite(saved, grad_losses):
+        call(ops._scale_rows_, saved, grad_losses, anchors, first_row)
+        return saved
+    images, channels, height, width = saved.shape
+    factors = grad_losses[:, first_row : first_row + anchors * height * width]
+    factors = factors.unflatten(1, (height, width, anchors)).permute(0, 3, 1, 2).unsqueeze(2)
+    by_anchor = saved.view(images, anchors, channels // anchors, height, width)
+    return (by_anchor * factors).to(saved.dtype).view(saved.shape)
+
+
 def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
     """Whether this backward may scale what its forward saved: not if it can run again, nor under a tracer or vmap."""
     if torch.compiler.is_compiling() or type(saved) is not Tensor:
@@ -114,6 +151,11 @@ def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
 
 @torch.library.register_fake("focalops::_scale_")
 def _(tensor: Tensor, scale: Tensor) -> None:
+    pass
+
+
+@torch.library.register_fake("focalops::_scale_rows_")
+def _(tensor: Tensor, scale: Tensor, anchors: int, first_row: int) -> None:
     pass
 
 

@@ -36,7 +36,7 @@ class LossOptions(NamedTuple):
     class_weight: Tensor | None = None
     inplace_backward: bool = False
 
-    def checked(self, **tensors: Any) -> LossOptions:
+    def checked(self, *, constant_weight: bool = True, **tensors: Any) -> LossOptions:
         """The options in the types that ops take. ``tensors`` are what else the loss reads, by the names of its arguments:
         all but ``inputs`` are constants."""
         choice("reduction", self.reduction, REDUCTIONS)
@@ -53,7 +53,8 @@ class LossOptions(NamedTuple):
                 check_are_constant(**{name: given})
         if self.weight is not None:
             require_tensor("weight", self.weight)
-            check_are_constant(weight=self.weight)
+            if constant_weight:
+                check_are_constant(weight=self.weight)
         if self.class_weight is not None:
             require_tensor("class_weight", self.class_weight)
             check_are_constant(class_weight=self.class_weight)
@@ -187,15 +188,19 @@ def check_row_numbers(
     )
 
 
-def check_class_weight(op: str, given: Tensor | None, like: Tensor, num_classes: int) -> None:
+def check_class_weight(
+    op: str, given: Tensor | None, like: Tensor, num_classes: int, by_part: bool = True
+) -> None:
+    """``by_part``: there may also be three of each class, by the part that a logit has in its row."""
     if given is None:
         return
     check_same_device(op, "class_weight", given, "the logits", like)
     shape, dtype = tuple(given.shape), given.dtype
+    shapes = [(num_classes,), (3, num_classes)] if by_part else [(num_classes,)]
     check(
-        shape == (num_classes,) and dtype == compute_dtype(like.dtype),
+        shape in shapes and dtype == compute_dtype(like.dtype),
         lambda: (
-            f"{op}: class_weight must have shape ({num_classes},) "
+            f"{op}: class_weight must have shape {' or '.join(map(str, shapes))} "
             f"and be float32 (float64 for float64 logits), got {shape} and {dtype}"
         ),
     )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import check_levels, check_num_levels, number
+from focalops._arguments import check_are_constant, check_num_levels, number
 from focalops._gradients import (
     differentiable,
     empty_gradients,
@@ -18,23 +18,18 @@ from focalops._gradients import (
 )
 from focalops._loss_options import (
     LossOptions,
-    check_class_weight,
     check_non_negative,
-    check_normalizer,
-    check_row_numbers,
     check_unit,
     check_unit_or_none,
 )
 from focalops._ops import (
     call,
-    check,
-    check_same_device,
     compute_dtype,
     ops,
     register_vmap_as_loop,
-    require_tensor,
     runs_reference,
 )
+from focalops.dense_row_losses import check_class_head, checked_levels, dense_loss
 
 
 def dense_focal_loss(
@@ -42,6 +37,7 @@ def dense_focal_loss(
     labels: Tensor,
     alpha: float = 0.25,
     gamma: float = 2.0,
+    reduction: str = "sum",
     *,
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
@@ -60,48 +56,53 @@ def dense_focal_loss(
             level, row, column, anchor. N tells A: the number of anchors over the number of positions.
         alpha: as in :func:`sigmoid_focal_loss`.
         gamma: as in :func:`sigmoid_focal_loss`.
+        reduction: ``"sum"``; or ``"none"``: one loss an anchor, the sum of those of its classes.
         normalizer: a number or 0-d tensor that divides the loss, such as the number of positive anchors; or ``(B,)``, one for
             each image. Read on the device.
         min_normalizer: least value of a divisor.
         ignore_index: label of anchors to leave out.
-        weight: ``(B, N)``, one an anchor.
-        class_weight: ``(K,)``, as in :func:`sigmoid_focal_loss`.
+        weight: ``(B, N)``, one an anchor. It may require grad: its gradient is the loss of the anchor.
+        class_weight: ``(K,)`` or ``(3, K)``, as in :func:`sigmoid_focal_loss`.
         label_smoothing: as in :func:`sigmoid_focal_loss`.
         inplace_backward: write the gradients over ``cls_logits``, as in :func:`sigmoid_focal_loss`; each level must be
             contiguous or channels_last and require a gradient.
 
     Returns:
         A 0-d tensor, float64 for float64 logits, else float32: the sum over the images of their losses, each divided by its
-        normalizer.
+        normalizer. With ``reduction="none"`` ``(B, N)``.
 
     One launch reads the logits of all levels once and, where they require a gradient, writes it in the same pass and in the
     same layout. It takes the only extra memory, or none with ``inplace_backward``. Two runs give the same bits. Time O(logits).
+    Losses of anchors, and a weight that requires grad, take a second pass over the gradient, which multiplies it in place by
+    what comes from behind.
 
     >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
     """
-    if isinstance(cls_logits, Tensor) or not isinstance(cls_logits, Iterable):
-        given = type(cls_logits).__name__
-        raise TypeError(f"cls_logits must be a list of Tensors, got {given}")
-    cls_logits = list(cls_logits)
-    for i, level in enumerate(cls_logits):
-        require_tensor(f"cls_logits[{i}]", level)
+    cls_logits = checked_levels(cls_logits)
     alpha, gamma = number("alpha", alpha), number("gamma", gamma)
     label_smoothing = number("label_smoothing", label_smoothing)
     options = LossOptions(
-        "sum",
+        reduction,
         ignore_index,
         normalizer,
         min_normalizer,
         weight,
         class_weight,
         inplace_backward,
-    ).checked(labels=labels)
+    ).checked(constant_weight=False, labels=labels)
     check_num_levels("dense_focal_loss", "cls_logits", cls_logits)
+    numbers = (alpha, gamma, label_smoothing)
+    weight_is_constant = weight is None or not weight.requires_grad
+    if options.inplace_backward and not weight_is_constant:
+        check_are_constant(weight=weight)
+    if options.reduction != "sum" or not weight_is_constant:
+        return dense_loss(
+            cls_logits, labels, None, "sigmoid_focal_loss", [*map(float, numbers)], options
+        )
     dtype = compute_dtype(cls_logits[0].dtype)
     options = options.in_dtype(dtype)
     weights = options.weight, options.class_weight
     divisor = options.divisor(dtype)
-    numbers = (alpha, gamma, label_smoothing)
     if runs_reference(cls_logits[0]):
         _check(cls_logits, labels, *numbers, *weights, divisor[0])
         return _reference(cls_logits, labels, numbers, *weights, options.ignore_index, divisor)
@@ -178,51 +179,10 @@ def _check(
     normalizer: Tensor | None,
 ) -> None:
     op = "dense_focal_loss"
-    check_levels(
-        op,
-        "cls_logits",
-        cls_logits,
-        channels="A * K",
-        multiple=1,
-        same="A * K",
-        what="logits",
-    )
-    first = cls_logits[0]
-    check_same_device(op, "labels", labels, "cls_logits[0]", first)
-    check(
-        labels.dtype in (torch.int32, torch.int64),
-        lambda: f"{op}: labels must be int32 or int64, got {labels.dtype}",
-    )
-    images, channels = first.shape[:2]
-    positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
-    has_rows = labels.dim() == 2 and labels.shape[0] == images
-    rows = labels.shape[1] if has_rows else 0
-    anchors = rows // positions if positions > 0 else 0
-    check(
-        has_rows and rows == anchors * positions and (positions == 0 or anchors > 0),
-        lambda: (
-            f"{op}: labels must have shape ({images}, A * {positions}), "
-            f"A anchors at each position of the levels, got {tuple(labels.shape)}"
-        ),
-    )
-    check(
-        anchors == 0 or channels % anchors == 0,
-        lambda: (
-            f"{op}: cls_logits must have A * K channels, A = {anchors} by the shape of labels, "
-            f"got {channels}"
-        ),
-    )
-    check(
-        anchors == 0 or channels // anchors < 2**30,
-        lambda: f"{op}: cls_logits must have fewer than 2^30 classes, got {channels // anchors}",
-    )
+    check_class_head(op, cls_logits, labels, weight, class_weight, normalizer)
     check_unit_or_none(op, "alpha", alpha)
     check_non_negative(op, "gamma", gamma)
     check_unit(op, "label_smoothing", label_smoothing)
-    check_row_numbers(op, "weight", weight, "labels", labels, compute_dtype(first.dtype))
-    if anchors > 0:
-        check_class_weight(op, class_weight, first, channels // anchors)
-    check_normalizer(op, "cls_logits[0]", first, normalizer, images)
 
 
 @torch.library.register_fake("focalops::_dense_focal_loss_")

@@ -71,7 +71,8 @@ def sigmoid_focal_loss(
         weight: one a row, of shape ``inputs.shape[:-1]``, multiplies its losses; with class indices only. That of a
             class-balanced loss is ``weight_of_class[targets]``. ``"mean"`` does not divide by the weights.
         class_weight: ``(K,)``, multiplies the losses of a class's logits, be they positive or negative, as ``weight`` of
-            ``torch.nn.functional.binary_cross_entropy_with_logits`` does; with class indices only.
+            ``torch.nn.functional.binary_cross_entropy_with_logits`` does; or ``(3, K)``, three of each class: of its positive
+            logits, of its negative ones in rows of another class, and of those in background rows. With class indices only.
         label_smoothing: moves the targets of the cross entropy from 1 and 0 to ``1 - label_smoothing / 2`` and
             ``label_smoothing / 2``: each logit is a question of two answers. :math:`\alpha_t` and :math:`(1 - p_t)^\gamma` keep the
             hard target, as in EfficientDet's loss and apex's. With class indices only.

@@ -20,6 +20,40 @@ from focalops._ops import check, check_floating, check_same_device, compute_dtyp
 from focalops.row_losses import ROW_LOSSES, row_loss
 
 
+def soft_focal_loss(
+    inputs: Tensor,
+    targets: tuple[Tensor, Tensor] | Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    *,
+    ignore_index: int = -100,
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+    weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> Tensor:
+    r"""The focal loss of a label that is partly true (Li et al., "Learning from Noisy Anchors for One-stage Object Detection",
+    arXiv 1912.05086): :math:`s \, \mathrm{FL}(p, 1) + (1 - s) \, \mathrm{FL}(p, 0)` for the true class of score s,
+    :math:`\mathrm{FL}(p, 0)` for the others.
+
+    It is linear in the score, which the soft targets of :func:`focalops.sigmoid_focal_loss` are not: those change the
+    modulating factor too. ``alpha`` and ``gamma`` are as there. Dense targets as in :func:`quality_focal_loss`.
+    """
+    options = LossOptions(
+        reduction,
+        ignore_index,
+        normalizer,
+        min_normalizer,
+        weight,
+        class_weight,
+        inplace_backward,
+    )
+    parameters = {"alpha": alpha, "gamma": gamma}
+    return _quality_loss("soft_focal_loss", inputs, targets, parameters, options)
+
+
 def quality_focal_loss(
     inputs: Tensor,
     targets: tuple[Tensor, Tensor] | Tensor,
@@ -222,4 +256,4 @@ def _check_dense_scores(op: str, inputs: Tensor, targets: Tensor, options: LossO
                 f"{op}: {name} must have the shape of inputs, {tuple(inputs.shape)}, got {shape}"  # noqa: B023
             ),
         )
-    check_class_weight(op, options.class_weight, inputs, num_classes(inputs))
+    check_class_weight(op, options.class_weight, inputs, num_classes(inputs), by_part=False)

@@ -32,7 +32,7 @@ def sigmoid_focal_loss(
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
     weight: Tensor | None = None,  # [...] = inputs.shape[:-1]
-    class_weight: Tensor | None = None,  # [K]
+    class_weight: Tensor | None = None,  # [K] or [3, K]
     label_smoothing: float = 0,
     inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
@@ -41,7 +41,7 @@ def sigmoid_focal_loss(
         loss = _focal_dense(x, targets.to(x.dtype), alpha, gamma)
     else:
         loss = _focal_hard(x, one_hot(targets, inputs.shape[-1]), alpha, gamma, label_smoothing)
-    loss = _weigh(loss, weight, class_weight)
+    loss = _weigh(loss, weight, class_weight, targets)
     return _reduce(loss, inputs, targets, reduction, ignore_index, normalizer, min_normalizer)
 
 
@@ -78,28 +78,18 @@ def dense_focal_loss(
     labels: Tensor,  # [B, N], N = sum of H * W * A
     alpha: float = 0.25,
     gamma: float = 2.0,
+    reduction: str = "sum",
     *,
     normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
     min_normalizer: float = 1,
     ignore_index: int = -100,
     weight: Tensor | None = None,  # [B, N]
-    class_weight: Tensor | None = None,  # [K]
+    class_weight: Tensor | None = None,  # [K] or [3, K]
     label_smoothing: float = 0,
     inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
-    positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
-    anchors = labels.shape[1] // max(positions, 1)
-    if anchors == 0:
-        return torch.stack(
-            [level.to(compute_dtype(level.dtype)).sum() for level in cls_logits]
-        ).sum()
-    rows = [
-        level.unflatten(1, (anchors, -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-        for level in cls_logits
-    ]  # L of [B, H * W * A, K]
-    x = torch.cat(rows, dim=1)
-    loss = sigmoid_focal_loss(
-        x.to(compute_dtype(x.dtype)),
+    losses = sigmoid_focal_loss(
+        _dense_rows(cls_logits, labels),
         labels,
         alpha,
         gamma,
@@ -107,11 +97,77 @@ def dense_focal_loss(
         weight=weight,
         class_weight=class_weight,
         label_smoothing=label_smoothing,
-    ).sum(dim=(1, 2))  # [B]
-    if normalizer is None:
-        return loss.sum()
-    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
-    return (loss / divisor.clamp(min=min_normalizer)).sum()
+    )
+    return _reduce_anchors(losses, reduction, normalizer, min_normalizer)
+
+
+def dense_quality_loss(
+    cls_logits: Sequence[Tensor],  # L of [B, A * K, H, W]
+    labels: Tensor,  # [B, N], N = sum of H * W * A
+    scores: Tensor,  # [B, N]
+    loss: str = "quality_focal_loss",
+    reduction: str = "sum",
+    *,
+    normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
+    min_normalizer: float = 1,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,  # [B, N]
+    class_weight: Tensor | None = None,  # [K] or [3, K]
+    **parameters: float,
+) -> Tensor:
+    losses = globals()[loss](
+        _dense_rows(cls_logits, labels),
+        (labels, scores),
+        ignore_index=ignore_index,
+        weight=weight,
+        class_weight=class_weight,
+        **parameters,
+    )
+    return _reduce_anchors(losses, reduction, normalizer, min_normalizer)
+
+
+def _dense_rows(cls_logits: Sequence[Tensor], labels: Tensor) -> Tensor:  # [B, N, K]
+    positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
+    anchors = labels.shape[1] // max(positions, 1)
+    rows = [
+        level.unflatten(1, (max(anchors, 1), -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
+        for level in cls_logits
+    ]  # L of [B, H * W * A, K]
+    x = torch.cat(rows, dim=1)
+    return x.to(compute_dtype(x.dtype))
+
+
+def _reduce_anchors(
+    losses: Tensor,  # [B, N, K]
+    reduction: str,
+    normalizer: Tensor | float | None,
+    min_normalizer: float,
+) -> Tensor:
+    losses = losses.sum(dim=2)
+    if reduction == "none" or normalizer is None:
+        return losses if reduction == "none" else losses.sum()
+    divisor = torch.as_tensor(normalizer, dtype=losses.dtype, device=losses.device)
+    return (losses.sum(dim=1) / divisor.clamp(min=min_normalizer)).sum()
+
+
+def soft_focal_loss(
+    inputs: Tensor,  # [..., K]
+    targets: tuple[Tensor, Tensor] | Tensor,  # labels and scores, [...] = inputs.shape[:-1]; dense
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+    **options: Any,
+) -> Tensor:
+    positive, score = _positives_and_scores(inputs, targets)
+    score = torch.where(positive, score, 0)
+    x = inputs.to(score.dtype)
+    as_positive = _focal_hard(x, torch.ones_like(positive), alpha, gamma)
+    as_negative = _focal_hard(x, torch.zeros_like(positive), alpha, gamma)
+    # A loss that does not count may be infinite.
+    loss = torch.where(score == 0, 0, score * as_positive) + torch.where(
+        score == 1, 0, (1 - score) * as_negative
+    )
+    return _reduce_rows(loss, inputs, targets, reduction, **options)
 
 
 def quality_focal_loss(
@@ -272,10 +328,24 @@ def _cross_entropy(x: Tensor, t: Tensor | float) -> Tensor:
     return -(t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x))
 
 
-def _weigh(loss: Tensor, weight: Tensor | None, class_weight: Tensor | None) -> Tensor:
+def _weigh(
+    loss: Tensor,  # [..., K]
+    weight: Tensor | None,  # [...]
+    class_weight: Tensor | None,  # [K] or [3, K]: of positives, negatives, negatives of background
+    labels: Tensor,  # [...]
+) -> Tensor:
     if weight is not None:
         loss = loss * weight.to(loss.dtype).unsqueeze(-1)
-    return loss if class_weight is None else loss * class_weight.to(loss.dtype)
+    if class_weight is None:
+        return loss
+    class_weight = class_weight.to(loss.dtype)
+    if class_weight.dim() == 2:
+        positive = one_hot(labels, loss.shape[-1])
+        is_foreground = positive.any(dim=-1, keepdim=True)
+        of_positive, of_foreground, of_background = class_weight
+        of_negative = torch.where(is_foreground, of_foreground, of_background)
+        class_weight = torch.where(positive, of_positive, of_negative)
+    return loss * class_weight
 
 
 def _reduce_rows(
@@ -288,16 +358,16 @@ def _reduce_rows(
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
     weight: Tensor | None = None,  # [...] = inputs.shape[:-1], or of dense targets inputs.shape
-    class_weight: Tensor | None = None,  # [K]
+    class_weight: Tensor | None = None,  # [K] or [3, K]
     inplace_backward: bool = False,  # a matter of memory: not here
 ) -> Tensor:
     if isinstance(targets, Tensor):
         labels = targets
         loss = loss if weight is None else loss * weight.to(loss.dtype)
-        loss = _weigh(loss, None, class_weight)
+        loss = _weigh(loss, None, class_weight, labels)
     else:
         labels, _ = targets
-        loss = _weigh(loss, weight, class_weight)
+        loss = _weigh(loss, weight, class_weight, labels)
     return _reduce(loss, inputs, labels, reduction, ignore_index, normalizer, min_normalizer)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,11 @@ class RowLoss(NamedTuple):
         targets = (labels, scores) if self.has_scores else labels
         return self.reference(inputs, targets, **parameters, **options)
 
+    def defaults(self) -> dict[str, Any]:
+        """Of its parameters."""
+        arguments = inspect.signature(self.reference).parameters
+        return {name: arguments[name].default for name in self.parameters}
+
 
 ROW_LOSSES = {
     "sigmoid_focal_loss": RowLoss(
@@ -66,6 +72,11 @@ ROW_LOSSES = {
             "label_smoothing": check_unit,
         },
         has_scores=False,
+    ),
+    "soft_focal_loss": RowLoss(
+        reference.soft_focal_loss,
+        {"alpha": check_unit_or_none, "gamma": check_non_negative},
+        knows_dense_targets=True,
     ),
     "quality_focal_loss": RowLoss(
         reference.quality_focal_loss, {"beta": check_non_negative}, knows_dense_targets=True
@@ -137,10 +148,24 @@ def row_loss(
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
-def _row_loss_of(op: str, name: str) -> RowLoss:
+def row_loss_of(op: str, name: str) -> RowLoss:
     names = ", ".join(map(repr, ROW_LOSSES))
     check(name in ROW_LOSSES, lambda: f"{op}: loss must be one of {names}, got {name!r}")
     return ROW_LOSSES[name]
+
+
+def check_parameters(op: str, name: str, loss: str, given: Sequence[float]) -> None:
+    """``op`` takes the parameters of ``loss``, ``name`` has the sentences about each."""
+    known = ROW_LOSSES[loss].parameters
+    check(
+        len(given) == len(known),
+        lambda: (
+            f"{op}: parameters must be those of {loss}, ({', '.join(known)}), got {len(given)} numbers"
+        ),
+    )
+    for (parameter, check_number), value in zip(known.items(), given, strict=True):
+        if check_number is not None:
+            check_number(name, parameter, value)
 
 
 def _check_row_loss(
@@ -153,14 +178,8 @@ def _check_row_loss(
     class_weight: Tensor | None,
     normalizer: Tensor | None,
 ) -> None:
-    loss = _row_loss_of("row_loss_sum", op)
-    names = ", ".join(loss.parameters)
-    check(
-        len(parameters) == len(loss.parameters),
-        lambda: (
-            f"row_loss_sum: parameters must be those of {op}, ({names}), got {len(parameters)} numbers"
-        ),
-    )
+    loss = row_loss_of("row_loss_sum", op)
+    check_parameters("row_loss_sum", op, op, parameters)
     check_targets(op, inputs, targets, may_be_dense=False)
     check(
         not loss.is_softmax or inputs.shape[-1] > 0,
@@ -169,16 +188,13 @@ def _check_row_loss(
     dtype = compute_dtype(inputs.dtype)
     check_row_numbers(op, "scores", scores, "targets", targets, dtype)
     check_row_numbers(op, "weight", weight, "targets", targets, dtype)
-    check_class_weight(op, class_weight, inputs, inputs.shape[-1])
+    check_class_weight(op, class_weight, inputs, inputs.shape[-1], by_part=not loss.is_softmax)
     check_normalizer(op, "inputs", inputs, normalizer)
-    for (name, check_number), given in zip(loss.parameters.items(), parameters, strict=True):
-        if check_number is not None:
-            check_number(op, name, given)
 
 
 @torch.library.register_fake("focalops::_class_indices")
 def _(targets: Tensor, loss: str, num_classes: int, ignore_index: int) -> Tensor:
-    _row_loss_of("_class_indices", loss)
+    row_loss_of("_class_indices", loss)
     return torch.empty_like(targets)
 
 

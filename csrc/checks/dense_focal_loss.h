@@ -17,10 +17,11 @@ struct HeadLossOptions {
   int64_t ignore_index;
 };
 
-inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, const Tensor& labels,
-                                        const HeadLossOptions& options,
-                                        const std::optional<Tensor>& normalizer) {
-  const char* op = "dense_focal_loss";
+// What the losses of a head's classes have in common.
+inline HeadShape check_class_head(const char* op, const std::vector<Tensor>& cls_logits,
+                                  const Tensor& labels, const std::optional<Tensor>& weight,
+                                  const std::optional<Tensor>& class_weight,
+                                  const std::optional<Tensor>& normalizer) {
   const int64_t positions =
       check_levels(op, "cls_logits", cls_logits, "A * K", 1, "A * K", "logits");
   const Tensor& first = cls_logits[0];
@@ -44,16 +45,22 @@ inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, c
   if (classes >= int64_t{1} << 30) {
     fail(op, ": cls_logits must have fewer than 2^30 classes, got ", classes);
   }
-  check_unit_or_none(op, "alpha", options.alpha);
-  check_non_negative(op, "gamma", options.gamma);
-  check_unit(op, "label_smoothing", options.label_smoothing);
-  const ScalarType dtype = compute_dtype(first.scalar_type());
-  check_row_numbers(op, "weight", options.weight, "labels", labels, dtype);
+  check_row_numbers(op, "weight", weight, "labels", labels, compute_dtype(first.scalar_type()));
   if (anchors > 0) {
-    check_class_weight(op, options.class_weight, first, classes);
+    check_class_weight(op, class_weight, first, classes);
   }
   check_normalizer_of_images(op, normalizer, "cls_logits", first);
   return {images, anchors, classes, rows};
+}
+
+inline HeadShape check_dense_focal_loss(const std::vector<Tensor>& cls_logits, const Tensor& labels,
+                                        const HeadLossOptions& options,
+                                        const std::optional<Tensor>& normalizer) {
+  const char* op = "dense_focal_loss";
+  check_unit_or_none(op, "alpha", options.alpha);
+  check_non_negative(op, "gamma", options.gamma);
+  check_unit(op, "label_smoothing", options.label_smoothing);
+  return check_class_head(op, cls_logits, labels, options.weight, options.class_weight, normalizer);
 }
 
 inline void check_overwritten(const std::vector<Tensor>& cls_logits) {

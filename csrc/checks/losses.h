@@ -32,16 +32,23 @@ inline void check_row_numbers(const char* op, const char* name, const std::optio
   }
 }
 
+// `by_part`: there may also be three of each class, by the part that a logit has in its row.
 inline void check_class_weight(const char* op, const std::optional<Tensor>& given,
-                               const Tensor& like, int64_t num_classes) {
+                               const Tensor& like, int64_t num_classes, bool by_part = true) {
   if (!given.has_value()) {
     return;
   }
   check_same_device(op, "class_weight", *given, "the logits", like);
-  if (given->dim() != 1 || given->size(0) != num_classes ||
-      given->scalar_type() != compute_dtype(like.scalar_type())) {
-    fail(op, ": class_weight must have shape (", num_classes,
-         ",) and be float32 (float64 for float64 logits), got ", shape_of(*given), " and ",
+  const int64_t dim = given->dim();
+  const bool has_shape = (dim == 1 || (by_part && dim == 2 && given->size(0) == 3)) &&
+                         given->size(dim - 1) == num_classes;
+  if (!has_shape || given->scalar_type() != compute_dtype(like.scalar_type())) {
+    std::ostringstream by_part_shape;
+    if (by_part) {
+      by_part_shape << " or (3, " << num_classes << ")";
+    }
+    fail(op, ": class_weight must have shape (", num_classes, ",)", by_part_shape.str(),
+         " and be float32 (float64 for float64 logits), got ", shape_of(*given), " and ",
          dtype_of(*given));
   }
 }

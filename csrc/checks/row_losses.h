@@ -32,15 +32,19 @@ void with_row_loss(const char* op, const std::string& loss, F&& f) {
   }
 }
 
+// `op` takes the parameters, `name` has the sentences about each.
 template <typename Loss>
-void check_num_parameters(const std::vector<double>& given) {
+void check_parameters(const char* op, const char* name, const std::vector<double>& given) {
   if (given.size() != std::size(Loss::kParameters)) {
     std::string names;
     for (const Parameter& parameter : Loss::kParameters) {
       names += (names.empty() ? "" : ", ") + std::string(parameter.name);
     }
-    fail("row_loss_sum: parameters must be those of ", Loss::kName, ", (", names, "), got ",
-         given.size(), " numbers");
+    fail(op, ": parameters must be those of ", Loss::kName, ", (", names, "), got ", given.size(),
+         " numbers");
+  }
+  for (size_t i = 0; i < given.size(); ++i) {
+    check_parameter(name, Loss::kParameters[i], given[i]);
   }
 }
 
@@ -63,8 +67,8 @@ inline void check_row_loss(const std::string& loss, const Tensor& inputs, const 
                            const std::optional<Tensor>& normalizer) {
   with_row_loss("row_loss_sum", loss, [&](auto member) {
     using Loss = decltype(member);
-    check_num_parameters<Loss>(parameters);
     const char* op = Loss::kName;
+    check_parameters<Loss>("row_loss_sum", op, parameters);
     check_targets(op, inputs, targets, false);
     if constexpr (Loss::kIsSoftmax) {
       check_classes(op, inputs);
@@ -72,11 +76,8 @@ inline void check_row_loss(const std::string& loss, const Tensor& inputs, const 
     const ScalarType dtype = compute_dtype(inputs.scalar_type());
     check_row_numbers(op, "scores", scores, "targets", targets, dtype);
     check_row_numbers(op, "weight", weight, "targets", targets, dtype);
-    check_class_weight(op, class_weight, inputs, inputs.size(inputs.dim() - 1));
+    check_class_weight(op, class_weight, inputs, inputs.size(inputs.dim() - 1), !Loss::kIsSoftmax);
     check_normalizer(op, inputs, normalizer);
-    for (size_t i = 0; i < parameters.size(); ++i) {
-      check_parameter(op, Loss::kParameters[i], parameters[i]);
-    }
   });
 }
 

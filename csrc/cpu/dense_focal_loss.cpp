@@ -1,106 +1,10 @@
-// The focal loss of a head's levels on the CPU, where the head left them: one pass over the logits.
-//
-// Work is cut into pieces, each of one image of one level: the unit of parallel work, and of the
-// sum's order. Rows (channels_last) are evaluated as in focal_loss.cpp. In planes (contiguous) a
-// piece is a stretch of one anchor's positions through all classes: its labels are read once and
-// sorted by class, so that each plane finds its positives in turn.
-#include <vector>
-
+// The focal loss of a head's levels on the CPU: the sum, one number a piece.
 #include "../checks/dense_focal_loss.h"
-#include "../head_levels.h"
 #include "../math/row_losses.h"
-#include "focal_loss.h"
+#include "dense_head.h"
 
 namespace focalops {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A level consists of these pieces.
-struct Pieces {
-  int64_t first;
-  int64_t of_image;
-  int64_t stretches;  // planes only: of how many pieces a plane consists
-};
-
-template <typename scalar_t, typename index_t>
-struct Head {
-  using T = compute_t<scalar_t>;
-
-  HeadShape shape;
-  const index_t* labels;  // [B, rows]
-  RowExtras<T> extras;    // as the labels
-  int64_t ignore_index;
-  InvalidIndex invalid{};
-
-  // Evaluates the piece `part` of an image and hands each block to consume(begin, n, block), begin
-  // counted from the level's first logit.
-  template <bool WithGrad, typename Loss, typename Consume>
-  void evaluate(const HeadLevel& level, const Pieces& pieces, int64_t image, int64_t part,
-                const Loss& formula, Block<T>& block, const Consume& consume) {
-    const auto* logits = static_cast<const scalar_t*>(level.tensor.const_data_ptr());
-    const int64_t first_row = image * shape.rows + level.first_row;
-    const int64_t size = level.positions * shape.anchors * shape.classes;  // of an image
-    if (level.has_rows) {
-      const int64_t end = std::min((part + 1) * kLogitsPerChunk, size);
-      for (int64_t begin = part * kLogitsPerChunk; begin < end; begin += kBlock) {
-        const int64_t n = std::min(kBlock, end - begin);
-        evaluate_rows<WithGrad>(logits + image * size, labels + first_row, extras.from(first_row),
-                                shape.classes, ignore_index, begin, n, formula, block, invalid);
-        consume(image * size + begin, n, block);
-      }
-      return;
-    }
-    const int64_t anchor = part / pieces.stretches, stretch = part % pieces.stretches;
-    const int64_t begin = level.positions * stretch / pieces.stretches;
-    const int64_t n = level.positions * (stretch + 1) / pieces.stretches - begin;
-    const int64_t first_plane = (image * shape.anchors + anchor) * shape.classes;
-    evaluate_planes<WithGrad>(logits, first_row + begin * shape.anchors + anchor,
-                              first_plane * level.positions + begin, level.positions, n, formula,
-                              block, consume);
-  }
-
-  // n positions from `begin` on, in each of the classes' planes; `row` is the first one's.
-  template <bool WithGrad, typename Loss, typename Consume>
-  void evaluate_planes(const scalar_t* logits, int64_t row, int64_t begin, int64_t plane_size,
-                       int64_t n, const Loss& formula, Block<T>& block, const Consume& consume) {
-    struct Labelled {
-      int64_t label, at;
-    } labelled[kBlock];
-    int64_t num_labelled = 0, num_ignored = 0;
-    Range ignored[kBlock];
-    for (int64_t at = 0; at < n; ++at, row += shape.anchors) {
-      const int64_t label = labels[row];
-      block.weights[at] = extras.weight_of(row);
-      if (label == ignore_index) {
-        ignored[num_ignored++] = {at, at + 1};
-      } else if (label >= 0 && label < shape.classes) {
-        labelled[num_labelled++] = {label, at};
-      } else if (label != shape.classes) {
-        invalid.note(label);
-      }
-    }
-    std::sort(labelled, labelled + num_labelled,
-              [](const Labelled& a, const Labelled& b) { return a.label < b.label; });
-
-    Positive<T> positives[kBlock];
-    int64_t next = 0;
-    for (int64_t k = 0; k < shape.classes; ++k, begin += plane_size) {
-      const T* plane = as_computed(logits + begin, block.logits, n);
-      int64_t num_positives = 0;
-      for (; next < num_labelled && labelled[next].label == k; ++next) {
-        positives[num_positives++] = {labelled[next].at, T(1)};
-      }
-      evaluate_negatives<WithGrad>(plane, block.loss, block.grad, n, formula);
-      evaluate_positives<WithGrad>(plane, positives, num_positives, formula, block);
-      if (extras.weighs()) {
-        weigh<WithGrad>(block, extras.class_weight == nullptr ? T(1) : extras.class_weight[k], n);
-      }
-      clear<WithGrad>(ignored, num_ignored, block);
-      consume(begin, n, block);
-    }
-  }
-};
 
 // Writes the gradients into `grads`, where there are any; they may be the logits themselves.
 Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& shape,
@@ -113,54 +17,39 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
              given = contiguous(normalizer_);
   const Tensor& like = levels[0].tensor;
   Tensor loss = torch::stable::new_empty(like, {}, compute_dtype(like.scalar_type()));
-  std::vector<Pieces> pieces;
-  int64_t num_pieces = 0;
-  for (const HeadLevel& level : levels) {
-    const int64_t stretches = ceil_div(level.positions, kBlock);
-    const int64_t chunks =
-        ceil_div(level.positions * shape.anchors * shape.classes, kLogitsPerChunk);
-    const int64_t of_image = level.has_rows ? chunks : shape.anchors * stretches;
-    pieces.push_back({num_pieces, of_image, stretches});
-    num_pieces += shape.images * of_image;
-  }
-  std::vector<double> sums(num_pieces);
+  const Cut cut(levels, shape, kLogitsPerChunk);
+  std::vector<double> sums(cut.num_pieces);
 
   const auto run = [&](auto scalar_tag, auto index_tag) {
     using scalar_t = tag_t<decltype(scalar_tag)>;
     using index_t = tag_t<decltype(index_tag)>;
     using T = compute_t<scalar_t>;
     const auto normalizer = normalizer_of<T>(given, min_normalizer);
-    Head<scalar_t, index_t> head{shape,
-                                 static_cast<const index_t*>(labels.const_data_ptr()),
-                                 {data_of<T>(weight), data_of<T>(class_weight)},
-                                 options.ignore_index};
+    DenseHead<scalar_t, index_t> head{levels,
+                                      shape,
+                                      cut,
+                                      static_cast<const index_t*>(labels.const_data_ptr()),
+                                      {data_of<T>(weight), class_weights_of<T>(class_weight)},
+                                      options.ignore_index};
     const std::vector<double> parameters{options.alpha, options.gamma, options.label_smoothing};
     row_losses::Focal::dispatch<T>(parameters, [&](const auto& formula) {
-      torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t begin, int64_t end) {
-        Block<T> block;
-        size_t l = 0;
-        for (int64_t piece = begin; piece < end; ++piece) {
-          while (l + 1 < pieces.size() && piece >= pieces[l + 1].first) {
-            ++l;
-          }
-          const int64_t image = (piece - pieces[l].first) / pieces[l].of_image;
-          const int64_t part = (piece - pieces[l].first) % pieces[l].of_image;
-          double sum = 0;
-          if (compute_grad) {
-            auto* grad = static_cast<scalar_t*>(grads[l].mutable_data_ptr());
-            const T scale = gradient_scale<scalar_t>(normalizer.divisor(image));
-            head.template evaluate<true>(levels[l], pieces[l], image, part, formula, block,
-                                         [&](int64_t at, int64_t n, const auto& values) {
-                                           sum += sum_of(values.loss, n);
-                                           scale_and_convert(values.grad, scale, grad + at, n);
-                                         });
-          } else {
-            head.template evaluate<false>(
-                levels[l], pieces[l], image, part, formula, block,
-                [&](int64_t, int64_t n, const auto& values) { sum += sum_of(values.loss, n); });
-          }
-          sums[piece] = sum / normalizer.divisor(image);
+      for_each_piece<T>(cut, [&](const Piece& piece, Block<T>& block) {
+        const T divisor = normalizer.divisor(piece.image);
+        double sum = 0;
+        if (compute_grad) {
+          auto* grad = static_cast<scalar_t*>(grads[piece.level].mutable_data_ptr());
+          const T scale = gradient_scale<scalar_t>(divisor);
+          head.template evaluate<true>(piece, formula, block,
+                                       [&](int64_t begin, int64_t n, const auto& values) {
+                                         sum += sum_of(values.loss, n);
+                                         scale_and_convert(values.grad, scale, grad + begin, n);
+                                       });
+        } else {
+          head.template evaluate<false>(
+              piece, formula, block,
+              [&](int64_t, int64_t n, const auto& values) { sum += sum_of(values.loss, n); });
         }
+        sums[piece.number] = sum / divisor;
       });
     });
     head.invalid.check("dense_focal_loss", "labels", shape.classes, options.ignore_index);

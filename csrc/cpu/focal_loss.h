@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../class_weights.h"
 #include "../dtypes.h"
 #include "../math/focal.h"
 #include "../normalizer.h"
@@ -100,16 +101,16 @@ struct Range {
 // Rows may have these beside a class index; null where they have not.
 template <typename T>
 struct RowExtras {
-  const T* weight = nullptr;        // [rows]
-  const T* class_weight = nullptr;  // [K]
-  const T* scores = nullptr;        // [rows]
+  const T* weight = nullptr;  // [rows]
+  ClassWeights<T> class_weights{};
+  const T* scores = nullptr;  // [rows]
 
-  bool weighs() const { return weight != nullptr || class_weight != nullptr; }
+  bool weighs() const { return weight != nullptr || class_weights.data != nullptr; }
   T weight_of(int64_t row) const { return weight == nullptr ? T(1) : weight[row]; }
   T score_of(int64_t row) const { return scores == nullptr ? T(1) : scores[row]; }
 
   RowExtras from(int64_t row) const {
-    return {weight == nullptr ? nullptr : weight + row, class_weight,
+    return {weight == nullptr ? nullptr : weight + row, class_weights,
             scores == nullptr ? nullptr : scores + row};
   }
 };
@@ -180,22 +181,24 @@ void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtr
         row * num_classes - begin;  // in the block, negative where the row began before it
     const Range range{std::max<int64_t>(row_begin, 0), std::min(row_begin + num_classes, n)};
     const int64_t target = targets[row];
+    const bool is_class = target >= 0 && target < num_classes;
+    if (extras.weighs()) {
+      const T weight = extras.weight_of(row);
+      const ClassPart part = is_class ? kNegativeOfForeground : kNegativeOfBackground;
+      for (int64_t i = range.begin; i < range.end; ++i) {
+        block.weights[i] = weight * extras.class_weights.at(part, i - row_begin);
+      }
+    }
     if (target == ignore_index) {
       ignored[num_ignored++] = range;
-    } else if (target >= 0 && target < num_classes) {
+    } else if (is_class) {
       const int64_t at = row_begin + target;
       if (at >= 0 && at < n) {
         positives[num_positives++] = {at, extras.score_of(row)};
+        block.weights[at] = extras.weight_of(row) * extras.class_weights.at(kPositive, target);
       }
     } else if (target != num_classes) {
       invalid.note(target);
-    }
-    if (extras.weighs()) {
-      const T weight = extras.weight_of(row);
-      for (int64_t i = range.begin; i < range.end; ++i) {
-        block.weights[i] =
-            extras.class_weight == nullptr ? weight : weight * extras.class_weight[i - row_begin];
-      }
     }
   }
   evaluate_negatives<WithGrad>(logits, block.loss, block.grad, n, formula);

@@ -31,7 +31,7 @@ Tensor row_loss(const std::string& name, const Tensor& inputs, const Tensor& tar
         static_cast<const index_t*>(targets.const_data_ptr()),
         inputs.size(inputs.dim() - 1),
         ignore_index,
-        {data_of<T>(weight), data_of<T>(class_weight), data_of<T>(scores)}};
+        {data_of<T>(weight), class_weights_of<T>(class_weight), data_of<T>(scores)}};
     Loss::template dispatch<T>(parameters, [&](const auto& formula) {
       if constexpr (Loss::kIsSoftmax) {
         sum_softmax_losses(rows, targets.numel(), formula, normalizer, min_normalizer, grad, loss);

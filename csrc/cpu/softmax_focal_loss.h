@@ -64,10 +64,8 @@ void sum_softmax_losses(ClassIndexTargets<scalar_t, index_t>& rows, int64_t num_
         x[target] = -std::numeric_limits<T>::infinity();  // leaves the sum of the others
         const T others = exponentials(x.data(), largest, num_classes);
         const auto value = formula.evaluate(true_logit - largest, others);
-        T weight = rows.extras.weight_of(row);
-        if (rows.extras.class_weight != nullptr) {
-          weight *= rows.extras.class_weight[target];
-        }
+        const T weight =
+            rows.extras.weight_of(row) * rows.extras.class_weights.at(kPositive, target);
         sums[chunk] += weight * value.loss;
         if (row_grad != nullptr) {
           const T scale = weight * grad_scale;

@@ -1,207 +1,59 @@
-// The focal loss of a head's levels on CUDA, where the head left them: one launch reads each logit
-// once and, where a gradient is wanted, writes it once, in the same layout. No permute, no cat.
-//
-// The levels travel by value in a kernel parameter. Work is cut into items of one image of one
-// level each, strided by the grid; the layout is the same for a whole item, so that no warp
-// diverges over it.
-//   rows (channels_last)  an item is a chunk of kThreads x kUnroll vectors, as in focal_loss.cu: a
-//                         vector finds its row by one division and makes masks from the labels.
-//   planes (contiguous)   a thread owns a 16-byte vector of positions of one anchor and walks a
-//                         slice of the classes, from plane to plane; neighbouring threads have
-//                         neighbouring positions. The labels of its positions stay in registers.
-// Where an image's rows or a plane do not begin at a multiple of 16 bytes, their elements are
-// accessed one by one.
+// The focal loss of a head's levels on CUDA: one launch, of which each block adds up its items, and
+// one that adds up the blocks (dense_head.cuh has what an item is).
 //
 // Bytes moved, s = size of the logits: loss 1s, with gradient 2s; and the labels.
 #include "../checks/dense_focal_loss.h"
-#include "../head_levels.h"
 #include "../math/row_losses.h"
-#include "focal_loss.cuh"
-#include "head_items.cuh"
+#include "dense_head.cuh"
 
 namespace focalops {
 namespace {
 
 constexpr int64_t kClassesOfSlice = 16;
 
-// Extras is void or RowWeights<T>.
-template <typename scalar_t_, typename Extras_>
-struct Head {
-  using scalar_t = scalar_t_;
-  using T = compute_t<scalar_t>;
-  using Extras = Extras_;
+// How the classes of a plane's positions are divided among threads.
+struct Slices {
+  int64_t count;
+  int classes;  // of a slice
+  FastDivisor of_anchors{count};
 
-  LossLevel levels[kMaxLevels];
-  int num_levels;
-  int64_t num_items;
-  Integers labels;  // [B, rows]
-  int64_t rows;
-  int64_t ignore_index;
-  int anchors;
-  int classes;
-  int classes_of_slice;
-  FastDivisor rows_of;    // by classes
-  FastDivisor slices_of;  // by the number of slices
-  Normalizer<T> normalizer;
-  std::conditional_t<std::is_void_v<Extras>, char, Extras> extras;  // as the labels
+  explicit Slices(int64_t num_classes)
+      : count(ceil_div(num_classes, kClassesOfSlice)),
+        classes(static_cast<int>(ceil_div(num_classes, count))) {}
 };
 
 // Evaluates a thread's share of item `part` of an image and returns the sum of its losses.
 template <bool WithGrad, typename Head, typename Loss, typename T = typename Head::T>
-__device__ __forceinline__ T evaluate_rows(const Head& head, const LossLevel& level, int64_t image,
-                                           int64_t part, T scale, const Loss& formula) {
+__device__ __forceinline__ T sum_rows(const Head& head, const LossLevel& level, int64_t image,
+                                      int64_t part, T scale, const Loss& formula) {
   using scalar_t = typename Head::scalar_t;
-  constexpr int N = kVectorSize<scalar_t>;
-  const int64_t rows = level.positions * head.anchors, size = rows * head.classes;
-  const int64_t begin = part * kLogitsPerChunk<scalar_t>, first_row = begin / head.classes;
-  const auto first_column = static_cast<uint32_t>(begin - first_row * head.classes);
-  // From here on all is counted from the beginning of the chunk, in 32 bits.
+  const int64_t size = level.positions * head.anchors * head.classes;
+  const int64_t begin = part * kLogitsPerChunk<scalar_t>;
   const int left = static_cast<int>(min(size - begin, kLogitsPerChunk<scalar_t>));
-  const int rows_left = static_cast<int>(min(rows - first_row, kLogitsPerChunk<scalar_t>));
-  const int64_t first_label = image * head.rows + level.first_row + first_row;
-  const Integers labels = head.labels.from(first_label);
-  const auto* logits = static_cast<const scalar_t*>(level.data) + image * size + begin;
-  const bool aligned = is_aligned(logits);
-
-  Vector<scalar_t, N> vectors[kUnroll<scalar_t>];
-#pragma unroll
-  for (int u = 0; u < kUnroll<scalar_t>; ++u) {
-    const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * N;
-    vectors[u] = load_vector<N>(logits, i, left, aligned);
-  }
   T sum = 0;
-#pragma unroll
-  for (int u = 0; u < kUnroll<scalar_t>; ++u) {
-    const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * N;
-    if (i < left) {
-      const uint32_t from_row = first_column + i;
-      const uint32_t row = head.rows_of.divide(from_row);
-      const uint32_t column = head.rows_of.remainder(from_row, row);
-      const auto masks = class_row_masks<N>(labels, static_cast<int>(row), rows_left, column,
-                                            head.classes, head.ignore_index);
-      Values<T, N> values;
-      if constexpr (std::is_void_v<typename Head::Extras>) {
-        values = evaluate_hard(vectors[u], masks, formula);
-      } else {
-        values =
-            evaluate_extras(vectors[u], masks, head.extras.from(first_label), static_cast<int>(row),
-                            rows_left, static_cast<int>(column), head.classes, formula);
-      }
-      sum += sum_losses(values, i, left);
-      if constexpr (WithGrad) {
-        auto* grad = static_cast<scalar_t*>(level.grad) + image * size + begin;
-        store_gradient(grad, i, left, is_aligned(grad), values, scale);
-      }
-    }
-  }
+  evaluate_rows(head, level, image, begin, left, WithGrad, scale, formula,
+                [&](const auto& values, int i) { sum += sum_losses(values, i, left); });
   return sum;
 }
 
-// Planes in flight: the labels take registers too, and the weights of 8 positions even more.
-template <typename Head>
-constexpr int kPlanes =
-    sizeof(typename Head::scalar_t) == 8 ||
-            (sizeof(typename Head::scalar_t) == 2 && !std::is_void_v<typename Head::Extras>)
-        ? 1
-        : 2;
-
-// Positions of one plane, with the weights of their anchors and of the class.
-template <typename scalar_t, int N, typename Loss, typename T = compute_t<scalar_t>>
-__device__ __forceinline__ Values<T, N> evaluate_plane(const Vector<scalar_t, N>& logits,
-                                                       const ElementMasks& masks,
-                                                       const T (&weight)[N], T class_weight,
-                                                       const Loss& formula) {
-  Values<T, N> values;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const uint32_t bit = 1u << j;
-    const T x = masks.invalid & bit ? quiet_nan<T>() : static_cast<T>(logits.data[j]);
-    LossAndGrad<T> value = formula.negative(x);
-    if (masks.positive & bit) {
-      value = formula.positive(x, T(1));
-    }
-    const T factor = weight[j] * class_weight;
-    values.loss[j] = masks.ignored & bit ? T(0) : factor * value.loss;
-    values.grad[j] = masks.ignored & bit ? T(0) : factor * value.grad;
-  }
-  return values;
-}
-
 template <bool WithGrad, typename Head, typename Loss, typename T = typename Head::T>
-__device__ __forceinline__ T evaluate_planes(const Head& head, const LossLevel& level,
-                                             int64_t image, int64_t part, T scale,
-                                             const Loss& formula) {
-  using scalar_t = typename Head::scalar_t;
-  using Extras = typename Head::Extras;
-  constexpr int N = kVectorSize<scalar_t>;
+__device__ __forceinline__ T sum_planes(const Head& head, const Slices& slices,
+                                        const LossLevel& level, int64_t image, int64_t part,
+                                        T scale, const Loss& formula) {
+  constexpr int N = kVectorSize<typename Head::scalar_t>;
   const auto unit = static_cast<uint32_t>(part * kThreads + threadIdx.x);
   const uint32_t slice_of_image = level.vectors_of_plane.divide(unit);
-  const uint32_t anchor = head.slices_of.divide(slice_of_image);
+  const uint32_t anchor = slices.of_anchors.divide(slice_of_image);
   if (anchor >= static_cast<uint32_t>(head.anchors)) {
     return 0;
   }
-  const int64_t size = level.positions;
   const int64_t i = int64_t{level.vectors_of_plane.remainder(unit, slice_of_image)} * N;
-  const int begin = head.slices_of.remainder(slice_of_image, anchor) * head.classes_of_slice;
-  const int end = min(begin + head.classes_of_slice, head.classes);
-
-  int positive_class[N];
-  ElementMasks row_masks;
+  const int begin = slices.of_anchors.remainder(slice_of_image, anchor) * slices.classes;
+  const int end = min(begin + slices.classes, head.classes);
   const int64_t row = image * head.rows + level.first_row + i * head.anchors + anchor;
-#pragma unroll
-  for (int j = 0; j < N; ++j) {
-    // What lies past the end of the plane is read as background and left out of the sum.
-    const int64_t label = i + j < size ? head.labels[row + j * head.anchors] : head.classes;
-    const bool is_class = label >= 0 && label < head.classes && label != head.ignore_index;
-    positive_class[j] = is_class ? static_cast<int>(label) : -1;
-    row_masks.ignored |= label == head.ignore_index ? 1u << j : 0u;
-    row_masks.invalid |=
-        !is_class && label != head.classes && label != head.ignore_index ? 1u << j : 0u;
-  }
-
-  T weight[N];
-  if constexpr (!std::is_void_v<Extras>) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      weight[j] = i + j < size ? head.extras.weight_of(row + j * head.anchors) : T(0);
-    }
-  }
-
   T sum = 0;
-  const int64_t first_plane = (image * head.anchors + anchor) * head.classes;
-  const auto* logits = static_cast<const scalar_t*>(level.data);
-  for (int first = begin; first < end; first += kPlanes<Head>) {
-    Vector<scalar_t, N> vectors[kPlanes<Head>];
-#pragma unroll
-    for (int u = 0; u < kPlanes<Head>; ++u) {
-      if (first + u < end) {
-        const auto* plane = logits + (first_plane + first + u) * size;
-        vectors[u] = load_vector<N>(plane, i, size, is_aligned(plane));
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kPlanes<Head>; ++u) {
-      if (first + u < end) {
-        ElementMasks masks = row_masks;
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          masks.positive |= positive_class[j] == first + u ? 1u << j : 0u;
-        }
-        Values<T, N> values;
-        if constexpr (std::is_void_v<Extras>) {
-          values = evaluate_hard(vectors[u], masks, formula);
-        } else {
-          values = evaluate_plane(vectors[u], masks, weight, head.extras.class_weight_of(first + u),
-                                  formula);
-        }
-        sum += sum_losses(values, i, size);
-        if constexpr (WithGrad) {
-          auto* plane = static_cast<scalar_t*>(level.grad) + (first_plane + first + u) * size;
-          store_gradient(plane, i, size, is_aligned(plane), values, scale);
-        }
-      }
-    }
-  }
+  evaluate_planes(head, level, image, anchor, {i, row}, begin, end, WithGrad, scale, formula,
+                  [&](const auto& values) { sum += sum_losses(values, i, level.positions); });
   return sum;
 }
 
@@ -212,16 +64,17 @@ constexpr int kBlocks =
 
 template <bool WithGrad, typename Head, typename Loss>
 __global__ void __launch_bounds__(kThreads, kBlocks<Head>)
-    dense_focal_loss_kernel(const __grid_constant__ Head head, Loss formula, double* partials) {
+    dense_focal_loss_kernel(const __grid_constant__ Head head, const Slices slices, Loss formula,
+                            double* partials) {
   double sum = 0;
   for (int64_t item = blockIdx.x; item < head.num_items; item += gridDim.x) {
     const auto [l, image, part] = place_of_item(head, item);
     const LossLevel& level = head.levels[l];
     const auto divisor = head.normalizer.divisor(image);
     const auto scale = gradient_scale<typename Head::scalar_t>(divisor);
-    const auto item_sum = level.has_rows
-                              ? evaluate_rows<WithGrad>(head, level, image, part, scale, formula)
-                              : evaluate_planes<WithGrad>(head, level, image, part, scale, formula);
+    const auto item_sum =
+        level.has_rows ? sum_rows<WithGrad>(head, level, image, part, scale, formula)
+                       : sum_planes<WithGrad>(head, slices, level, image, part, scale, formula);
     sum += static_cast<double>(item_sum) / divisor;
   }
   sum = block_sum<kThreads>(sum);
@@ -231,37 +84,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Head>)
 }
 
 // ---- host ---------------------------------------------------------------------------------------
-
-template <typename Head>
-Head make_head(const std::vector<HeadLevel>& levels, const HeadShape& shape, const Tensor& labels,
-               int64_t ignore_index, const Normalizer<typename Head::T>& normalizer,
-               const std::vector<Tensor>& grads) {
-  using scalar_t = typename Head::scalar_t;
-  const int64_t slices = ceil_div(shape.classes, kClassesOfSlice);
-  Head head{{},
-            0,
-            0,
-            Integers(labels),
-            shape.rows,
-            ignore_index,
-            static_cast<int>(shape.anchors),
-            static_cast<int>(shape.classes),
-            static_cast<int>(ceil_div(shape.classes, slices)),
-            FastDivisor(shape.classes),
-            FastDivisor(slices),
-            normalizer,
-            {}};
-  const auto items_of_image = [&](const HeadLevel& level, int64_t vectors_of_plane) {
-    return level.has_rows ? ceil_div(level.positions * shape.anchors * shape.classes,
-                                     kLogitsPerChunk<scalar_t>)
-                          : ceil_div(vectors_of_plane * slices * shape.anchors, kThreads);
-  };
-  for (size_t l = 0; l < levels.size(); ++l) {
-    append_level<scalar_t>(head, levels[l], grads.empty() ? nullptr : grads[l].mutable_data_ptr(),
-                           shape.images, items_of_image);
-  }
-  return head;
-}
 
 // Writes the gradients into `grads`, where there are any; they may be the logits themselves: each
 // thread has read its logits before it writes there.
@@ -277,6 +99,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
   if (shape.images * shape.rows * shape.classes == 0) {
     return torch::stable::zero_(loss);
   }
+  const Slices slices(shape.classes);
   const auto run = [&](const auto& head, const auto& formula) {
     using Head = std::decay_t<decltype(head)>;
     using Loss = std::decay_t<decltype(formula)>;
@@ -285,7 +108,7 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
     const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
     Tensor partials = torch::stable::new_empty(like, {grid}, ScalarType::Double);
     auto* sums = static_cast<double*>(partials.mutable_data_ptr());
-    launch(kernel, grid, kThreads, 0, scope.stream(), head, formula, sums);
+    launch(kernel, grid, kThreads, 0, scope.stream(), head, slices, formula, sums);
     using T = typename Head::T;
     launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), sums, grid,
            Normalizer<T>{nullptr, T(1)}, static_cast<T*>(loss.mutable_data_ptr()));
@@ -294,15 +117,20 @@ Tensor dense_focal_loss(const std::vector<HeadLevel>& levels, const HeadShape& s
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
     const auto normalizer = normalizer_of<T>(given, min_normalizer);
+    const auto items_of_image = [&](const HeadLevel& level, int64_t vectors_of_plane) {
+      return level.has_rows ? ceil_div(level.positions * shape.anchors * shape.classes,
+                                       kLogitsPerChunk<scalar_t>)
+                            : ceil_div(vectors_of_plane * slices.count * shape.anchors, kThreads);
+    };
     if (!weight.has_value() && !class_weight.has_value() && options.label_smoothing == 0) {
       const auto head = make_head<Head<scalar_t, void>>(levels, shape, labels, options.ignore_index,
-                                                        normalizer, grads);
+                                                        normalizer, grads, items_of_image);
       return dispatch_focal_loss<T>(options.alpha, options.gamma,
                                     [&](const auto& formula) { run(head, formula); });
     }
-    auto head = make_head<Head<scalar_t, RowWeights<T>>>(levels, shape, labels,
-                                                         options.ignore_index, normalizer, grads);
-    head.extras = {data_of<T>(weight), data_of<T>(class_weight)};
+    auto head = make_head<Head<scalar_t, RowWeights<T>>>(
+        levels, shape, labels, options.ignore_index, normalizer, grads, items_of_image);
+    head.extras = {data_of<T>(weight), class_weights_of<T>(class_weight)};
     row_losses::Focal::dispatch<T>({options.alpha, options.gamma, options.label_smoothing},
                                    [&](const auto& formula) { run(head, formula); });
   });

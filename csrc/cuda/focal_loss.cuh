@@ -2,6 +2,7 @@
 // 16-byte vector of logits, the kernel of contiguous logits, and the sum in a fixed order.
 #pragma once
 
+#include "../class_weights.h"
 #include "../math/focal.h"
 #include "../normalizer.h"
 #include "integers.cuh"
@@ -29,10 +30,23 @@ struct Values {
   T grad[N];
 };
 
-// A bit for each logit of a vector. All are 0 in most vectors: nothing but negatives.
+// A bit for each logit of a vector. All are 0 in most vectors: nothing but negatives. `foreground`
+// has the logits of the rows that have a class.
 struct ElementMasks {
-  uint32_t positive = 0, ignored = 0, invalid = 0;
+  uint32_t positive = 0, ignored = 0, invalid = 0, foreground = 0;
+
+  __device__ __forceinline__ ClassPart part_of(uint32_t bit) const {
+    return positive & bit     ? kPositive
+           : foreground & bit ? kNegativeOfForeground
+                              : kNegativeOfBackground;
+  }
 };
+
+// The bits first .. last of N.
+template <int N>
+__device__ __forceinline__ uint32_t bits_between(int first, int last) {
+  return (last < N ? (1u << last) - 1 : ~0u) & ~(first > 0 ? (1u << first) - 1 : 0u);
+}
 
 // Makes the masks of N logits from `column` of `row` on; rows are K contiguous logits.
 template <int N, typename Row>
@@ -45,11 +59,10 @@ __device__ __forceinline__ ElementMasks class_row_masks(const Integers& targets,
     if (target >= 0 && target < num_classes && target != ignore_index) {
       const int at = first + static_cast<int>(target);
       masks.positive |= at >= 0 && at < N ? 1u << at : 0u;
+      masks.foreground |= bits_between<N>(first, first + num_classes);
     } else if (target != num_classes || target == ignore_index) {
-      const int last = first + num_classes;
-      const uint32_t mask =
-          (last < N ? (1u << last) - 1 : ~0u) & ~(first > 0 ? (1u << first) - 1 : 0u);
-      (target == ignore_index ? masks.ignored : masks.invalid) |= mask;
+      (target == ignore_index ? masks.ignored : masks.invalid) |=
+          bits_between<N>(first, first + num_classes);
     }
   }
   return masks;
@@ -85,18 +98,15 @@ __device__ __forceinline__ Values<T, N> evaluate_hard(const Vector<scalar_t, N>&
 // Rows may have these beside a class index; null where they have not.
 template <typename T>
 struct RowWeights {
-  const T* weight;        // [rows]
-  const T* class_weight;  // [K]
+  const T* weight;  // [rows]
+  ClassWeights<T> class_weights;
 
   __device__ __forceinline__ T weight_of(int64_t row) const {
     return weight == nullptr ? T(1) : weight[row];
   }
-  __device__ __forceinline__ T class_weight_of(int column) const {
-    return class_weight == nullptr ? T(1) : class_weight[column];
-  }
   __device__ __forceinline__ T score_of(int64_t) const { return T(1); }
   __device__ __forceinline__ RowWeights from(int64_t row) const {
-    return {weight == nullptr ? nullptr : weight + row, class_weight};
+    return {weight == nullptr ? nullptr : weight + row, class_weights};
   }
 };
 
@@ -132,7 +142,8 @@ __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N
       value = formula.positive(x, extras.score_of(row));
     }
     const bool counts = !(masks.ignored & bit) && row < num_rows;
-    const T factor = counts ? extras.weight_of(row) * extras.class_weight_of(column) : T(0);
+    const T factor =
+        counts ? extras.weight_of(row) * extras.class_weights.at(masks.part_of(bit), column) : T(0);
     values.loss[j] = counts ? factor * value.loss : T(0);
     values.grad[j] = counts ? factor * value.grad : T(0);
   }

@@ -36,7 +36,7 @@ Tensor row_loss(const std::string& name, const Tensor& inputs, const Tensor& tar
                                        targets.numel(),
                                        static_cast<int>(num_classes),
                                        ignore_index,
-                                       {data_of<T>(weight), data_of<T>(class_weight)},
+                                       {data_of<T>(weight), class_weights_of<T>(class_weight)},
                                        kWarpSize};
       Loss::template dispatch<T>(parameters, [&](const auto& formula) {
         launch_softmax_sum(inputs, rows, formula, normalizer, min_normalizer, grad, scope, loss);
@@ -48,7 +48,7 @@ Tensor row_loss(const std::string& name, const Tensor& inputs, const Tensor& tar
           static_cast<int>(num_classes),
           ignore_index,
           FastDivisor(num_classes),
-          {data_of<T>(weight), data_of<T>(class_weight), data_of<T>(scores)}};
+          {data_of<T>(weight), class_weights_of<T>(class_weight), data_of<T>(scores)}};
       Loss::template dispatch<T>(parameters, [&](const auto& formula) {
         launch_sum(inputs, rows, formula, normalizer, min_normalizer, grad, scope, loss);
       });

@@ -71,8 +71,9 @@ __global__ void __launch_bounds__(kThreads)
     T weight = 0;
     const bool is_class = counts && target >= 0 && target < num_classes;
     if (counts) {
-      weight = is_class ? rows.weights.weight_of(row) * rows.weights.class_weight_of(target)
-                        : quiet_nan<T>();
+      weight = is_class
+                   ? rows.weights.weight_of(row) * rows.weights.class_weights.at(kPositive, target)
+                   : quiet_nan<T>();
       value = formula.evaluate(is_class ? static_cast<T>(inputs[target]) - largest : T(0), others);
       sum += lane == 0 ? static_cast<double>(weight * value.loss) : 0.0;
     }

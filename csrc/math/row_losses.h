@@ -60,6 +60,23 @@ struct QualityFocalLoss {
   }
 };
 
+// Linear between the losses of a positive and of a negative (Li et al., "Learning from Noisy
+// Anchors for One-stage Object Detection", 2020): score FL+ + (1 - score) FL- for the true class.
+template <typename T, int Gamma>
+struct SoftFocalLoss {
+  FocalLoss<T, Gamma> focal;
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const { return focal.negative(x); }
+
+  FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
+    const LossAndGrad<T> as_positive = focal.positive(x, T(1)), as_negative = focal.negative(x);
+    // A loss that does not count may be infinite.
+    return {(score == 0 ? T(0) : score * as_positive.loss) +
+                (score == 1 ? T(0) : (1 - score) * as_negative.loss),
+            score * as_positive.grad + (1 - score) * as_negative.grad};
+  }
+};
+
 // The negatives of the varifocal loss: alpha p^gamma BCE(x, 0).
 template <typename T, int Gamma>
 struct VarifocalNegatives {
@@ -205,6 +222,19 @@ struct Focal : Sigmoid {
   }
 };
 
+struct SoftFocal : Sigmoid {
+  static constexpr const char* kName = "soft_focal_loss";
+  static constexpr Parameter kParameters[] = {{"alpha", Domain::kUnitOrNone},
+                                              {"gamma", Domain::kNonNegative}};
+
+  template <typename T, typename F>
+  static void dispatch(const std::vector<double>& p, F&& f) {
+    dispatch_gamma(p[1], [&](auto gamma) {
+      f(SoftFocalLoss<T, decltype(gamma)::value>{{AlphaBalance<T>(p[0]), T(p[1])}});
+    });
+  }
+};
+
 struct Quality : Sigmoid {
   static constexpr const char* kName = "quality_focal_loss";
   static constexpr Parameter kParameters[] = {{"beta", Domain::kNonNegative}};
@@ -288,7 +318,7 @@ struct Table {
   }
 };
 
-using All = Table<Focal, Quality, Varifocal, MatchabilityAware, IouAware, SoftmaxFocal>;
+using All = Table<Focal, SoftFocal, Quality, Varifocal, MatchabilityAware, IouAware, SoftmaxFocal>;
 
 }  // namespace row_losses
 
