@@ -102,6 +102,22 @@ def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
     return (saved * factor.view(-1, *[1] * (saved.dim() - 1))).to(saved.dtype)
 
 
+def scaled_rows(saved_levels: Sequence[Tensor], grad_losses: Tensor) -> list[Tensor]:
+    """The gradients of the losses of single anchors that a forward saved, times those of the losses, (B, N)."""
+    positions = sum(level.shape[2] * level.shape[3] for level in saved_levels)
+    anchors = grad_losses.shape[1] // max(positions, 1)
+    result, first_row = [], 0
+    for level in saved_levels:
+        images, channels, height, width = level.shape
+        rows = height * width * anchors
+        factor = grad_losses[:, first_row : first_row + rows].unflatten(1, (height, width, anchors))
+        by_anchor = level.view(images, anchors, channels // max(anchors, 1), height, width)
+        scaled = by_anchor * factor.permute(0, 3, 1, 2).unsqueeze(2)
+        result.append(scaled.view(level.shape).to(level.dtype))
+        first_row += rows
+    return result
+
+
 def _may_overwrite(saved: Tensor, factor: Tensor) -> bool:
     """Whether this backward may scale what its forward saved: not if it can run again, nor under a tracer or vmap."""
     if torch.compiler.is_compiling() or type(saved) is not Tensor:
