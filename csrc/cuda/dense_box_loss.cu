@@ -152,13 +152,16 @@ __device__ __forceinline__ T evaluate_planes(const Head<scalar_t>& head, const L
   return sum;
 }
 
-// Blocks a multiprocessor. Without the number ptxas spills for the sake of more of them.
-template <typename scalar_t>
-constexpr int kBlocks = std::is_same_v<scalar_t, double> ? 1 : 2;
+// Blocks a multiprocessor: as many as every architecture has without spills.
+template <typename scalar_t, typename Loss>
+constexpr int kBlocks = std::is_same_v<scalar_t, double> ? 1
+                        : Loss::kIsL1                    ? 4
+                        : Loss::kIou == IouKind::kPlain  ? 3
+                                                         : 2;
 
 // partials: a sum of losses for each block; null: not wanted
 template <typename scalar_t, typename Loss>
-__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t, Loss>)
     dense_box_loss_kernel(const __grid_constant__ Head<scalar_t> head, Loss formula,
                           double* partials) {
   double sum = 0;
