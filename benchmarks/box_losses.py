@@ -33,7 +33,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield pairs(name, 50_000 if quick else 201_600, device, quick)
     images = 1 if quick or device.type == "cpu" else 16
     for loss in ("l1",) if quick else ("l1", "giou"):
-        yield dense(loss, images, device, quick)
+        yield dense(loss, images, device)
+    if not quick:
+        yield of_anchors("giou", images, device)
+        yield overlaps(images, device)
 
 
 def pairs(name: str, count: int, device: torch.device, quick: bool) -> Case:
@@ -59,21 +62,31 @@ def pairs(name: str, count: int, device: torch.device, quick: bool) -> Case:
     return Case(f"{name} + gradient", f"{count:,} pairs", least, contestants, close)
 
 
-def dense(loss: str, images: int, device: torch.device, quick: bool) -> Case:
+Head = tuple[list[Tensor], Tensor, list[Tensor], Tensor]  # deltas, anchors, boxes, matches
+
+
+def head(images: int, device: torch.device) -> Head:
     anchors = retinanet_anchors(device)
     gt_boxes = [random_boxes(20, device) for _ in range(images)]
     matches = focalops.match_anchors(anchors, gt_boxes)
-    normalizer = (matches >= 0).sum(1)
     deltas = [
         torch.randn(images, 36, -(-HEIGHT // s), -(-WIDTH // s), device=device).div_(4)
         for s in STRIDES
     ]
-    for level in deltas:
-        level.requires_grad_()
+    return [level.requires_grad_() for level in deltas], anchors, gt_boxes, matches
+
+
+def size_of(matches: Tensor) -> str:
+    return f"{matches.shape[0]} x {matches.shape[1]:,} anchors, 20 boxes"
+
+
+def dense(loss: str, images: int, device: torch.device) -> Case:
+    deltas, *others, matches = head(images, device)
+    normalizer = (matches >= 0).sum(1)
 
     def step(function: Callable[..., Tensor]) -> Contestant:
         def run() -> tuple[Tensor, Tensor]:
-            value = function(deltas, anchors, gt_boxes, matches, loss=loss, normalizer=normalizer)
+            value = function(deltas, *others, matches, loss=loss, normalizer=normalizer)
             grads = torch.autograd.grad(value, deltas)
             return value.detach(), torch.cat([grad.flatten() for grad in grads[2:]])
 
@@ -83,9 +96,47 @@ def dense(loss: str, images: int, device: torch.device, quick: bool) -> Case:
         OURS: step(focalops.dense_box_loss),
         "reference": step(reference.dense_box_loss),
     }
-    size = f"{images} x {len(anchors):,} anchors, 20 boxes"
-    least = images * len(anchors) * (8 + 16)  # the matches, the gradient
-    return Case(f"dense_box_loss {loss} + gradient", size, least, contestants, close)
+    least = matches.numel() * (8 + 16)  # the matches, the gradient
+    name = f"dense_box_loss {loss} + gradient"
+    return Case(name, size_of(matches), least, contestants, close)
+
+
+def of_anchors(loss: str, images: int, device: torch.device) -> Case:
+    """The losses of the anchors with a gradient for each, beside that of their sum."""
+    deltas, *others, matches = head(images, device)
+    upstream = torch.full(matches.shape, 0.5, device=device)
+
+    def step(function: Callable[..., Tensor], reduction: str) -> Contestant:
+        def run() -> tuple[Tensor, Tensor]:
+            value = function(deltas, *others, matches, loss=loss, reduction=reduction)
+            grads = torch.autograd.grad(value, deltas, upstream if value.dim() else upstream[0, 0])
+            return value.detach(), torch.cat([grad.flatten() for grad in grads[2:]])
+
+        return run
+
+    contestants = {
+        OURS: step(focalops.dense_box_loss, "none"),
+        "the sum": step(focalops.dense_box_loss, "sum"),
+        "reference": step(reference.dense_box_loss, "none"),
+    }
+    least = matches.numel() * (8 + 4 + 4 + 16)  # matches, losses, upstream, the gradient
+
+    def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+        close((ours[0].sum(), ours[1]), (theirs[0].sum(), theirs[1]))
+
+    name = f"dense_box_loss {loss} of anchors + gradient"
+    return Case(name, size_of(matches), least, contestants, agree)
+
+
+def overlaps(images: int, device: torch.device) -> Case:
+    arguments = head(images, device)
+    contestants: dict[str, Contestant] = {
+        OURS: lambda: focalops.matched_iou(*arguments),
+        "reference": lambda: reference.matched_iou(*arguments),
+    }
+    matches = arguments[-1]
+    least = matches.numel() * (8 + 4)
+    return Case("matched_iou", size_of(matches), least, contestants, torch.testing.assert_close)
 
 
 def close(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:

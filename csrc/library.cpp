@@ -97,6 +97,13 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float[] weights, float clip, float beta, float eps, Tensor? normalizer, float "
       "min_normalizer,"
       " bool compute_grad) -> (Tensor loss, Tensor[] grads)");
+  // Each anchor's own: losses, and iou, that of its decoded box and its match, are (B, N), 0 where
+  // there is no match; losses is empty where loss is -1, iou unless compute_iou. grads are of the
+  // losses by the anchor's own deltas.
+  m.def(
+      "dense_box_losses(Tensor[] deltas, Tensor anchors, Tensor gt_boxes, Tensor matches, int loss,"
+      " float[] weights, float clip, float beta, float eps, bool compute_grad, bool compute_iou)"
+      " -> (Tensor losses, Tensor iou, Tensor[] grads)");
 
   // fusion. features: 1 to 8 maps (B, C, H, W), weights: (n,); mode: 0 fast, 1 softmax, 2 sum, 3
   // unbounded; activation: 0 none, 1 SiLU, 2 ReLU6. grad_weights is empty where there are none.

@@ -10,6 +10,7 @@ from focalops.box_losses import (
     dense_box_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
+    matched_iou,
 )
 from focalops.boxes import (
     box_iou,
@@ -65,6 +66,7 @@ __all__ = [
     "match_anchors",
     "match_iou_matrix",
     "matchability_aware_loss",
+    "matched_iou",
     "matrix_nms",
     "multiclass_nms",
     "nms",

@@ -109,8 +109,8 @@ def scaled_rows(
     min_normalizer: float = 1,
 ) -> list[Tensor]:
     """The same of losses an anchor: of a head's levels, and of gradients (B, N)."""
-    if not any(grad_losses.stride()):  # of a sum: one number
-        number = grad_losses.as_strided((), ())
+    if grad_losses.numel() > 0 and not any(grad_losses.stride()):  # of a sum: one number
+        number = grad_losses[0, 0]
         if normalizer is None or normalizer.dim() == 0 or saved[0].dtype != torch.float16:
             return scaled(saved, number, normalizer, min_normalizer)
     if saved[0].dtype == torch.float16:

@@ -43,10 +43,7 @@ class LossOptions(NamedTuple):
         inplace_backward = flag("inplace_backward", self.inplace_backward)
         if inplace_backward and self.reduction == "none":
             raise ValueError("inplace_backward needs reduction 'sum' or 'mean', got 'none'")
-        if self.normalizer is not None and self.reduction != "sum":
-            raise ValueError(
-                f"normalizer must be None unless reduction is 'sum', got reduction {self.reduction!r}"
-            )
+        check_normalizes_a_sum(self.normalizer, self.reduction)
         for name, given in tensors.items():
             require_tensor(name, given)
             if name != "inputs" and given.requires_grad:
@@ -78,6 +75,13 @@ class LossOptions(NamedTuple):
     def divisor(self, dtype: torch.dtype) -> tuple[Tensor | None, float]:
         """The normalizer on the device, and the least divisor."""
         return divisor(self.normalizer, self.min_normalizer, dtype)
+
+
+def check_normalizes_a_sum(normalizer: Tensor | float | None, reduction: str) -> None:
+    if normalizer is not None and reduction != "sum":
+        raise ValueError(
+            f"normalizer must be None unless reduction is 'sum', got reduction {reduction!r}"
+        )
 
 
 def divisor(
@@ -173,7 +177,13 @@ def check_normalizer(
 
 
 def check_row_numbers(
-    op: str, name: str, given: Tensor | None, like_name: str, like: Tensor, dtype: torch.dtype
+    op: str,
+    name: str,
+    given: Tensor | None,
+    like_name: str,
+    like: Tensor,
+    dtype: torch.dtype,
+    inputs: str = "logits",
 ) -> None:
     if given is None:
         return
@@ -183,7 +193,7 @@ def check_row_numbers(
         given.shape == like.shape and given_dtype == dtype,
         lambda: (
             f"{op}: {name} must have the shape of {like_name}, {tuple(like.shape)}, "
-            f"and be float32 (float64 for float64 logits), got {shape} and {given_dtype}"
+            f"and be float32 (float64 for float64 {inputs}), got {shape} and {given_dtype}"
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from focalops._arguments import (
     check_num_levels,
     checked_normalizer,
     choice,
+    flag,
     floats,
     number,
     require_tensors,
@@ -31,12 +32,20 @@ from focalops._coordinates import (
 from focalops._gradients import (
     differentiable,
     differentiable_pair,
+    divisor_of,
     empty_gradients,
     pair_gradients,
     scaled,
+    scaled_rows,
     setup_pair,
 )
-from focalops._loss_options import check_normalizer, divisor
+from focalops._loss_options import (
+    check_normalizer,
+    check_normalizes_a_sum,
+    check_row_numbers,
+    divisor,
+    to_dtype,
+)
 from focalops._ops import (
     call,
     check,
@@ -109,8 +118,50 @@ def complete_box_iou_loss(
 
 # In the order of BoxLossKind in csrc/math/box_loss.h.
 DENSE_LOSSES = ("l1", "smooth_l1", "iou", "giou", "diou", "ciou")
+NO_LOSS = -1  # of matched_iou
 
 Numbers = tuple[Sequence[float], float, float, float]  # weights, clip, beta, eps
+Head = tuple[list[Tensor], Tensor, Tensor, Tensor]  # deltas, anchors, padded gt_boxes, matches
+
+
+@overload
+def dense_box_loss(
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    matches: Tensor,
+    *,
+    loss: str = ...,
+    weights: Sequence[float] = ...,
+    clip: float = ...,
+    beta: float = ...,
+    eps: float = ...,
+    reduction: str = ...,
+    normalizer: Tensor | float | None = ...,
+    min_normalizer: float = ...,
+    weight: Tensor | None = ...,
+    return_iou: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def dense_box_loss(
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    matches: Tensor,
+    *,
+    loss: str = ...,
+    weights: Sequence[float] = ...,
+    clip: float = ...,
+    beta: float = ...,
+    eps: float = ...,
+    reduction: str = ...,
+    normalizer: Tensor | float | None = ...,
+    min_normalizer: float = ...,
+    weight: Tensor | None = ...,
+    return_iou: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def dense_box_loss(
@@ -124,9 +175,12 @@ def dense_box_loss(
     clip: float = math.log(1000 / 16),
     beta: float = 1.0,
     eps: float = 1e-7,
+    reduction: str = "sum",
     normalizer: Tensor | float | None = None,
     min_normalizer: float = 1,
-) -> Tensor:
+    weight: Tensor | None = None,
+    return_iou: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""The box loss of a head's outputs, read where the head left them: no permute, no concatenation, no dense targets.
 
     Args:
@@ -136,7 +190,7 @@ def dense_box_loss(
         gt_boxes: a list with ``(M_i, 4)`` for each image, or padded to ``(B, M, 4)``.
         matches: int64 ``(B, N)``, the result of :func:`match_anchors`. Anchors whose match is negative have no loss. An index
             that is none of the padded boxes' is an error on the CPU; on CUDA, where looking would stop the device, the loss
-            is NaN.
+            and the IoU are NaN.
         loss: ``"l1"`` or ``"smooth_l1"``, of the difference from the encoded box, summed over its four numbers; or ``"iou"``,
             ``"giou"``, ``"diou"`` or ``"ciou"``, the losses of pairs of boxes such as :func:`generalized_box_iou_loss`, of the
             decoded box.
@@ -144,44 +198,127 @@ def dense_box_loss(
         clip: as in :func:`decode_boxes`.
         beta: of ``"smooth_l1"``: below it the loss is quadratic (torch's default; detectron2's is 0.1).
         eps: of the losses of pairs.
-        normalizer: a number or 0-d tensor that divides the loss, such as the number of positive anchors; or ``(B,)``, one for
+        reduction: ``"sum"``, or ``"none"``: the loss of each anchor.
+        normalizer: a number or 0-d tensor that divides the sum, such as the number of positive anchors; or ``(B,)``, one for
             each image. Read on the device.
         min_normalizer: least value of a divisor.
+        weight: ``(B, N)``, one an anchor, which multiplies its loss. It may require a gradient, which is that loss: so the
+            classification-aware regression loss (CARL) of PISA moves the scores that the weights are made of (Cao et al.,
+            arXiv 1904.04821).
+        return_iou: also return the IoU of each anchor's box with its match, as :func:`matched_iou` does, from the same pass.
 
     Returns:
         A 0-d tensor, float64 for float64 deltas, else float32: the sum over the images of their losses, each divided by its
-        normalizer.
+        normalizer. Or ``(B, N)``, 0 where the match is negative. With ``return_iou`` the pair of it and the IoU, ``(B, N)``,
+        of the same dtype and without a gradient.
 
-    Differentiable in the deltas alone. One launch reads the matches, and of the foreground anchors the deltas; where they
-    require a gradient, it is written in the same pass and in the same layout, and takes the only extra memory. Two runs give
-    the same bits. Time O(B N).
+    Differentiable in the deltas and the weight. One launch reads the matches, and of the foreground anchors the deltas; where
+    they require a gradient, it is written in the same pass and in the same layout. That takes the only extra memory, and with
+    ``"none"``, a weight or the IoU, ``(B, N)`` for each. Two runs give the same bits. Time O(B N).
 
     >>> dense_box_loss(bbox_regression, anchors, gt_boxes, matches, loss="giou", normalizer=(matches >= 0).sum())
     """
     choice("loss", loss, DENSE_LOSSES)
+    choice("reduction", reduction, ("none", "sum"))
+    return_iou = flag("return_iou", return_iou)
+    _check_are_tensors(deltas, anchors, gt_boxes, matches)
+    check_are_constant(anchors=anchors)
+    for boxes in gt_boxes if not isinstance(gt_boxes, Tensor) else (gt_boxes,):
+        check_are_constant(gt_boxes=boxes)
+    if weight is not None:
+        require_tensor("weight", weight)
+    coder = floats("weights", weights, "4 numbers"), number("clip", clip)
+    numbers = (*coder, number("beta", beta), number("eps", eps))
+    check_normalizes_a_sum(normalizer, reduction)
+    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
+    kind = DENSE_LOSSES.index(loss)
+    head, dtype = _head("dense_box_loss", deltas, anchors, gt_boxes, matches)
+    divisors = divisor(normalizer, min_normalizer, dtype)
+    weight = to_dtype(weight, dtype)
+    if runs_reference(head[0][0]):
+        _check_dense(*head, kind, numbers, divisors[0])
+        _check_weight(weight, matches, dtype)
+        return _reference_dense(
+            *head,
+            kind,
+            numbers,
+            divisors,
+            reduction=reduction,
+            weight=weight,
+            return_iou=return_iou,
+        )
+    compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in head[0])
+    if reduction == "sum" and weight is None and not return_iou:
+        return call(ops.dense_box_loss, *head, kind, *numbers, *divisors, compute_grad)[0]
+    losses, iou, _ = call(ops.dense_box_losses, *head, kind, *numbers, compute_grad, return_iou)
+    _check_weight(weight, matches, dtype)
+    if weight is not None:
+        losses = losses * weight.masked_fill(matches < 0, 0)  # whose weight may be no number
+    if reduction == "sum":
+        images = head[0][0].shape[0]
+        check_normalizer("dense_box_loss", "deltas[0]", head[0][0], divisors[0], images)
+        losses = (losses.sum(1, dtype=torch.float64) / divisor_of(*divisors)).sum().to(dtype)
+    return (losses, iou) if return_iou else losses
+
+
+def matched_iou(
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    matches: Tensor,
+    *,
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    clip: float = math.log(1000 / 16),
+) -> Tensor:
+    """The IoU of the box that a head gives each anchor with the box that the anchor is matched to.
+
+    What methods that weight samples, soft labels and scores for :func:`quality_focal_loss` are made of. The arguments
+    are those of :func:`dense_box_loss`, which returns the same beside its loss with ``return_iou=True``.
+
+    Returns:
+        ``(B, N)``, float64 for float64 deltas, else float32: 0 where the match is negative. It has no gradient.
+
+    One launch reads the matches, and of the foreground anchors the deltas, where the head left them. Time O(B N).
+
+    >>> iou = matched_iou(bbox_regression, anchors, gt_boxes, matches)
+    >>> scores = iou[matches >= 0]
+    """
+    _check_are_tensors(deltas, anchors, gt_boxes, matches)
+    numbers = (floats("weights", weights, "4 numbers"), number("clip", clip), 0.0, 0.0)
+    levels = [level.detach() for level in deltas]
+    head, _ = _head("matched_iou", levels, anchors, gt_boxes, matches)
+    if runs_reference(levels[0]):
+        _check_dense(*head, NO_LOSS, numbers)
+        return reference.matched_iou(*head, weights=numbers[0], clip=numbers[1])
+    return call(ops.dense_box_losses, *head, NO_LOSS, *numbers, False, True)[1]
+
+
+def _check_are_tensors(deltas: Any, anchors: Any, gt_boxes: Any, matches: Any) -> None:
     require_tensors("deltas", deltas)
     require_tensor("anchors", anchors)
     require_tensors("gt_boxes", gt_boxes)
     require_tensor("matches", matches)
-    check_are_constant(anchors=anchors)
-    for boxes in gt_boxes if not isinstance(gt_boxes, Tensor) else (gt_boxes,):
-        check_are_constant(gt_boxes=boxes)
-    coder = floats("weights", weights, "4 numbers"), number("clip", clip)
-    numbers = (*coder, number("beta", beta), number("eps", eps))
-    normalizer, min_normalizer = checked_normalizer(normalizer, min_normalizer)
-    deltas, kind = list(deltas), DENSE_LOSSES.index(loss)
-    check_num_levels("dense_box_loss", "deltas", deltas)
+
+
+def _head(
+    op: str,
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    matches: Tensor,
+) -> tuple[Head, torch.dtype]:
+    """As the ops take them, and the dtype that is computed in."""
+    deltas = list(deltas)
+    check_num_levels(op, "deltas", deltas)
     dtype = compute_dtype(deltas[0].dtype)
     if not isinstance(gt_boxes, Tensor):
-        gt_boxes, _ = pad_boxes("dense_box_loss", anchors, gt_boxes)
-    anchors, gt_boxes = as_coordinates(anchors, dtype), as_coordinates(gt_boxes, dtype)
-    tensors = (deltas, anchors, gt_boxes, matches)
-    divisors = divisor(normalizer, min_normalizer, dtype)
-    if runs_reference(deltas[0]):
-        _check_dense(*tensors, kind, numbers, divisors[0])
-        return _reference_dense(*tensors, kind, numbers, divisors)
-    compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in deltas)
-    return call(ops.dense_box_loss, *tensors, kind, *numbers, *divisors, compute_grad)[0]
+        gt_boxes, _ = pad_boxes(op, anchors, gt_boxes)
+    boxes = as_coordinates(anchors, dtype), as_coordinates(gt_boxes, dtype)
+    return (deltas, *boxes, matches), dtype
+
+
+def _check_weight(weight: Tensor | None, matches: Tensor, dtype: torch.dtype) -> None:
+    check_row_numbers("dense_box_loss", "weight", weight, "matches", matches, dtype, "deltas")
 
 
 def _reference_dense(
@@ -191,8 +328,9 @@ def _reference_dense(
     matches: Tensor,
     kind: int,
     numbers: Numbers,
-    divisors: tuple[Tensor | None, float],
-) -> Tensor:
+    divisors: tuple[Tensor | None, float] = (None, 1),
+    **options: Any,
+) -> Any:
     weights, clip, beta, eps = numbers
     normalizer, min_normalizer = divisors
     return reference.dense_box_loss(
@@ -207,6 +345,7 @@ def _reference_dense(
         eps=eps,
         normalizer=min_normalizer if normalizer is None else normalizer,
         min_normalizer=min_normalizer,
+        **options,
     )
 
 
@@ -297,7 +436,28 @@ def _(
 ) -> tuple[Tensor, list[Tensor]]:
     numbers = (weights, clip, beta, eps)
     _check_dense(deltas, anchors, gt_boxes, matches, loss, numbers, normalizer)
+    check(loss >= 0, lambda: f"dense_box_loss: loss must lie in [0, 5], got {loss}")
     return anchors.new_empty(()), empty_gradients(deltas) if compute_grad else []
+
+
+@torch.library.register_fake("focalops::dense_box_losses")
+def _(
+    deltas: list[Tensor],
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    matches: Tensor,
+    loss: int,
+    weights: list[float],
+    clip: float,
+    beta: float,
+    eps: float,
+    compute_grad: bool,
+    compute_iou: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _check_dense(deltas, anchors, gt_boxes, matches, loss, (weights, clip, beta, eps))
+    losses = anchors.new_empty(0 if loss == NO_LOSS else matches.shape)
+    iou = anchors.new_empty(matches.shape if compute_iou else 0)
+    return losses, iou, empty_gradients(deltas) if compute_grad else []
 
 
 def _check_dense(
@@ -307,9 +467,9 @@ def _check_dense(
     matches: Tensor,
     loss: int,
     numbers: Numbers,
-    normalizer: Tensor | None,
+    normalizer: Tensor | None = None,
 ) -> None:
-    op = "dense_box_loss"
+    op = "matched_iou" if loss == NO_LOSS else "dense_box_loss"
     weights, _, beta, _ = numbers
     check_levels(op, "deltas", deltas, channels="A * 4", multiple=4, same="A", what="deltas")
     first = deltas[0]
@@ -345,7 +505,7 @@ def _check_dense(
             f"got {matches.dtype} of shape {tuple(matches.shape)}"
         ),
     )
-    check(0 <= loss <= 5, lambda: f"{op}: loss must lie in [0, 5], got {loss}")
+    check(-1 <= loss <= 5, lambda: f"{op}: loss must lie in [-1, 5], got {loss}")
     check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
     check(beta >= 0, lambda: f"{op}: beta must be >= 0, got {beta:g}")
     check_normalizer(op, "deltas[0]", first, normalizer, images)
@@ -397,4 +557,39 @@ torch.library.register_autograd(
     "focalops::dense_box_loss", _backward_dense, setup_context=_setup_dense
 )
 
+
+def _setup_dense_rows(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]
+) -> None:
+    deltas, anchors, gt_boxes, matches, ctx.kind, *ctx.numbers = inputs[:9]
+    _, iou, grads = output
+    ctx.save_for_backward(anchors, gt_boxes, matches, *deltas, *grads)
+    ctx.mark_non_differentiable(iou, *grads)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_dense_rows(
+    ctx: Any, grad_losses: Tensor | None, _: Tensor | None, __: list[Tensor | None]
+) -> tuple[Any, ...]:
+    nothing = (None,) * 10
+    anchors, gt_boxes, matches, *tensors = ctx.saved_tensors
+    levels = len(ctx.needs_input_grad[0])
+    deltas, grads = tensors[:levels], tensors[levels:]
+    if grad_losses is None:
+        return [None] * levels, *nothing
+    if grads and not torch.is_grad_enabled():
+        return scaled_rows(grads, grad_losses), *nothing
+
+    def formula(*x: Tensor) -> Tensor:
+        tensors = (x, anchors, gt_boxes, matches)
+        return _reference_dense(*tensors, ctx.kind, ctx.numbers, reduction="none")
+
+    return list(differentiable(formula, deltas, grad_losses)), *nothing
+
+
+torch.library.register_autograd(
+    "focalops::dense_box_losses", _backward_dense_rows, setup_context=_setup_dense_rows
+)
+
 register_vmap_as_loop("dense_box_loss")
+register_vmap_as_loop("dense_box_losses")

@@ -625,32 +625,62 @@ def dense_box_loss(
     clip: float = math.log(1000 / 16),
     beta: float = 1.0,
     eps: float = 1e-7,
+    reduction: str = "sum",
     normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
     min_normalizer: float = 1,
-) -> Tensor:
-    rows = [
-        level.unflatten(1, (-1, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for level in deltas
-    ]  # L of [B, H * W * A, 4]
-    x = torch.cat(rows, dim=1)
+    weight: Tensor | None = None,  # [B, N]
+    return_iou: bool = False,
+) -> Any:  # a loss, or with return_iou a loss and [B, N]
+    these, of, truth = _foreground(deltas, anchors, gt_boxes, matches)
+    if loss in ("l1", "smooth_l1"):
+        target = encode_boxes(truth, of, weights)
+        beta_or_0 = beta if loss == "smooth_l1" else 0
+        values = F.smooth_l1_loss(these, target, reduction="none", beta=beta_or_0).sum(-1)
+    else:
+        values = _iou_loss(loss, decode_boxes(these, of, weights, clip), truth, "none", eps)
+    losses = _in_their_places(values, matches)
+    if weight is not None:
+        losses = losses * weight.to(losses.dtype).masked_fill(matches < 0, 0)
+    result = losses if reduction == "none" else losses.sum(1)  # [B]
+    if reduction == "sum" and normalizer is not None:
+        divisor = torch.as_tensor(normalizer, dtype=result.dtype, device=result.device)
+        result = result / divisor.clamp(min=min_normalizer)
+    if reduction == "sum":
+        result = result.sum()
+    if not return_iou:
+        return result
+    return result, matched_iou(deltas, anchors, gt_boxes, matches, weights=weights, clip=clip)
+
+
+def matched_iou(
+    deltas: Sequence[Tensor],  # L of [B, A * 4, H, W]
+    anchors: Tensor,  # [N, 4], N = sum of H * W * A
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4]
+    matches: Tensor,  # [B, N]
+    *,
+    weights: Sequence[float] = (1, 1, 1, 1),
+    clip: float = math.log(1000 / 16),
+) -> Tensor:  # [B, N]
+    these, of, truth = _foreground(deltas, anchors, gt_boxes, matches)
+    iou = _iou("iou", decode_boxes(these, of, weights, clip), truth, 0, 0)
+    return _in_their_places(iou, matches).detach()
+
+
+def _foreground(
+    deltas: Sequence[Tensor],
+    anchors: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    matches: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # deltas, anchors and boxes, [P, 4] each
+    x = torch.cat([head_rows(level, 4) for level in deltas], dim=1)  # [B, N, 4]
     x = x.to(compute_dtype(x.dtype))
-    losses = [x[:0].sum()]  # so that no images have a gradient
-    for image, match in enumerate(matches):
-        foreground = match >= 0
-        these, of = x[image][foreground], anchors[foreground].to(x.dtype)
-        truth = gt_boxes[image][match[foreground]].to(x.dtype)
-        if loss in ("l1", "smooth_l1"):
-            target = encode_boxes(truth, of, weights)
-            beta_or_0 = beta if loss == "smooth_l1" else 0
-            losses.append(F.smooth_l1_loss(these, target, reduction="sum", beta=beta_or_0))
-        else:
-            losses.append(
-                _iou_loss(loss, decode_boxes(these, of, weights, clip), truth, "sum", eps)
-            )
-    total = torch.stack(losses)[1:]  # [B]
-    if normalizer is None:
-        return total.sum()
-    divisor = torch.as_tensor(normalizer, dtype=x.dtype, device=x.device)
-    return (total / divisor.clamp(min=min_normalizer)).sum()
+    image, row = torch.where(matches >= 0)
+    truth = [boxes[match[match >= 0]] for boxes, match in zip(gt_boxes, matches, strict=True)]
+    return x[image, row], anchors[row].to(x.dtype), torch.cat([anchors[:0], *truth]).to(x.dtype)
+
+
+def _in_their_places(values: Tensor, matches: Tensor) -> Tensor:  # [P] -> [B, N]
+    return values.new_zeros(matches.shape).index_put((matches >= 0,), values)
 
 
 def fuse_features(

@@ -35,6 +35,7 @@ NAMES = sorted(MAKERS)
 DIFFERENTIATED = {
     **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
     **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
+    "dense_box_loss": ("deltas", "weight"),
     # The terms of the weights' gradient cancel where one map has all the weight: test_fuse_features.py compares it.
     "fuse_features": ("features",),
     **dict.fromkeys(("detect", "class_index_targets"), ()),
@@ -401,9 +402,8 @@ class Round:
                 self.check("inplace_backward, cuda-emulated", run(a=over, **how), plain)
         if "reduction" in a:
             # In float64, as half precision rounds each element.
-            wide = {
-                k: v for k, v in doubled(a).items() if k not in ("normalizer", "min_normalizer")
-            }
+            left_out = ("normalizer", "min_normalizer", "return_iou")
+            wide = {k: v for k, v in doubled(a).items() if k not in left_out}
             total, each = (run(a={**wide, "reduction": r}) for r in ("sum", "none"))
             summed = run(lambda **a: function(**a).sum(), {**wide, "reduction": "none"})
             self.check(
@@ -421,7 +421,8 @@ class Round:
         reductions = [{}]
         if "reduction" in a and argument not in ("reduction", "normalizer", "min_normalizer"):
             a = {k: v for k, v in a.items() if k not in ("normalizer", "min_normalizer")}
-            reductions = [{"reduction": r} for r in ("none", "sum", "mean")]
+            means = ("mean",) if name != "dense_box_loss" else ()
+            reductions = [{"reduction": r} for r in ("none", "sum", *means)]
         is_elsewhere = any(isinstance(t, Tensor) and t.is_meta for t in pytree.tree_leaves(a))
         said: dict[str, str] = {}
         for reduction in reductions:

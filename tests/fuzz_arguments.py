@@ -238,7 +238,7 @@ def decode_boxes() -> Arguments:
     }
 
 
-def dense_box_loss() -> Arguments:
+def head_of_boxes() -> Arguments:
     images, per_position, sizes = between(0, 3), between(1, 3), level_sizes()
     dtype = pick(DTYPES)
     deltas = [(torch.randn(images, per_position * 4, *s) / 4).to(dtype) for s in sizes]
@@ -253,13 +253,24 @@ def dense_box_loss() -> Arguments:
         "anchors": boxes(rows, dtype=compute, proper=True),
         "gt_boxes": maybe(lambda: gt_boxes, list(gt_boxes)),
         "matches": matches,
-        "loss": pick(("l1", "smooth_l1", "iou", "giou", "diou", "ciou")),
         "weights": pick(CODER_WEIGHTS),
+        "clip": pick((4.135, 0.1)),
+    }
+
+
+def dense_box_loss() -> Arguments:
+    arguments, reduction = head_of_boxes(), pick(("none", "sum", "sum"))
+    matches, compute = arguments["matches"], arguments["anchors"].dtype
+    divided = {"normalizer": normalizer(len(matches)), "min_normalizer": pick((1, 0.1))}
+    return {
+        **arguments,
+        "loss": pick(("l1", "smooth_l1", "iou", "giou", "diou", "ciou")),
         "beta": pick((1.0, 0.1, 0)),
         "eps": pick((1e-7, 1e-3)),
-        "clip": pick((4.135, 0.1)),
-        "normalizer": normalizer(images),
-        "min_normalizer": pick((1, 0.1)),
+        "reduction": reduction,
+        **(divided if reduction == "sum" else {}),
+        "weight": maybe(lambda: torch.rand(matches.shape, dtype=compute) * 3),
+        "return_iou": pick((True, False)),
     }
 
 
@@ -472,6 +483,7 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "match_anchors": match_anchors,
     "match_iou_matrix": match_iou_matrix,
     "matchability_aware_loss": row_loss(alpha=(1, 0.6), gamma=(0, 1.5, 2)),
+    "matched_iou": head_of_boxes,
     "matrix_nms": decaying_nms,
     "multiclass_nms": multiclass_nms,
     "nms": nms,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_emulation import emulated_cuda
-from test_errors import function_of, right_arguments
+from test_errors import function_of, reductions_of, right_arguments
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -24,6 +24,7 @@ FLAGS = {
     "ignore_wrt_candidates",
     "inplace_backward",
     "iou_weighted",
+    "return_iou",
 }
 INTEGERS = {"ignore_index", "max_detections", "num_classes", "topk_per_level", "topk"}
 NUMBERS = {
@@ -88,14 +89,11 @@ def wrong_values(op: str, name: str) -> list[Any]:
     return [w for w in wrongs if w is not None or not may_be_none(op, name)]
 
 
-REDUCTIONS = ("none", "mean", "sum")
-
-
 def sentences(op: str, name: str, arguments: dict[str, Any]) -> set[str]:
     """What is said, in every reduction."""
     of = inspect.signature(function_of(op)).parameters
     of_one = ("reduction", "normalizer", "inplace_backward")
-    reductions = REDUCTIONS if "reduction" in of and name not in of_one else (None,)
+    reductions = reductions_of(op) if "reduction" in of and name not in of_one else (None,)
     said = set()
     for reduction in reductions:
         these = arguments if reduction is None else arguments | {"reduction": reduction}

@@ -1,17 +1,23 @@
 """The losses of boxes against the reference, torchvision and float64."""
 
+import math
+
 import pytest
 import torch
 import torchvision
 from test_boxes import assert_close_to_float64, gradients, grid_boxes, random_boxes
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from focalops import (
+    box_iou,
     box_iou_loss,
     complete_box_iou_loss,
+    decode_boxes,
     dense_box_loss,
     distance_box_iou_loss,
     generalized_box_iou_loss,
+    matched_iou,
     reference,
 )
 
@@ -170,24 +176,26 @@ def head(
 
 
 def check_dense(levels, anchors, gt_boxes, matches, **options):
-    """Against autograd of the reference in float64. Some twenty roundings a value in the compute dtype, and one more of
-    a half gradient."""
+    """Against autograd of the reference in float64, with an upstream gradient that differs from anchor to anchor. Some
+    twenty roundings a value in the compute dtype, and of a half gradient one more when it is saved and one when it is
+    scaled."""
     value = dense_box_loss(levels, anchors, gt_boxes, matches, **options)
     exact_levels = [level.detach().double().requires_grad_() for level in levels]
-    normalizer = options.pop("normalizer", None)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.double()
+    in_double = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
     exact = reference.dense_box_loss(
-        exact_levels, anchors.double(), gt_boxes.double(), matches, normalizer=normalizer, **options
+        exact_levels, anchors.double(), gt_boxes.double(), matches, **in_double
     )
     unit = torch.finfo(value.dtype).eps
     torch.testing.assert_close(value.double(), exact, rtol=64 * unit, atol=64 * unit)
-    grads = torch.autograd.grad(value, levels)
-    for level, grad, other in zip(levels, grads, torch.autograd.grad(exact, exact_levels), strict=True):  # fmt: skip
+    upstream = torch.rand_like(value) if value.dim() else torch.ones_like(value)
+    grads = torch.autograd.grad(value, levels, upstream)
+    expected = torch.autograd.grad(exact, exact_levels, upstream.double())
+    roundings = 1 if value.dim() == 0 and options.get("weight") is None else 2
+    for level, grad, other in zip(levels, grads, expected, strict=True):
         assert grad.dtype == level.dtype and grad.stride() == level.stride()
         half = torch.finfo(level.dtype).eps if level.dtype in DTYPES[:2] else 0
         smallest = torch.finfo(level.dtype).smallest_normal * torch.finfo(level.dtype).eps
-        torch.testing.assert_close(grad.double(), other, rtol=half + 512 * unit, atol=64 * unit + smallest)  # fmt: skip
+        torch.testing.assert_close(grad.double(), other, rtol=roundings * half + 512 * unit, atol=64 * unit + smallest)  # fmt: skip
     return value
 
 
@@ -371,6 +379,314 @@ def test_dense_opcheck_and_compiler(device):
     grads, expected = torch.autograd.grad(compiled, levels), torch.autograd.grad(eager, levels)
     for grad, other in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, other)
+
+
+# ---- dense_box_loss of single anchors, weights, matched_iou --------------------------------------
+
+
+def leaves(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", KINDS)
+def test_losses_of_anchors(loss, dtype, layout, device):
+    arguments = head(device, dtype, layout)
+    matches = arguments[-1]
+    options = {"loss": loss, "beta": 0.3, "weights": (10.0, 10.0, 5.0, 5.0)}
+    losses = check_dense(*arguments, reduction="none", **options)
+    assert losses.shape == matches.shape and (losses[matches < 0] == 0).all()
+    assert (losses[matches >= 0] > 0).all()
+    weight = torch.rand(matches.shape, device=device)
+    check_dense(*arguments, reduction="none", weight=weight, **options)
+    normalizer = torch.tensor([3.0, 0.5], device=device)
+    check_dense(*arguments, weight=weight, normalizer=normalizer, min_normalizer=2.0, **options)
+
+
+@pytest.mark.parametrize("loss", KINDS)
+def test_they_sum_up_to_the_sum(loss, device):
+    """An addition an anchor in float64: what is rounded is the result."""
+    arguments = head(device, layout="mixed")
+    ones = torch.ones(arguments[-1].shape, device=device)
+    for normalizer in (None, 3, torch.tensor([3.0, 0.5], device=device)):
+        options = {"loss": loss, "normalizer": normalizer}
+        value = dense_box_loss(*arguments, **options)
+        expected = torch.autograd.grad(value, arguments[0])
+        for extra in ({"weight": ones}, {"weight": ones.long()}, {"return_iou": True}):
+            other = dense_box_loss(*arguments, **options, **extra)
+            other = other[0] if "return_iou" in extra else other
+            # The CUDA kernel adds up the few losses of a thread in float32.
+            torch.testing.assert_close(other, value, rtol=4e-7, atol=0)
+            torch.testing.assert_close(torch.autograd.grad(other, arguments[0]), expected, rtol=4e-7, atol=1e-9)  # fmt: skip
+    losses = dense_box_loss(*arguments, loss=loss, reduction="none")
+    torch.testing.assert_close(losses.double().sum().float(), dense_box_loss(*arguments, loss=loss), rtol=4e-7, atol=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_iou_is_that_of_the_decoded_boxes(dtype, layout, device):
+    levels, anchors, gt_boxes, matches = head(device, dtype, layout)
+    options = {"weights": (10.0, 10.0, 5.0, 5.0), "clip": 0.02}
+    rows = torch.cat([x.detach().unflatten(1, (3, 4)).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in levels], 1)  # fmt: skip
+    expected = torch.zeros(matches.shape, dtype=anchors.dtype, device=device)
+    for image in range(2):
+        decoded = decode_boxes(rows[image], anchors, **options)
+        overlaps = box_iou(decoded, gt_boxes[image])
+        foreground = matches[image] >= 0
+        of_match = overlaps.gather(1, matches[image].clamp(min=0)[:, None])[:, 0]
+        expected[image] = torch.where(foreground, of_match, 0)
+    assert (expected > 0).any()
+    iou = matched_iou(levels, anchors, gt_boxes, matches, **options)
+    assert torch.equal(iou, expected) and not iou.requires_grad
+    assert torch.equal(matched_iou(levels, anchors, list(gt_boxes), matches, **options), iou)
+    for loss in KINDS:
+        for reduction in ("none", "sum"):
+            value, of_loss = dense_box_loss(
+                levels,
+                anchors,
+                gt_boxes,
+                matches,
+                loss=loss,
+                reduction=reduction,
+                return_iou=True,
+                **options,
+            )
+            assert torch.equal(of_loss, iou)
+            assert value.requires_grad and not of_loss.requires_grad
+    other = reference.matched_iou(levels, anchors, gt_boxes, matches, **options)
+    torch.testing.assert_close(iou, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_weight_is_the_loss(device):
+    levels, *rest = head(device, layout="mixed")
+    matches = rest[-1]
+    (weight,) = leaves(torch.rand(matches.shape, device=device))
+    losses = dense_box_loss(levels, *rest, loss="giou", reduction="none").detach()
+    upstream = torch.rand_like(losses)
+    weighted = dense_box_loss(levels, *rest, loss="giou", reduction="none", weight=weight)
+    assert torch.equal(weighted, losses * weight)
+    assert torch.equal(torch.autograd.grad(weighted, weight, upstream)[0], upstream * losses)
+    constants = [level.detach() for level in levels]
+    for deltas in (levels, constants):
+        number = torch.tensor([2.0, 3.0], device=device)
+        value = dense_box_loss(deltas, *rest, loss="giou", weight=weight, normalizer=number)
+        (grad,) = torch.autograd.grad(value, weight)
+        torch.testing.assert_close(grad, losses / number[:, None])
+
+
+def test_weights_that_scores_move(device):
+    """CARL (Cao et al., 2019): weights of the probabilities, normalised to keep the sum of one, beside the plain loss."""
+    levels, anchors, gt_boxes, matches = head(device)
+    foreground = matches >= 0
+    (logits,) = leaves(torch.randn(matches.shape, device=device))
+
+    def carl(function, deltas, dtype):
+        c = 0.2 + 0.8 * torch.sigmoid(logits.to(dtype))
+        weight = c * foreground.sum() / c[foreground].sum()
+        boxes = anchors.to(dtype), gt_boxes.to(dtype), matches
+        return function(deltas, *boxes, loss="smooth_l1", weight=weight, normalizer=foreground.sum())  # fmt: skip
+
+    value = carl(dense_box_loss, levels, torch.float32)
+    exact_levels = leaves(*(level.double() for level in levels))
+    exact = carl(reference.dense_box_loss, exact_levels, torch.float64)
+    torch.testing.assert_close(value, exact.float())
+    grads = torch.autograd.grad(value, [logits, *levels])
+    expected = torch.autograd.grad(exact, [logits, *exact_levels])
+    for grad, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, other.float())
+    assert (grads[0] != 0).sum() == foreground.sum()
+
+
+def test_weights_of_nothing(device):
+    """What has no loss has none with any weight; a weight of 0 multiplies like other numbers, as in dense_focal_loss."""
+    levels, anchors, gt_boxes, matches = head(device, sizes=((3, 5),))
+    matches[:] = -1
+    matches[0, :3] = 0
+    (weight,) = leaves(torch.ones(matches.shape, device=device).masked_fill(matches < 0, math.nan))
+    value = dense_box_loss(levels, anchors, gt_boxes, matches, weight=weight)
+    assert torch.equal(value, dense_box_loss(levels, anchors, gt_boxes, matches, weight=torch.ones_like(weight)))  # fmt: skip
+    grad, of_level = torch.autograd.grad(value, [weight, levels[0]])
+    assert grad.isfinite().all() and (grad[matches < 0] == 0).all() and of_level.isfinite().all()
+    none = torch.zeros_like(weight)
+    value = dense_box_loss(levels, anchors, gt_boxes, matches, weight=none)
+    (of_level,) = torch.autograd.grad(value, levels[0])
+    assert value == 0 and (of_level == 0).all()
+
+
+def test_losses_of_anchors_of_other_memory(device):
+    """Strided levels are copied; matches, weights and upstream gradients may lie anyhow."""
+    levels, anchors, gt_boxes, matches = head(device, sizes=((6, 8),))
+    level = levels[0].detach()
+    weight = torch.rand(matches.shape, device=device)
+    losses = dense_box_loss(levels, anchors, gt_boxes, matches, reduction="none", weight=weight)
+    upstream = torch.rand_like(losses)
+    (expected,) = torch.autograd.grad(losses, levels[0], upstream)
+    wide = torch.cat((level, level), dim=3)[..., :8].requires_grad_()
+    transposed = [t.T.contiguous().T for t in (matches, weight, upstream)]
+    other = dense_box_loss([wide], anchors, gt_boxes, transposed[0], reduction="none", weight=transposed[1])  # fmt: skip
+    assert torch.equal(other, losses)
+    assert torch.equal(torch.autograd.grad(other, wide, transposed[2])[0], expected)
+    losses = dense_box_loss(levels, anchors, gt_boxes, matches, reduction="none")
+    (expected,) = torch.autograd.grad(losses.sum(), levels[0], retain_graph=True)
+    one = torch.ones((), device=device).expand(losses.shape)
+    assert torch.equal(torch.autograd.grad(losses, levels[0], one)[0], expected)
+
+
+def test_losses_of_no_anchors(device):
+    levels, anchors, gt_boxes, matches = head(device, sizes=((2, 3), (0, 4)))
+    nothing = torch.full_like(matches, -1)
+    options = {"reduction": "none", "return_iou": True}
+    for boxes in (gt_boxes, gt_boxes[:, :0], [gt_boxes[0], gt_boxes[1, :0]]):
+        losses, iou = dense_box_loss(levels, anchors, boxes, nothing, **options)
+        grads = torch.autograd.grad(losses, levels, torch.ones_like(losses))
+        assert all((t == 0).all() for t in (losses, iou, *grads))
+    for shape in ((2, 12, 0, 4), (0, 12, 2, 2)):
+        level = torch.zeros(shape, device=device, requires_grad=True)
+        empty = anchors.new_zeros(3 * shape[2] * shape[3], 4), gt_boxes.new_zeros(shape[0], 4, 4)
+        none = matches.new_zeros(shape[0], 3 * shape[2] * shape[3])
+        losses, iou = dense_box_loss([level], *empty, none, **options)
+        assert losses.shape == iou.shape == none.shape
+        assert torch.autograd.grad(losses.sum(), level)[0].shape == shape
+        weight = torch.zeros(none.shape, device=device, requires_grad=True)
+        value = dense_box_loss([level], *empty, none, weight=weight, normalizer=torch.zeros(shape[0], device=device))  # fmt: skip
+        assert value == 0 and torch.autograd.grad(value, weight)[0].shape == none.shape
+        assert matched_iou([level], *empty, none).shape == none.shape
+
+
+@pytest.mark.parametrize("loss", KINDS[:5])  # the weight of the last is not differentiated
+def test_losses_of_anchors_gradcheck(loss, device):
+    levels, anchors, gt_boxes, matches = head(device, torch.float64, sizes=((2, 1),))
+    matches[:, :4] = torch.arange(4, device=device)
+    (weight,) = leaves(torch.rand(matches.shape, dtype=torch.float64, device=device) + 0.5)
+
+    def f(weight, *levels, reduction="none"):
+        return dense_box_loss(levels, anchors, gt_boxes, matches, loss=loss, weight=weight, reduction=reduction)  # fmt: skip
+
+    assert torch.autograd.gradcheck(f, (weight, *levels))
+    assert torch.autograd.gradgradcheck(f, (weight, *levels))
+    assert torch.autograd.gradcheck(lambda *x: f(*x, reduction="sum"), (weight, *levels))
+
+
+def test_losses_of_anchors_backward_again(device):
+    levels, *rest = head(device, torch.float16)
+    losses = dense_box_loss(levels, *rest, reduction="none")
+    upstream = torch.rand_like(losses)
+    runs = [torch.autograd.grad(losses, levels, upstream, retain_graph=i < 2) for i in range(3)]
+    for one, two, three in zip(*runs, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    with torch.no_grad():
+        assert not dense_box_loss(levels, *rest, reduction="none").requires_grad
+    # A gradient survives a normalizer that would make it 0 in float16.
+    weight = torch.ones_like(upstream)
+    value = dense_box_loss(levels, *rest, weight=weight, normalizer=1e6)
+    assert any((grad != 0).any() for grad in torch.autograd.grad(value * 2.0**16, levels))
+
+
+def test_losses_of_anchors_two_runs_give_the_same_bits(device):
+    levels, *rest = head(device, layout="mixed", sizes=((33, 40), (5, 7)))
+    (weight,) = leaves(torch.rand(rest[-1].shape, device=device))
+    upstream = torch.rand(rest[-1].shape, device=device)
+    runs, before = [], torch.get_num_threads()
+    for threads in (1, before):
+        torch.set_num_threads(threads)
+        losses, iou = dense_box_loss(levels, *rest, loss="giou", reduction="none", return_iou=True)
+        value = dense_box_loss(levels, *rest, loss="giou", weight=weight)
+        grads = torch.autograd.grad(losses, levels, upstream)
+        of_sum = torch.autograd.grad(value, [weight, *levels])
+        runs.append((losses.detach(), iou, value.detach(), *grads, *of_sum))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_match_that_is_none_of_one_anchor(layout, backend, device):
+    levels, anchors, gt_boxes, matches = head(device, layout=layout, sizes=((3, 5),))
+    matches[1, 7] = 4
+    arguments = levels, anchors, gt_boxes, matches
+    if backend == "cpu":
+        sentence = "matches must be less than the number of boxes, 4, got 4"
+        with pytest.raises(RuntimeError, match=f"dense_box_loss: {sentence}"):
+            dense_box_loss(*arguments, reduction="none")
+        with pytest.raises(RuntimeError, match=f"matched_iou: {sentence}"):
+            matched_iou(*arguments)
+    else:
+        losses, iou = dense_box_loss(*arguments, reduction="none", return_iou=True)
+        (grad,) = torch.autograd.grad(losses, levels, torch.ones_like(losses))
+        of_anchor = torch.zeros(matches.shape, dtype=torch.bool, device=device)
+        of_anchor[1, 7] = True
+        assert torch.equal(losses.isnan(), of_anchor) and torch.equal(iou.isnan(), of_anchor)
+        assert grad.isnan().sum() == 4
+
+
+def test_errors_of_reductions_and_weights(device):
+    levels, *rest = head(device, sizes=((3, 5), (2, 2)))
+    weight = torch.ones(rest[-1].shape, device=device)
+    cases = [
+        ({"reduction": "mean"}, ValueError, "reduction must be 'none' or 'sum', got 'mean'"),
+        ({"reduction": "none", "normalizer": 2}, ValueError, "normalizer must be None unless reduction is 'sum', got reduction 'none'"),
+        ({"weight": weight[:1]}, ValueError, "dense_box_loss: weight must have the shape of matches, (2, 57), and be float32 (float64 for float64 deltas), got (1, 57) and torch.float32"),
+        ({"weight": weight, "normalizer": torch.ones(3, device=device)}, ValueError, "dense_box_loss: normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
+        ({"weight": 1.0}, TypeError, "weight must be a Tensor, got float"),
+        ({"return_iou": 1}, TypeError, "return_iou must be True or False, got int"),
+    ]  # fmt: skip
+    for options, kind, sentence in cases:
+        for where in (device, "meta"):
+            moved = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in options.items()}
+            with pytest.raises(kind) as raised:
+                dense_box_loss([x.to(where) for x in levels], *(t.to(where) for t in rest), **moved)
+            assert str(raised.value) == sentence
+    with pytest.raises(RuntimeError, match=r"matched_iou: matches must be torch.int64 of shape \(2, 57\)"):  # fmt: skip
+        matched_iou(levels, *rest[:2], rest[2][:1])
+
+
+def test_ops_of_single_anchors(device):
+    levels, *rest = head(device, sizes=((3, 5), (2, 2)))
+    op = torch.ops.focalops.dense_box_losses.default
+    constants = [level.detach() for level in levels]
+    settings = ([1.0] * 4, 4.0, 1.0, 1e-7)
+    for wanted in ((True, True), (True, False)):
+        torch.library.opcheck(op, (levels, *rest, 3, *settings, *wanted))
+    torch.library.opcheck(op, (constants, *rest, -1, *settings, False, True))
+    losses, iou, grads = op(constants, *rest, 0, *settings, False, False)
+    assert losses.shape == (2, 57) and iou.shape == (0,) and grads == []
+    losses, iou, grads = op(constants, *rest, -1, *settings, False, True)
+    assert losses.shape == (0,) and iou.shape == (2, 57) and grads == []
+    for loss, sentence in ((6, r"lie in \[-1, 5\], got 6"), (-2, r"lie in \[-1, 5\], got -2")):
+        for where in (constants, [level.to("meta") for level in constants]):
+            others = [t.to(where[0].device) for t in rest]
+            with pytest.raises(RuntimeError, match=f"dense_box_loss: loss must {sentence}"):
+                op(where, *others, loss, *settings, False, False)
+    with pytest.raises(RuntimeError, match=r"dense_box_loss: loss must lie in \[0, 5\], got -1"):
+        torch.ops.focalops.dense_box_loss(constants, *rest, -1, *settings, None, 1.0, False)
+
+
+def test_losses_of_anchors_under_transforms(device):
+    levels, *rest = head(device, sizes=((3, 5), (2, 2)))
+    (weight,) = leaves(torch.rand(rest[-1].shape, device=device))
+    normalizer = torch.tensor([2.0, 3.0], device=device)
+
+    def f(weight, *levels):
+        deltas = [x * 2 for x in levels]
+        losses, iou = dense_box_loss(
+            deltas, *rest, loss="giou", reduction="none", weight=weight.sigmoid(), return_iou=True
+        )
+        value = dense_box_loss(deltas, *rest, weight=weight, normalizer=normalizer)
+        return losses.sum() * 3 + value, iou, matched_iou(deltas, *rest)
+
+    def with_gradients(f):
+        value, *ious = f(weight, *levels)
+        return value, *ious, *torch.autograd.grad(value, [weight, *levels])
+
+    eager = with_gradients(f)
+    torch.testing.assert_close(with_gradients(torch.compile(f, fullgraph=True)), eager)
+    checkpointed = with_gradients(lambda *x: checkpoint(f, *x, use_reentrant=False))
+    torch.testing.assert_close(checkpointed, eager, rtol=0, atol=0)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        torch.testing.assert_close(with_gradients(f), eager, rtol=0, atol=0)
+    stacked = [torch.stack((t, 2 * t)).detach() for t in (weight, *levels)]
+    together = torch.vmap(f)(*stacked)
+    torch.testing.assert_close(tuple(t[0] for t in together), tuple(t.detach() for t in eager[:3]))
 
 
 # ---- the compiler, errors -----------------------------------------------------------------------

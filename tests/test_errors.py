@@ -27,10 +27,15 @@ ROW_LOSSES = {
 }
 REDUCED_LOSSES = (
     *ROW_LOSSES,
+    "dense_box_loss",
     "sigmoid_focal_loss, sum",
     "sigmoid_focal_loss_star",
     "softmax_focal_loss",
 )
+
+
+def reductions_of(op: str) -> tuple[str, ...]:
+    return ("none", "sum") if op == "dense_box_loss" else ("none", "mean", "sum")
 
 
 def right_arguments() -> dict[str, Arguments]:
@@ -38,6 +43,12 @@ def right_arguments() -> dict[str, Arguments]:
     boxes, scores, indices = torch.zeros(6, 4), torch.zeros(6), torch.zeros(6).long()
     pairs = {"boxes1": boxes, "boxes2": boxes}
     focal = {"inputs": torch.zeros(6, 5), "targets": indices}
+    head_of_boxes = {
+        "deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
+        "anchors": torch.ones(57, 4),
+        "gt_boxes": torch.zeros(2, 3, 4),
+        "matches": torch.zeros(2, 57).long() - 1,
+    }
     return {
         "batched_nms": {"boxes": boxes, "scores": scores, "idxs": indices, "iou_threshold": 0.5},
         **{f"{kind}box_iou": pairs for kind in IOU_KINDS},
@@ -49,12 +60,7 @@ def right_arguments() -> dict[str, Arguments]:
         },
         "count_degenerate_boxes": {"gt_boxes": torch.zeros(2, 3, 4)},
         "decode_boxes": {"deltas": boxes, "anchors": boxes},
-        "dense_box_loss": {
-            "deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
-            "anchors": torch.ones(57, 4),
-            "gt_boxes": torch.zeros(2, 3, 4),
-            "matches": torch.zeros(2, 57).long() - 1,
-        },
+        "dense_box_loss": head_of_boxes,
         "dense_focal_loss": {
             "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
             "labels": torch.zeros(2, 57).long(),
@@ -69,6 +75,7 @@ def right_arguments() -> dict[str, Arguments]:
             "features": [torch.zeros(2, 3, 4, 6), torch.zeros(2, 3, 2, 3)],
             "weights": torch.ones(2),
         },
+        "matched_iou": head_of_boxes,
         "match_anchors": {"anchors": boxes, "gt_boxes": torch.zeros(2, 3, 4)},
         "match_iou_matrix": {"iou": boxes},
         "multiclass_nms": {
@@ -212,6 +219,23 @@ def row_loss_of(exponent: str) -> list[tuple[str, Callable, str]]:
     ]  # fmt: skip
 
 
+HEAD_OF_BOXES = [
+    ("deltas", always([]), "deltas must be 1 to 8 levels, got 0"),
+    ("deltas", lambda d: [d[0].long(), d[1]], f"deltas[0] must be {FLOATING}, got torch.int64"),
+    ("deltas", lambda d: [d[0], d[1].double()], "deltas[1] must be torch.float32 like deltas[0], got torch.float64"),
+    ("deltas", lambda d: [d[0], d[1][:, 1:]], "deltas[1] must have shape (B, A * 4, H, W), B and A the same in all levels, got (2, 11, 2, 2)"),
+    ("deltas", always([torch.zeros(1).expand(1, 2**15, 2**8, 2**8)]), "deltas[0] must have fewer than 2^31 deltas an image, got 2147483648"),
+    ("deltas", lambda d: [d[0], elsewhere(d[1])], "deltas[1] " + ELSEWHERE.format("deltas[0]")),
+    ("anchors", lambda a: a[1:], "anchors must have shape (57, 4), one for every 4 channels at each position, got (56, 4)"),
+    ("gt_boxes", lambda g: g[:1], "gt_boxes must be a list of 2 (M_i, 4) or have shape (2, M, 4), got (1, 3, 4)"),
+    ("gt_boxes", lambda g: [g[0], g[0, 0]], "gt_boxes[1] must have shape (M, 4), got (4,)"),
+    ("matches", Tensor.float, "matches must be torch.int64 of shape (2, 57), got torch.float32 of shape (2, 57)"),
+    ("matches", lambda m: m[:, 1:], "matches must be torch.int64 of shape (2, 57), got torch.int64 of shape (2, 56)"),
+    ("matches", elsewhere, "matches " + ELSEWHERE.format("deltas[0]")),
+    ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
+]  # fmt: skip
+
+
 # Of each op: argument, what is made of a right one, the sentence.
 WRONG: dict[str, list[tuple[str, Callable, str]]] = {
     "batched_nms": [
@@ -280,23 +304,16 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("ctr_clamp", always(-1), "ctr_clamp must be >= 0, got -1"),
     ],
     "dense_box_loss": [
-        ("deltas", always([]), "deltas must be 1 to 8 levels, got 0"),
-        ("deltas", lambda d: [d[0].long(), d[1]], f"deltas[0] must be {FLOATING}, got torch.int64"),
-        ("deltas", lambda d: [d[0], d[1].double()], "deltas[1] must be torch.float32 like deltas[0], got torch.float64"),
-        ("deltas", lambda d: [d[0], d[1][:, 1:]], "deltas[1] must have shape (B, A * 4, H, W), B and A the same in all levels, got (2, 11, 2, 2)"),
-        ("deltas", always([torch.zeros(1).expand(1, 2**15, 2**8, 2**8)]), "deltas[0] must have fewer than 2^31 deltas an image, got 2147483648"),
-        ("deltas", lambda d: [d[0], elsewhere(d[1])], "deltas[1] " + ELSEWHERE.format("deltas[0]")),
-        ("anchors", lambda a: a[1:], "anchors must have shape (57, 4), one for every 4 channels at each position, got (56, 4)"),
+        *HEAD_OF_BOXES,
         ("anchors", lambda a: a.clone().requires_grad_(), "anchors must not require grad"),
-        ("gt_boxes", lambda g: g[:1], "gt_boxes must be a list of 2 (M_i, 4) or have shape (2, M, 4), got (1, 3, 4)"),
-        ("gt_boxes", lambda g: [g[0], g[0, 0]], "gt_boxes[1] must have shape (M, 4), got (4,)"),
-        ("matches", Tensor.float, "matches must be torch.int64 of shape (2, 57), got torch.float32 of shape (2, 57)"),
-        ("matches", lambda m: m[:, 1:], "matches must be torch.int64 of shape (2, 57), got torch.int64 of shape (2, 56)"),
-        ("matches", elsewhere, "matches " + ELSEWHERE.format("deltas[0]")),
         ("loss", always("l2"), "loss must be one of 'l1', 'smooth_l1', 'iou', 'giou', 'diou', 'ciou', got 'l2'"),
-        ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
         ("beta", always(-1), "beta must be >= 0, got -1"),
         ("normalizer", always(torch.ones(3)), "normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
+        ("gt_boxes", lambda g: g.clone().requires_grad_(), "gt_boxes must not require grad"),
+        ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
+        ("reduction", always("mean"), "reduction must be 'none' or 'sum', got 'mean'"),
+        ("weight", always(torch.ones(3)), "weight must have the shape of matches, (2, 57), and be float32 (float64 for float64 deltas), got (3,) and torch.float32"),
+        ("weight", lambda _: elsewhere(torch.ones(2, 57)), "weight " + ELSEWHERE.format("matches")),
     ],
     "dense_focal_loss": [
         ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
@@ -399,6 +416,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("min_pos_iou", always(0.2), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
         ("gt_max_assign_all", always(False), "min_pos_iou and gt_max_assign_all must be left alone unless rule is 'mmdet', got 'torchvision'"),
     ],
+    "matched_iou": HEAD_OF_BOXES,
     "matrix_nms": DECAYING_NMS,
     "multiclass_nms": [
         *nms_of("(B, N, 4)", "(2, 3)"),
@@ -481,6 +499,7 @@ ANY_VALUE = {
     "iou_threshold",
     "min_normalizer",
     "num_classes",
+    "return_iou",
     "score_threshold",
 }
 
@@ -517,22 +536,21 @@ def test_says_what_is_wrong(op, argument, wrong, sentence, backend, device):
 
 # What does not depend on the reduction.
 LOSS_CASES = [
-    case
+    (*case, reduction)
     for case in CASES
     if case[0] in REDUCED_LOSSES and case[1] not in ("reduction", "normalizer", "inplace_backward")
+    for reduction in reductions_of(case[0])
 ]
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), LOSS_CASES)
+@pytest.mark.parametrize(("op", "argument", "wrong", "sentence", "reduction"), LOSS_CASES)
 def test_every_reduction_says_the_same(op, argument, wrong, sentence, reduction, backend, device):
     arguments = right_arguments()[op] | {"reduction": reduction}
     arguments[argument] = wrong(arguments.get(argument))
     check_says(op, arguments, sentence, backend, device)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize(("op", "argument", "wrong", "sentence"), LOSS_CASES)
+@pytest.mark.parametrize(("op", "argument", "wrong", "sentence", "reduction"), LOSS_CASES)
 def test_devices_without_kernels_say_the_same(
     op, argument, wrong, sentence, reduction, without_kernels
 ):

@@ -24,6 +24,7 @@ from focalops import (
     fuse_features,
     match_anchors,
     match_iou_matrix,
+    matched_iou,
     matrix_nms,
     multiclass_nms,
     nms,
@@ -56,6 +57,12 @@ def head(n: int) -> Inputs:
     """Two levels of 2 anchors and 3 classes: 2 (n + 4) anchors an image."""
     levels = torch.randn(2, 6, n, 1), torch.randn(2, 6, 2, 2)
     return (*levels, torch.randint(0, 4, (2, 2 * n + 8)))
+
+
+def head_of_boxes(n: int) -> Inputs:
+    """Deltas of 2 anchors, anchors, boxes, matches."""
+    levels = torch.randn(2, 8, n, 1), torch.randn(2, 8, 2, 2)
+    return (*levels, boxes(2 * n + 8), boxes(2, 3), torch.randint(-2, 3, (2, 2 * n + 8)))
 
 
 def padded(n: int) -> Inputs:
@@ -94,10 +101,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     ),
     "dense_box_loss": (
         lambda d3, d4, a, g, m: dense_box_loss([d3, d4], a.detach(), g.detach(), m, loss="giou"),
-        lambda n: (
-            *(torch.randn(2, 8, n, 1), torch.randn(2, 8, 2, 2)),
-            *(boxes(2 * n + 8), boxes(2, 3), torch.randint(-2, 3, (2, 2 * n + 8))),
-        ),
+        head_of_boxes,
     ),
     "dense_focal_loss": (lambda p3, p4, labels: dense_focal_loss([p3, p4], labels), head),
     "detect": (
@@ -121,6 +125,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda n: (boxes(n), boxes(2, 4), torch.tensor([4, 1])),
     ),
     "match_iou_matrix": (match_iou_matrix, lambda n: (torch.rand(5, n),)),
+    "matched_iou": (lambda d3, d4, *others: matched_iou([d3, d4], *others), head_of_boxes),
     "multiclass_nms": (lambda b, s, i, c: multiclass_nms(b, s, i, 0.5, 7, counts=c), padded),
     "matrix_nms": (
         lambda b, s: matrix_nms(b, s, max_detections=7),
@@ -154,13 +159,14 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
 
 # Their results, or what they are made of, are as many as are kept.
 DYNAMIC = {"batched_nms", "nms", "nms_match"}
-# Matching, its targets, NMS and detection choose: there is nothing to differentiate.
+# Matching, its targets, NMS and detection choose, and an IoU that weighs is a constant: there is nothing to differentiate.
 CHOICES = {
     "class_index_targets",
     "count_degenerate_boxes",
     "detect",
     "match_anchors",
     "match_iou_matrix",
+    "matched_iou",
     "matrix_nms",
     "multiclass_nms",
     "soft_nms",

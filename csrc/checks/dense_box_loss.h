@@ -1,20 +1,31 @@
-// dense_box_loss refuses these arguments.
+// dense_box_loss and dense_box_losses refuse these arguments.
 #pragma once
 
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "../math/box_loss.h"
 #include "boxes.h"
 #include "head.h"
 
 namespace focalops {
 
-inline HeadShape check_dense_box_loss(const std::vector<Tensor>& deltas, const Tensor& anchors,
-                                      const Tensor& gt_boxes, const Tensor& matches, int64_t loss,
-                                      const std::vector<double>& weights, double beta,
-                                      const std::optional<Tensor>& normalizer) {
-  const char* op = "dense_box_loss";
+// They take these beside the tensors.
+struct BoxLossOptions {
+  int64_t loss;  // a BoxLossKind
+  std::vector<double> weights;
+  double clip, beta, eps;
+
+  bool has_loss() const { return loss != static_cast<int64_t>(BoxLossKind::kNone); }
+  // The public function that sentences name.
+  const char* name() const { return has_loss() ? "dense_box_loss" : "matched_iou"; }
+};
+
+inline HeadShape check_dense_box_losses(const std::vector<Tensor>& deltas, const Tensor& anchors,
+                                        const Tensor& gt_boxes, const Tensor& matches,
+                                        const BoxLossOptions& options) {
+  const char* op = options.name();
   const int64_t positions = check_levels(op, "deltas", deltas, "A * 4", 4, "A", "deltas");
   const Tensor& first = deltas[0];
   const int64_t images = first.size(0), of_position = first.size(1) / 4;
@@ -41,15 +52,26 @@ inline HeadShape check_dense_box_loss(const std::vector<Tensor>& deltas, const T
     fail(op, ": matches must be torch.int64 of shape (", images, ", ", rows, "), got ",
          dtype_of(matches), " of shape ", shape_of(matches));
   }
-  if (loss < 0 || loss > 5) {
-    fail(op, ": loss must lie in [0, 5], got ", loss);
+  if (options.loss < -1 || options.loss > 5) {
+    fail(op, ": loss must lie in [-1, 5], got ", options.loss);
   }
-  check_weights(op, weights);
-  if (!(beta >= 0)) {
-    fail(op, ": beta must be >= 0, got ", beta);
+  check_weights(op, options.weights);
+  if (!(options.beta >= 0)) {
+    fail(op, ": beta must be >= 0, got ", options.beta);
   }
-  check_normalizer_of_images(op, normalizer, "deltas", first);
   return {images, of_position, 4, rows};
+}
+
+inline HeadShape check_dense_box_loss(const std::vector<Tensor>& deltas, const Tensor& anchors,
+                                      const Tensor& gt_boxes, const Tensor& matches,
+                                      const BoxLossOptions& options,
+                                      const std::optional<Tensor>& normalizer) {
+  const HeadShape shape = check_dense_box_losses(deltas, anchors, gt_boxes, matches, options);
+  if (!options.has_loss()) {
+    fail("dense_box_loss: loss must lie in [0, 5], got ", options.loss);
+  }
+  check_normalizer_of_images("dense_box_loss", normalizer, "deltas", deltas[0]);
+  return shape;
 }
 
 }  // namespace focalops

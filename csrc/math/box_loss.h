@@ -6,7 +6,15 @@
 
 namespace focalops {
 
-enum class BoxLossKind { kL1, kSmoothL1, kIou, kGeneralizedIou, kDistanceIou, kCompleteIou };
+enum class BoxLossKind {
+  kNone = -1,
+  kL1,
+  kSmoothL1,
+  kIou,
+  kGeneralizedIou,
+  kDistanceIou,
+  kCompleteIou
+};
 
 template <typename T>
 struct BoxLossAndGrad {
@@ -48,6 +56,12 @@ struct BoxLoss {
     }
   }
 
+  // The plain IoU of the decoded box, with whichever loss.
+  FOCALOPS_HOST_DEVICE T overlap(const Deltas<T>& deltas, const Box<T>& anchor,
+                                 const Box<T>& gt_box) const {
+    return iou(coder.decode(deltas, anchor), gt_box);
+  }
+
  private:
   // Adds the loss of one difference, and returns its derivative. A NaN stays.
   FOCALOPS_HOST_DEVICE T add_difference(T difference, T& loss) const {
@@ -61,7 +75,8 @@ struct BoxLoss {
   }
 };
 
-// Calls f with the loss of the kind, which has been checked.
+// Calls f with the loss of the kind, which has been checked. Where none is asked for, any has the
+// overlap.
 template <typename T, typename F>
 void dispatch_box_loss(int64_t kind, const BoxCoder<T>& coder, double beta, double eps, F&& f) {
   const auto call = [&](auto&& loss) {
@@ -76,6 +91,7 @@ void dispatch_box_loss(int64_t kind, const BoxCoder<T>& coder, double beta, doub
       return call(BoxLoss<BoxLossKind::kL1, T>{});
     case BoxLossKind::kSmoothL1:
       return call(BoxLoss<BoxLossKind::kSmoothL1, T>{});
+    case BoxLossKind::kNone:
     case BoxLossKind::kIou:
       return call(BoxLoss<BoxLossKind::kIou, T>{});
     case BoxLossKind::kGeneralizedIou:
