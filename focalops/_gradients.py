@@ -134,7 +134,7 @@ def _scaled_rows(saved: Tensor, grad_losses: Tensor, anchors: int, first_row: in
         return saved
     images, channels, height, width = saved.shape
     factors = grad_losses[:, first_row : first_row + anchors * height * width]
-    factors = factors.unflatten(1, (height, width, anchors)).permute(0, 3, 1, 2).unsqueeze(2)
+    factors = factors.reshape(images, height, width, anchors).permute(0, 3, 1, 2).unsqueeze(2)
     by_anchor = saved.view(images, anchors, channels // anchors, height, width)
     return (by_anchor * factors).to(saved.dtype).view(saved.shape)
 

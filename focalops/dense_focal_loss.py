@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import check_are_constant, check_num_levels, number
+from focalops._arguments import check_are_constant, check_num_levels, choice, number
 from focalops._gradients import (
     differentiable,
     empty_gradients,
@@ -29,7 +29,12 @@ from focalops._ops import (
     register_vmap_as_loop,
     runs_reference,
 )
-from focalops.dense_row_losses import check_class_head, checked_levels, dense_loss
+from focalops.dense_row_losses import (
+    DENSE_REDUCTIONS,
+    check_class_head,
+    checked_levels,
+    dense_loss,
+)
 
 
 def dense_focal_loss(
@@ -79,6 +84,7 @@ def dense_focal_loss(
     >>> dense_focal_loss(cls_logits, labels, normalizer=(labels < num_classes).sum(1)) / batch_size
     """
     cls_logits = checked_levels(cls_logits)
+    choice("reduction", reduction, DENSE_REDUCTIONS)
     alpha, gamma = number("alpha", alpha), number("gamma", gamma)
     label_smoothing = number("label_smoothing", label_smoothing)
     options = LossOptions(

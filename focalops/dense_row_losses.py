@@ -72,6 +72,7 @@ def dense_quality_loss(
     """
     cls_logits = checked_levels(cls_logits)
     choice("loss", loss, QUALITY_LOSSES)
+    choice("reduction", reduction, DENSE_REDUCTIONS)
     numbers = _numbers(loss, parameters)
     options = LossOptions(
         reduction, ignore_index, normalizer, min_normalizer, weight, class_weight
@@ -116,7 +117,6 @@ def dense_loss(
     """What the public functions return, once they have checked the types of their arguments."""
     dtype = compute_dtype(cls_logits[0].dtype)
     scores, options = to_dtype(scores, dtype), options.in_dtype(dtype)
-    choice("reduction", options.reduction, DENSE_REDUCTIONS)
     weight, divisor = options.weight, options.divisor(dtype)
     # A weight with a gradient multiplies the losses where autograd sees it.
     outside = weight if weight is not None and weight.requires_grad else None

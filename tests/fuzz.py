@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torchvision
 from cuda_emulation import emulated_cuda
-from fuzz_arguments import DTYPES, MAKERS, Arguments, wrong
+from fuzz_arguments import DENSE_TARGETS, DTYPES, MAKERS, Arguments, wrong
 from fuzz_modules import MODULES
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -36,6 +36,7 @@ DIFFERENTIATED = {
     **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
     **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
     "dense_box_loss": ("deltas", "weight"),
+    "dense_quality_loss": ("cls_logits", "weight"),
     # The terms of the weights' gradient cancel where one map has all the weight: test_fuse_features.py compares it.
     "fuse_features": ("features",),
     **dict.fromkeys(("detect", "class_index_targets"), ()),
@@ -392,7 +393,7 @@ class Round:
         with emulated_cuda():
             self.check(f"cuda-emulated, {layout.__name__}", run(lay_out=layout), plain)
         takes_inplace = "inputs" in a
-        if name in ("quality_focal_loss", "varifocal_loss"):
+        if name in DENSE_TARGETS:
             takes_inplace = isinstance(a["targets"], tuple)  # dense ones are refused
         if a.get("reduction") != "none" and (takes_inplace or name == "dense_focal_loss"):
             over = {**a, "inplace_backward": True}
@@ -421,7 +422,7 @@ class Round:
         reductions = [{}]
         if "reduction" in a and argument not in ("reduction", "normalizer", "min_normalizer"):
             a = {k: v for k, v in a.items() if k not in ("normalizer", "min_normalizer")}
-            means = ("mean",) if name != "dense_box_loss" else ()
+            means = () if name.startswith("dense_") else ("mean",)
             reductions = [{"reduction": r} for r in ("none", "sum", *means)]
         is_elsewhere = any(isinstance(t, Tensor) and t.is_meta for t in pytree.tree_leaves(a))
         said: dict[str, str] = {}

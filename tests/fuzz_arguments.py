@@ -48,15 +48,23 @@ def normalizer(*shape: int) -> Any:
     return pick((None, value, torch.full(pick(((), shape)), value, dtype=dtype)))
 
 
-def weights(rows: Sequence[int], classes: int) -> Arguments:
+def weights(rows: Sequence[int], classes: int, by_part: bool = True) -> Arguments:
     """Often none: they lead to a kernel of their own."""
     if random.random() < 0.5:
         return {}
     dtype = pick((torch.float32, torch.float64))
     row = torch.rand(rows, dtype=dtype) * 3
     row[torch.rand(rows) < 0.2] = 0
-    of_class = torch.rand(classes, dtype=dtype) * 3
+    of_class = (
+        torch.rand(pick(((classes,), (3, classes)) if by_part else ((classes,),)), dtype=dtype) * 3
+    )
     return {"weight": maybe(lambda: row), "class_weight": maybe(lambda: of_class)}
+
+
+def reduced_anchors(images: int) -> Arguments:
+    reduction = pick(("none", "sum", "sum"))
+    divided = {"normalizer": normalizer(images), "min_normalizer": pick((1, 0.1))}
+    return {"reduction": reduction, **(divided if reduction == "sum" else {})}
 
 
 def reduced() -> Arguments:
@@ -117,7 +125,7 @@ def softmax_focal_loss() -> Arguments:
         "ignore_index": ignore_index,
         **focusing(),
         **reduced(),
-        **weights(indices.shape, x.shape[-1]),
+        **weights(indices.shape, x.shape[-1], by_part=False),
     }
 
 
@@ -162,11 +170,38 @@ def dense_focal_loss() -> Arguments:
         "cls_logits": levels,
         "labels": class_indices(classes, *rows, ignore_index=ignore_index),
         "ignore_index": ignore_index,
-        "normalizer": normalizer(images),
-        "min_normalizer": pick((1, 0.1)),
+        **reduced_anchors(images),
         **focusing(),
         **weights(rows, classes),
         **maybe(lambda: {"label_smoothing": pick((0, 0.1, 1))}, {}),
+    }
+
+
+DENSE_TARGETS = ("quality_focal_loss", "soft_focal_loss", "varifocal_loss")
+QUALITY_LOSSES: dict[str, dict[str, Sequence[Any]]] = {
+    "ia_bce_loss": {"alpha": (0.25, 0.5), "gamma": (0, 1.5, 2)},
+    "matchability_aware_loss": {"alpha": (1, 0.6), "gamma": (0, 1.5, 2)},
+    "quality_focal_loss": {"beta": (0, 1, 1.5, 2)},
+    "soft_focal_loss": {"alpha": (-1, 0, 0.25, 1), "gamma": (0, 1, 1.5, 2)},
+    "varifocal_loss": {
+        "alpha": (0.75, 0.25),
+        "gamma": (0, 1.5, 2),
+        "iou_weighted": (True, False),
+        "detach_weight": (True, False),
+    },
+}
+
+
+def dense_quality_loss() -> Arguments:
+    arguments = dense_focal_loss()
+    loss, scores = pick(tuple(QUALITY_LOSSES)), torch.rand(arguments["labels"].shape)
+    for name in ("alpha", "gamma", "label_smoothing"):
+        arguments.pop(name, None)
+    return {
+        **arguments,
+        "scores": torch.where(torch.rand(scores.shape) < 0.7, scores, scores.round()),
+        "loss": loss,
+        **{name: pick(values) for name, values in QUALITY_LOSSES[loss].items()},
     }
 
 
@@ -259,16 +294,14 @@ def head_of_boxes() -> Arguments:
 
 
 def dense_box_loss() -> Arguments:
-    arguments, reduction = head_of_boxes(), pick(("none", "sum", "sum"))
+    arguments = head_of_boxes()
     matches, compute = arguments["matches"], arguments["anchors"].dtype
-    divided = {"normalizer": normalizer(len(matches)), "min_normalizer": pick((1, 0.1))}
     return {
         **arguments,
         "loss": pick(("l1", "smooth_l1", "iou", "giou", "diou", "ciou")),
         "beta": pick((1.0, 0.1, 0)),
         "eps": pick((1e-7, 1e-3)),
-        "reduction": reduction,
-        **(divided if reduction == "sum" else {}),
+        **reduced_anchors(len(matches)),
         "weight": maybe(lambda: torch.rand(matches.shape, dtype=compute) * 3),
         "return_iou": pick((True, False)),
     }
@@ -479,27 +512,21 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "detect": detect,
     "encode_boxes": encode_boxes,
     "fuse_features": fuse_features,
-    "ia_bce_loss": row_loss(alpha=(0.25, 0.5), gamma=(0, 1.5, 2)),
+    "dense_quality_loss": dense_quality_loss,
+    **{
+        name: row_loss(name in DENSE_TARGETS, **options) for name, options in QUALITY_LOSSES.items()
+    },
     "match_anchors": match_anchors,
     "match_iou_matrix": match_iou_matrix,
-    "matchability_aware_loss": row_loss(alpha=(1, 0.6), gamma=(0, 1.5, 2)),
     "matched_iou": head_of_boxes,
     "matrix_nms": decaying_nms,
     "multiclass_nms": multiclass_nms,
     "nms": nms,
     "nms_match": nms_match,
-    "quality_focal_loss": row_loss(True, beta=(0, 1, 1.5, 2)),
     "sigmoid_focal_loss": sigmoid_focal_loss,
     "sigmoid_focal_loss_star": sigmoid_focal_loss_star,
     "soft_nms": soft_nms,
     "softmax_focal_loss": softmax_focal_loss,
-    "varifocal_loss": row_loss(
-        True,
-        alpha=(0.75, 0.25),
-        gamma=(0, 1.5, 2),
-        iou_weighted=(True, False),
-        detach_weight=(True, False),
-    ),
 }
 assert MAKERS.keys() == set(focalops.__all__) - {"__version__"}
 

@@ -23,11 +23,14 @@ ROW_LOSSES = {
     "ia_bce_loss": "gamma",
     "matchability_aware_loss": "gamma",
     "quality_focal_loss": "beta",
+    "soft_focal_loss": "gamma",
     "varifocal_loss": "gamma",
 }
 REDUCED_LOSSES = (
     *ROW_LOSSES,
     "dense_box_loss",
+    "dense_focal_loss",
+    "dense_quality_loss",
     "sigmoid_focal_loss, sum",
     "sigmoid_focal_loss_star",
     "softmax_focal_loss",
@@ -35,7 +38,7 @@ REDUCED_LOSSES = (
 
 
 def reductions_of(op: str) -> tuple[str, ...]:
-    return ("none", "sum") if op == "dense_box_loss" else ("none", "mean", "sum")
+    return ("none", "sum") if op.startswith("dense_") else ("none", "mean", "sum")
 
 
 def right_arguments() -> dict[str, Arguments]:
@@ -43,6 +46,10 @@ def right_arguments() -> dict[str, Arguments]:
     boxes, scores, indices = torch.zeros(6, 4), torch.zeros(6), torch.zeros(6).long()
     pairs = {"boxes1": boxes, "boxes2": boxes}
     focal = {"inputs": torch.zeros(6, 5), "targets": indices}
+    head_of_classes = {
+        "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
+        "labels": torch.zeros(2, 57).long(),
+    }
     head_of_boxes = {
         "deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
         "anchors": torch.ones(57, 4),
@@ -61,10 +68,8 @@ def right_arguments() -> dict[str, Arguments]:
         "count_degenerate_boxes": {"gt_boxes": torch.zeros(2, 3, 4)},
         "decode_boxes": {"deltas": boxes, "anchors": boxes},
         "dense_box_loss": head_of_boxes,
-        "dense_focal_loss": {
-            "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
-            "labels": torch.zeros(2, 57).long(),
-        },
+        "dense_focal_loss": head_of_classes,
+        "dense_quality_loss": head_of_classes | {"scores": torch.zeros(2, 57)},
         "detect": {
             "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
             "box_deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
@@ -191,11 +196,12 @@ def numbers_that_the_host_needs(*names: str) -> list[tuple[str, Callable, str]]:
     ]  # fmt: skip
 
 
-def weights_of(weight: str, shape: str) -> list[tuple[str, Callable, str]]:
+def weights_of(weight: str, shape: str, by_part: bool = True) -> list[tuple[str, Callable, str]]:
     dtype = "float32 (float64 for float64 logits)"
+    classes = "(5,) or (3, 5)" if by_part else "(5,)"
     return [
         (weight, always(torch.ones(3)), f"weight must have the shape of {shape}, and be {dtype}, got (3,) and torch.float32"),
-        ("class_weight", always(torch.ones(4)), f"class_weight must have shape (5,) and be {dtype}, got (4,) and torch.float32"),
+        ("class_weight", always(torch.ones(4)), f"class_weight must have shape {classes} and be {dtype}, got (4,) and torch.float32"),
     ]  # fmt: skip
 
 
@@ -233,6 +239,27 @@ HEAD_OF_BOXES = [
     ("matches", lambda m: m[:, 1:], "matches must be torch.int64 of shape (2, 57), got torch.int64 of shape (2, 56)"),
     ("matches", elsewhere, "matches " + ELSEWHERE.format("deltas[0]")),
     ("weights", always((1, 1)), "weights must be 4 numbers, got 2"),
+]  # fmt: skip
+
+
+HEAD_OF_CLASSES = [
+    ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
+    ("cls_logits", lambda c: c[:1] * 9, "cls_logits must be 1 to 8 levels, got 9"),
+    ("cls_logits", lambda c: [c[0].long(), c[1]], f"cls_logits[0] must be {FLOATING}, got torch.int64"),
+    ("cls_logits", lambda c: [c[0], c[1].double()], "cls_logits[1] must be torch.float32 like cls_logits[0], got torch.float64"),
+    ("cls_logits", lambda c: [c[0], c[1][0]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (15, 2, 2)"),
+    ("cls_logits", lambda c: [c[0], c[1][:, 1:]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (2, 14, 2, 2)"),
+    ("cls_logits", always([torch.zeros(1).expand(1, 2**15, 2**8, 2**8)]), "cls_logits[0] must have fewer than 2^31 logits an image, got 2147483648"),
+    ("cls_logits", lambda c: [c[0], elsewhere(c[1])], "cls_logits[1] " + ELSEWHERE.format("cls_logits[0]")),
+    ("labels", Tensor.float, "labels must be int32 or int64, got torch.float32"),
+    ("labels", lambda x: x[:1], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (1, 57)"),
+    ("labels", lambda x: x[:, 1:], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (2, 56)"),
+    ("labels", lambda x: x[:, :38], "cls_logits must have A * K channels, A = 2 by the shape of labels, got 15"),
+    ("labels", elsewhere, "labels " + ELSEWHERE.format("cls_logits[0]")),
+    ("normalizer", always(torch.ones(3)), "normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
+    ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
+    *weights_of("weight", "labels, (2, 57)"),
+    ("reduction", always("mean"), "reduction must be 'none' or 'sum', got 'mean'"),
 ]  # fmt: skip
 
 
@@ -316,26 +343,20 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("weight", lambda _: elsewhere(torch.ones(2, 57)), "weight " + ELSEWHERE.format("matches")),
     ],
     "dense_focal_loss": [
-        ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
-        ("cls_logits", lambda c: c[:1] * 9, "cls_logits must be 1 to 8 levels, got 9"),
-        ("cls_logits", lambda c: [c[0].long(), c[1]], f"cls_logits[0] must be {FLOATING}, got torch.int64"),
-        ("cls_logits", lambda c: [c[0], c[1].double()], "cls_logits[1] must be torch.float32 like cls_logits[0], got torch.float64"),
-        ("cls_logits", lambda c: [c[0], c[1][0]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (15, 2, 2)"),
-        ("cls_logits", lambda c: [c[0], c[1][:, 1:]], "cls_logits[1] must have shape (B, A * K, H, W), B and A * K the same in all levels, got (2, 14, 2, 2)"),
-        ("cls_logits", always([torch.zeros(1).expand(1, 2**15, 2**8, 2**8)]), "cls_logits[0] must have fewer than 2^31 logits an image, got 2147483648"),
-        ("cls_logits", lambda c: [c[0], elsewhere(c[1])], "cls_logits[1] " + ELSEWHERE.format("cls_logits[0]")),
-        ("labels", Tensor.float, "labels must be int32 or int64, got torch.float32"),
-        ("labels", lambda x: x[:1], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (1, 57)"),
-        ("labels", lambda x: x[:, 1:], "labels must have shape (2, A * 19), A anchors at each position of the levels, got (2, 56)"),
-        ("labels", lambda x: x[:, :38], "cls_logits must have A * K channels, A = 2 by the shape of labels, got 15"),
-        ("labels", elsewhere, "labels " + ELSEWHERE.format("cls_logits[0]")),
+        *HEAD_OF_CLASSES,
         ("gamma", always(-1), "gamma must be >= 0, got -1"),
         ("gamma", always(math.nan), "gamma must be >= 0, got nan"),
-        ("normalizer", always(torch.ones(3)), "normalizer must be a number, a 0-d tensor or a tensor of shape (2,), got a tensor of shape (3,)"),
-        ("normalizer", lambda _: torch.ones(2, requires_grad=True), "normalizer must not require grad"),
         ("label_smoothing", always(1.5), "label_smoothing must lie in [0, 1], got 1.5"),
-        *weights_of("weight", "labels, (2, 57)"),
         *numbers_of("label_smoothing", "min_normalizer"),
+    ],
+    "dense_quality_loss": [
+        *HEAD_OF_CLASSES,
+        ("scores", lambda s: s[:1], "scores must have the shape of labels, (2, 57), and be float32 (float64 for float64 logits), got (1, 57) and torch.float32"),
+        ("scores", elsewhere, "scores " + ELSEWHERE.format("labels")),
+        ("scores", lambda s: s.clone().requires_grad_(), "scores must not require grad"),
+        ("beta", always(-1), "beta must be >= 0, got -1"),
+        ("loss", always("focal"), "loss must be one of 'soft_focal_loss', 'quality_focal_loss', 'varifocal_loss', 'matchability_aware_loss', 'ia_bce_loss', got 'focal'"),
+        *numbers_that_the_host_needs("beta", "min_normalizer"),
     ],
     "detect": [
         ("cls_logits", always([]), "cls_logits must be 1 to 8 levels, got 0"),
@@ -468,7 +489,7 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         *numbers_that_the_host_needs("alpha", "gamma"),
         ("reduction", always("avg"), "reduction must be one of 'none', 'mean', 'sum', got 'avg'"),
         ("normalizer", always(torch.ones(2)), "normalizer must be a number or a 0-d tensor, got a tensor of shape (2,)"),
-        *weights_of("weight", "targets, (6,)"),
+        *weights_of("weight", "targets, (6,)", by_part=False),
     ],
     "sigmoid_focal_loss_star": [
         *focal_of("inputs"),
@@ -616,7 +637,15 @@ def check_says(op: str, arguments: Arguments, sentence: str, backend: str, devic
         assert sentence in sentence_of(op, fake)
 
 
-BOX_OPS = sorted(op for op in WRONG if "focal" not in op and op not in ROW_LOSSES)
+LOSS_TENSORS = {
+    **{op: ["inputs", "weight", "class_weight"] for op in ROW_LOSSES},
+    "dense_focal_loss": ["labels", "weight", "class_weight"],
+    "dense_quality_loss": ["labels", "scores", "weight", "class_weight"],
+    "sigmoid_focal_loss": ["inputs", "targets", "weight", "class_weight"],
+    "sigmoid_focal_loss_star": ["inputs", "targets"],
+    "softmax_focal_loss": ["inputs", "targets", "weight", "class_weight"],
+}
+BOX_OPS = sorted(op for op in WRONG if op.partition(",")[0] not in LOSS_TENSORS)
 TENSORS = {
     name: [argument for argument, value in arguments.items() if isinstance(value, (Tensor, list))]
     for name, arguments in right_arguments().items()
@@ -640,19 +669,11 @@ def test_says_what_is_no_tensor(op):
                 function_of(op)(**arguments)
 
 
-LOSS_TENSORS = {
-    **{op: ["inputs", "weight", "class_weight"] for op in ROW_LOSSES},
-    "dense_focal_loss": ["labels", "weight", "class_weight"],
-    "sigmoid_focal_loss": ["inputs", "targets", "weight", "class_weight"],
-    "sigmoid_focal_loss_star": ["inputs", "targets"],
-    "softmax_focal_loss": ["inputs", "targets", "weight", "class_weight"],
-}
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-@pytest.mark.parametrize("op", LOSS_TENSORS)
+@pytest.mark.parametrize(
+    ("op", "reduction"), [(op, r) for op in LOSS_TENSORS for r in reductions_of(op)]
+)
 def test_losses_take_tensors(op, reduction):
-    options = {} if op == "dense_focal_loss" else {"reduction": reduction}
+    options = {"reduction": reduction}
     wrongs = {"ndarray": np.zeros(6), "list": [0.0] * 6, "float": 0.5, "NoneType": None}
 
     def says(sentence: str, **wrong: Any) -> None:
@@ -668,9 +689,9 @@ def test_losses_take_tensors(op, reduction):
             labels, scores = right_arguments()[op]["targets"]
             says(f"labels must be a Tensor, got {kind}", targets=(value, scores))
             says(f"scores must be a Tensor, got {kind}", targets=(labels, value))
-        if op == "dense_focal_loss":
+        if op.startswith("dense_"):
             says(f"cls_logits[0] must be a Tensor, got {kind}", cls_logits=[value])
-    if op == "dense_focal_loss":
+    if op.startswith("dense_"):
         for value in (None, torch.zeros(6)):
             given = type(value).__name__
             says(f"cls_logits must be a list of Tensors, got {given}", cls_logits=value)
@@ -688,4 +709,6 @@ def test_every_argument_of_every_op_is_in_the_table():
     assert functions == {op.partition(",")[0] for op in WRONG}
     for op in functions:
         tested = {argument for name, argument, *_ in CASES if function_of(name).__name__ == op}
-        assert set(inspect.signature(function_of(op)).parameters) - ANY_VALUE <= tested, op
+        parameters = inspect.signature(function_of(op)).parameters.values()
+        named = {p.name for p in parameters if p.kind != p.VAR_KEYWORD}
+        assert named - ANY_VALUE <= tested, op

@@ -483,7 +483,7 @@ def test_errors(device):
     cases = [
         (lambda: sigmoid_focal_loss(x, dense, weight=scores), "weight, class_weight, label_smoothing and ignore_index need class-index targets: with dense ones multiply the losses"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", weight=scores[:3]), r"sigmoid_focal_loss: weight must have the shape of targets, \(4,\), .* got \(3,\)"),
-        (lambda: sigmoid_focal_loss(x, labels, reduction="sum", class_weight=scores), r"sigmoid_focal_loss: class_weight must have shape \(5,\) .* got \(4,\)"),
+        (lambda: sigmoid_focal_loss(x, labels, reduction="sum", class_weight=scores), r"sigmoid_focal_loss: class_weight must have shape \(5,\) or \(3, 5\) .* got \(4,\)"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", label_smoothing=2), r"label_smoothing must lie in \[0, 1\], got 2"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", weight=scores.clone().requires_grad_()), "weight must not require grad"),
         (lambda: quality_focal_loss(x, (labels, scores.clone().requires_grad_()), reduction="sum"), "scores must not require grad"),
@@ -492,7 +492,7 @@ def test_errors(device):
         (lambda: varifocal_loss(x, (dense, scores), reduction="sum"), r"varifocal_loss: class-index targets must have the shape of inputs, \(4, 5\), without"),
         (lambda: ia_bce_loss(x, (scores, scores), reduction="sum"), "class-index targets must be int32 or int64, got torch.float32"),
         (lambda: dense_focal_loss(levels, rows, weight=scores), r"dense_focal_loss: weight must have the shape of labels, \(2, 9\), .* got \(4,\)"),
-        (lambda: dense_focal_loss(levels, rows, class_weight=scores), r"dense_focal_loss: class_weight must have shape \(2,\) .* got \(4,\)"),
+        (lambda: dense_focal_loss(levels, rows, class_weight=scores), r"dense_focal_loss: class_weight must have shape \(2,\) or \(3, 2\) .* got \(4,\)"),
     ]  # fmt: skip
     for call, sentence in cases:
         with pytest.raises((RuntimeError, ValueError), match=sentence):

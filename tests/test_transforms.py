@@ -19,6 +19,7 @@ from focalops import (
     decode_boxes,
     dense_box_loss,
     dense_focal_loss,
+    dense_quality_loss,
     detect,
     encode_boxes,
     fuse_features,
@@ -104,6 +105,10 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         head_of_boxes,
     ),
     "dense_focal_loss": (lambda p3, p4, labels: dense_focal_loss([p3, p4], labels), head),
+    "dense_quality_loss": (
+        lambda p3, p4, labels, scores: dense_quality_loss([p3, p4], labels, scores.detach()),
+        lambda n: (*head(n), torch.rand(2, 2 * n + 8)),
+    ),
     "detect": (
         lambda p3, p4, d3, d4, a: detect([p3, p4], [d3, d4], a, max_detections=9),
         lambda n: (
@@ -146,6 +151,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
             "ia_bce_loss",
             "matchability_aware_loss",
             "quality_focal_loss",
+            "soft_focal_loss",
             "varifocal_loss",
         )
     },

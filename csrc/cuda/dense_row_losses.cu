@@ -56,47 +56,41 @@ __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& divi
   const T scale = gradient_scale<scalar_t>(divisor);
   const bool with_grad = level.grad != nullptr;
   const int64_t first_row = part * division.rows, begin = first_row * head.classes;
-  if (head.classes > kChunk) {
-    T sum = 0;
-    for (int at = 0; at < head.classes; at += kChunk) {
-      const int left = min(kChunk, head.classes - at);
-      evaluate_rows(head, level, image, begin + at, left, with_grad, scale, formula,
-                    [&](const auto& values, int i) { sum += sum_losses(values, i, left); });
-    }
-    sum = block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) {
-      losses[first_row] = sum / divisor;
-    }
-    return;
-  }
+  const bool is_long = head.classes > kChunk;
   const auto num_rows =
       static_cast<int>(min(division.rows, level.positions * head.anchors - first_row));
-  evaluate_rows(head, level, image, begin, num_rows * head.classes, with_grad, scale, formula,
-                [&](const auto& values, int i) {
-                  Vector<T, N> out;
-#pragma unroll
-                  for (int j = 0; j < N; ++j) {
-                    out.data[j] = values.loss[j];
-                  }
-                  *reinterpret_cast<Vector<T, N>*>(shared + i) = out;
-                });
-  __syncthreads();
+  const int num_logits = num_rows * head.classes;
   const int lane = static_cast<int>(threadIdx.x) % division.lanes;
   const int rows_at_once = kThreads / division.lanes;
-  for (int first = 0; first < num_rows; first += rows_at_once) {
-    const int row = first + static_cast<int>(threadIdx.x) / division.lanes;
-    T sum = 0;
-    for (int k = lane; row < num_rows && k < head.classes; k += division.lanes) {
-      sum += shared[row * head.classes + k];
+  T of_row = 0;  // the last one that a group added up
+  for (int at = 0; at < num_logits; at += kChunk) {
+    const int left = min(kChunk, num_logits - at), logits_of_row = is_long ? left : head.classes;
+    evaluate_rows(head, level, image, begin + at, left, with_grad, scale, formula,
+                  [&](const auto& values, int i) {
+                    Vector<T, N> out;
+#pragma unroll
+                    for (int j = 0; j < N; ++j) {
+                      out.data[j] = values.loss[j];
+                    }
+                    *reinterpret_cast<Vector<T, N>*>(shared + i) = out;
+                  });
+    __syncthreads();
+    for (int first = 0; first < num_rows; first += rows_at_once) {
+      const int row = first + static_cast<int>(threadIdx.x) / division.lanes;
+      T sum = 0;
+      for (int k = lane; row < num_rows && k < logits_of_row; k += division.lanes) {
+        sum += shared[row * logits_of_row + k];
+      }
+      for (int offset = division.lanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_down_sync(kFullWarp, sum, offset, division.lanes);
+      }
+      of_row = at == 0 ? sum : of_row + sum;
+      if (lane == 0 && row < num_rows) {
+        losses[first_row + row] = of_row / divisor;
+      }
     }
-    for (int offset = division.lanes / 2; offset > 0; offset /= 2) {
-      sum += __shfl_down_sync(kFullWarp, sum, offset, division.lanes);
-    }
-    if (lane == 0 && row < num_rows) {
-      losses[first_row + row] = sum / divisor;
-    }
+    __syncthreads();  // what comes next writes there
   }
-  __syncthreads();  // the next item writes there
 }
 
 template <typename Head, typename Loss, typename Cut, typename T = typename Head::T>
