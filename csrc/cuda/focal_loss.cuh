@@ -118,6 +118,9 @@ struct RowExtras : RowWeights<T> {
   __device__ __forceinline__ T score_of(int64_t row) const {
     return scores == nullptr ? T(1) : scores[row];
   }
+  __device__ __forceinline__ RowExtras from(int64_t row) const {
+    return {RowWeights<T>::from(row), scores == nullptr ? nullptr : scores + row};
+  }
 };
 
 // Does what evaluate_hard does, with the extras of N logits from `column` of `row` on.
