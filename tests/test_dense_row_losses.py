@@ -75,10 +75,9 @@ def check_against_float64(function, exact, levels, upstream=None) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("anchors", [1, 9])
-@pytest.mark.parametrize("classes", [1, 3, 80, 91])
-def test_losses_of_anchors(classes, anchors, dtype, layout, device):
-    sizes = SIZES if anchors * classes < 300 else SIZES[1:]
+@pytest.mark.parametrize(("anchors", "classes"), [(9, 1), (3, 3), (1, 80), (2, 91)])
+def test_losses_of_anchors(anchors, classes, dtype, layout, device):
+    sizes = SIZES if anchors * classes < 80 else SIZES[1:]
     levels, labels = setup(device, dtype, layout, 2, anchors, classes, sizes)
     given = extras(labels, classes, dtype)
     for options in ({}, {"weight": given["weight"], "class_weight": given["class_weight"]}):
@@ -90,11 +89,11 @@ def test_losses_of_anchors(classes, anchors, dtype, layout, device):
 
 
 @pytest.mark.parametrize("layout", ["planes", "rows"])
-@pytest.mark.parametrize("classes", [33, 300, 1030])
+@pytest.mark.parametrize("classes", [33, 130, 1030])
 def test_many_classes(classes, layout, device):
     """Several slices and chunks, and on the CPU blocks, of one anchor."""
     levels, labels = setup(
-        device, layout=layout, anchors=1, classes=classes, sizes=((4, 9), (2, 2))
+        device, layout=layout, anchors=1, classes=classes, sizes=((3, 5), (2, 2))
     )
     check_against_float64(
         lambda x: dense_focal_loss(x, labels, reduction="none"),
@@ -117,7 +116,7 @@ def test_a_row_that_is_longer_than_a_chunk(device):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_large_levels(layout, device):
     """More than one item, block and stretch."""
-    levels, labels = setup(device, layout=layout, sizes=((40, 64), (20, 32), (33, 35)))
+    levels, labels = setup(device, layout=layout, images=1, sizes=((40, 64), (20, 32), (33, 35)))
     check_against_float64(
         lambda x: dense_focal_loss(x, labels, 0.25, 1.5, "none", label_smoothing=0.1),
         lambda x: reference.dense_focal_loss(x, labels, 0.25, 1.5, "none", label_smoothing=0.1),
@@ -129,7 +128,7 @@ def test_large_levels(layout, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("loss", QUALITY_LOSSES)
 def test_quality_losses(loss, dtype, layout, device):
-    levels, labels = setup(device, dtype, layout)
+    levels, labels = setup(device, dtype, layout, sizes=SIZES[1:])
     given = extras(labels, 5, dtype)
     scores, normalizer = given.pop("scores"), torch.tensor([3.0, 7.0], device=device)
     for reduction, options in (
@@ -458,7 +457,8 @@ def test_compiles_whole(dtype, device):
     torch.testing.assert_close(compiled, eager)
     grads, expected = torch.autograd.grad(compiled, levels), torch.autograd.grad(eager, levels)
     for grad, other in zip(grads, expected, strict=True):
-        torch.testing.assert_close(grad, other)
+        # The softmax takes a rounding of a loss of 10 for a relative difference of 1e-6.
+        torch.testing.assert_close(grad, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["planes", "rows"])
