@@ -115,8 +115,9 @@ def scaled_rows(
             return scaled(saved, number, normalizer, min_normalizer)
     if saved[0].dtype == torch.float16:
         divisor = divisor_of(normalizer, min_normalizer)
-        per_image = isinstance(divisor, Tensor) and divisor.dim() == 1
-        grad_losses = grad_losses / (divisor.unsqueeze(1) if per_image else divisor)
+        if isinstance(divisor, Tensor) and divisor.dim() == 1:
+            divisor = divisor.unsqueeze(1)
+        grad_losses = grad_losses / divisor
     positions = sum(level.shape[2] * level.shape[3] for level in saved)
     anchors = grad_losses.shape[1] // max(positions, 1)
     result, first_row = [], 0

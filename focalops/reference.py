@@ -129,11 +129,8 @@ def dense_quality_loss(
 def _dense_rows(cls_logits: Sequence[Tensor], labels: Tensor) -> Tensor:  # [B, N, K]
     positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
     anchors = labels.shape[1] // max(positions, 1)
-    rows = [
-        level.unflatten(1, (max(anchors, 1), -1)).permute(0, 3, 4, 1, 2).flatten(1, 3)
-        for level in cls_logits
-    ]  # L of [B, H * W * A, K]
-    x = torch.cat(rows, dim=1)
+    num_classes = cls_logits[0].shape[1] // max(anchors, 1)
+    x = torch.cat([head_rows(level, num_classes) for level in cls_logits], dim=1)
     return x.to(compute_dtype(x.dtype))
 
 

@@ -165,12 +165,15 @@ class MatchingConfig(Config):
 
 
 ClassificationLoss = Literal["focal", "focal_star", "ohem", "hinge"]
+# Prime sample attention: importance-based sample reweighting, classification-aware regression loss, both; noisy anchors.
+Weighting = Literal["none", "isr", "carl", "pisa", "cleanliness"]
 # The number of foreground anchors of each image; its mean over the images of the batch, and of all ranks; or the
 # number of the batch, plus 1, for the sum over the images.
 Normalizer = Literal["image", "batch", "positives"]
 BoxLoss = Literal["l1", "smooth_l1", "iou", "giou", "diou", "ciou"]
 CLASSIFICATION_LOSSES: tuple[str, ...] = get_args(ClassificationLoss)
 BOX_LOSSES: tuple[str, ...] = get_args(BoxLoss)
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ class LossConfig(Config):
     alpha: float = 0.25  # of the focal losses
     gamma: float = 2.0  # of the focal losses; 0: cross entropy
     beta: float = 1.0  # of focal_star
+    weighting: Weighting = "none"  # of the anchors of the focal loss and of the box loss
     normalizer: Normalizer = "image"  # whose foreground the losses are divided by
     box_loss: BoxLoss = "l1"
     box_loss_beta: float = 1.0  # of smooth_l1: below it the loss is quadratic
@@ -189,6 +193,7 @@ class LossConfig(Config):
         "alpha": either(Range("-1, which is no balance,", lambda x: x == -1), real(0, 1)),
         "gamma": real(0),
         "beta": real(),
+        "weighting": one_of(WEIGHTINGS),
         "normalizer": one_of(get_args(Normalizer)),
         "box_loss": one_of(BOX_LOSSES),
         "box_loss_beta": real(0, above=True),
@@ -199,6 +204,10 @@ class LossConfig(Config):
         super().__post_init__()
         if self.classification_loss == "focal_star" and self.gamma == 0:
             raise ValueError("gamma must be above 0 with classification_loss focal_star, got 0")
+        if self.weighting != "none" and self.classification_loss != "focal":
+            raise ValueError(
+                f"weighting must be none unless classification_loss is focal, got {self.weighting}"
+            )
 
 
 # ---- Detections and images ------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from ..structures import HeadOutputs, Target
 from .box import box_loss
 from .classification import classification_loss
 from .matching import Matched, match, normalizers
+from .weighting import weighted_losses
 
 
 class LossStep(nn.Module):
@@ -30,10 +31,14 @@ class LossStep(nn.Module):
         targets: list[Target],
     ) -> dict[str, Tensor]:
         matched = self.match(outputs, anchors, targets)
-        return {
-            "classification": classification_loss(matched, self.loss) / len(targets),
-            "bbox_regression": box_loss(matched, self.loss) / len(targets),
-        }
+        if self.loss.weighting == "none":
+            losses = {
+                "classification": classification_loss(matched, self.loss),
+                "bbox_regression": box_loss(matched, self.loss),
+            }
+        else:
+            losses = weighted_losses(matched, self.loss)
+        return {name: loss / len(targets) for name, loss in losses.items()}
 
     def match(self, outputs: HeadOutputs, anchors: Tensor, targets: list[Target]) -> Matched:
         matches = match(anchors, targets, self.matching)  # (B, N)
