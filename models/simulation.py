@@ -202,9 +202,12 @@ def draw(path: Path, outcomes: dict[str, Outcome], positions: Tensor) -> None:
     curves.legend()
     for axes, (name, outcome) in zip(maps, outcomes.items(), strict=True):
         errors = outcome.errors.mean(dim=1)
-        shown = axes.scatter(*positions.T, s=4, c=errors, norm=LogNorm(1e-3, 10))
+        levels = torch.logspace(-3, 1, 33, dtype=torch.float64)
+        shown = axes.tricontourf(*positions.T, errors, levels, norm=LogNorm(), extend="both")
         axes.set(title=f"{name}: final error by position", aspect="equal")
-    figure.colorbar(shown, ax=maps, label="mean error of a position's boxes")
+    figure.colorbar(
+        shown, ax=maps, ticks=[1e-3, 1e-2, 0.1, 1, 10], label="mean error of a position's boxes"
+    )
     figure.suptitle(
         "Boxes moved to targets at (10, 10) by gradient descent (Zheng et al., 2020, figures 3 and 4)"
     )
