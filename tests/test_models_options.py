@@ -103,6 +103,7 @@ ON_THE_CPU = {
     "check": "check {data}",
     "demo": "demo --out {out}",
 }
+CURVES = "study curves --out {out}"
 DISTRIBUTION = (
     "study distribution --samples 2 --data {data} --recipe {recipe} --no-pretrained --out {out}"
 )
@@ -112,7 +113,7 @@ def test_every_command_is_tried_on_the_cpu() -> None:
     assert set(ON_THE_CPU) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*ON_THE_CPU.values(), DISTRIBUTION])
+@pytest.mark.parametrize("command", [*ON_THE_CPU.values(), DISTRIBUTION, CURVES])
 def test_a_machine_with_a_gpu_can_use_its_cpu(
     command: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

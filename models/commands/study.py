@@ -1,4 +1,4 @@
-"""python -m models study: a comparison of the paper's, with several seeds: table and picture."""
+"""python -m models study: a comparison of the papers', with several seeds or of the losses alone: table and picture."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from ..commands.common import (
     with_given,
 )
 from ..commands.flags import add_fields, check_given, given_fields
+from ..curves import CURVES, run_curves
 from ..data import CocoDataset, prepare_backbone_weights
 from ..outputs import claim, claim_folder, locked
 from ..ranges import check, whole
 from ..recipes import RANGES, Recipe
+from ..simulation import BOX_REGRESSION, run_box_regression
 from ..study import DISTRIBUTION, STUDIES, run_distribution, run_study
 from ..train import (
     TrainingInterrupted,
@@ -36,9 +38,16 @@ WHEN_INTERRUPTED = (
     "the record holds the runs that are done, and the same command goes on after them"
 )
 
+OF_LOSSES = {BOX_REGRESSION: run_box_regression, CURVES: run_curves}  # neither data nor training
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", choices=(*STUDIES, DISTRIBUTION))
+    parser.add_argument(
+        "name",
+        choices=(*STUDIES, DISTRIBUTION, *OF_LOSSES),
+        help=f"{' and '.join(OF_LOSSES)} are of losses alone: of the options they know --out, --overwrite and "
+        "--device",
+    )
     add_data_arguments(parser, split="train", data="trees")
     parser.add_argument("--val-split", default="val", help="default: %(default)s")
     add_recipe_arguments(parser, "; the study changes what it compares")
@@ -71,8 +80,11 @@ def run(options: argparse.Namespace) -> None:
     given = given_fields(options, Recipe)
     check_given(given, RANGES)
     if options.checkpoint is not None and options.name != DISTRIBUTION:
-        raise ValueError(f"--checkpoint is of {DISTRIBUTION}: {options.name} trains its own models")
+        raise ValueError(f"--checkpoint is of {DISTRIBUTION}, not of {options.name}")
     keep_freed_memory()
+    if options.name in OF_LOSSES:
+        show(of_losses(options))
+        return
     recipe = chosen_recipe(options)
     recipe = dataclasses.replace(recipe, model=model_for(recipe, chosen_model(options)))
     data = open_split(options, options.split)
@@ -83,8 +95,21 @@ def run(options: argparse.Namespace) -> None:
             table = distribution(options, recipe, data)
         else:
             table = comparison(options, recipe, data)
+    show(table)
+
+
+def show(table: Path) -> None:
     text = table.read_text(encoding="utf-8")
     print(f"\n{text}\n{table.with_suffix('.png')}")
+
+
+def of_losses(options: argparse.Namespace) -> Path:
+    options.when_interrupted = ""  # nothing is written before the end
+    claim_folder(options.out)
+    with locked(options.out):
+        outputs = [options.out / f"{options.name}{ending}" for ending in (".md", ".png")]
+        claim(outputs, overwrite=options.overwrite)
+        return OF_LOSSES[options.name](options.out, options.device)
 
 
 def comparison(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Path:
