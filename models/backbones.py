@@ -12,6 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from .config import BACKBONES, TIMM, NetworkConfig
+from .data.downloads import timm_weights
 
 
 def backbone(config: NetworkConfig, pretrained: bool, drop_path: float = 0.0) -> nn.Module:
@@ -55,9 +56,10 @@ class TimmBody(nn.Module):
         except ImportError:
             raise ValueError(f"backbone {config.backbone!r} needs the package timm") from None
         dropping: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        name = config.backbone.removeprefix(TIMM)
         create = functools.partial(
             timm.create_model,
-            config.backbone.removeprefix(TIMM),
+            name,
             features_only=True,
             **dropping,
         )
@@ -78,9 +80,15 @@ class TimmBody(nn.Module):
                 f"backbone {config.backbone!r} must have the strides "
                 f"{[2**level for level in self.levels]}, got {info.reduction()}"
             )
+        of_package = pretrained and timm_weights(name).is_file()
         self.model = create(
-            pretrained=pretrained, out_indices=[last[2**level] for level in self.levels]
+            pretrained=pretrained and not of_package,
+            out_indices=[last[2**level] for level in self.levels],
         )
+        if of_package:
+            weights = torch.load(timm_weights(name), map_location="cpu", weights_only=True)
+            names = self.model.state_dict()  # without those of the classifier
+            self.model.load_state_dict({name: weights[name] for name in names})
         if config.frozen_batch_norm:
             self.model = timm.layers.freeze_batch_norm_2d(self.model)
         frozen = [i for r, i in last.items() if r <= 2 ** (5 - config.trainable_stages)]

@@ -1,26 +1,32 @@
-"""Where the time of a detector goes; a RetinaNet of torchvision's beside torchvision's with the same weights."""
+"""Where the time of a detector goes, beside the package with the same model and weights where there is one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor
 
-from .detector import Detector
-from .detectors import create, named
+from .contestants import TORCHVISIONS, Contestant, WithPyramid, contestants
 from .recipes import PRECISIONS
-from .retinanet import RetinaNet
-from .structures import HeadOutputs
+from .structures import Detections
 
-BENCH_MODELS = ("retinanet_resnet50_fpn", "retinanet_resnet50_fpn_v2")  # torchvision's
-PHASES = ("forward", "loss", "backward", "post-process")
+BENCH_MODELS = TORCHVISIONS
+STEP = ("forward", "loss", "backward")
+PHASES = (*STEP, "post-process", "inference")
+OF_EFFICIENTDET = ("soft NMS", "BiFPN")
 Figures = dict[str, dict[str, float]]  # phase -> implementation -> milliseconds
+
+
+class Outcome(NamedTuple):
+    """What the implementations must agree on."""
+
+    loss: float
+    detections: int
+    scores: float  # the sum of the detections'
 
 
 def bench(
@@ -32,13 +38,15 @@ def bench(
     device: str,
     precision: str,
     rounds: int,
-) -> tuple[Figures, dict[str, float]]:
-    """The least time of each phase over the rounds, in which both take turns, and the peak GiB of a
-    training step on a GPU.
+) -> tuple[Figures, Figures]:
+    """The least time of each phase over the rounds, in which all take turns, and the GiB of a training step: what it
+    keeps for the backward pass, and on a GPU its peak.
 
     `forward` is the images' transform, the backbone and the heads, with the copies that torchvision
     makes of their outputs; `loss` is anchors, matching, losses and their backward as far as the heads'
-    outputs; `backward` is the rest of it; `post-process` is from the heads' outputs to detections.
+    outputs; `backward` is the rest of it; `post-process` is from the heads' outputs to detections; `inference`
+    is from images to detections. Of an EfficientDet beside effdet's, `soft NMS` is post-process with gaussian
+    soft NMS, and `BiFPN` the part of forward and backward that is the pyramid's.
     """
     torch.manual_seed(0)
     autocast = functools.partial(
@@ -47,114 +55,93 @@ def bench(
         PRECISIONS[precision],
         enabled=precision != "float32",
     )
-    both = name in BENCH_MODELS
-    models = (_both if both else _ours)(name, images[:1], num_classes, size, device)
-    figures: Figures = {phase: {} for phase in PHASES}
-    peaks: dict[str, float] = {}
-    outcomes: dict[str, Any] = {}
+    all_of_them = contestants(name, images, num_classes, size)
+    figures: Figures = {}
+    memory: Figures = {}
+    outcomes: dict[str, Outcome] = {}
     for _ in range(rounds):
-        for implementation, model in models.items():
+        for implementation, contestant in all_of_them.items():
             timed = functools.partial(_timed, figures, implementation, device)
-            if device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats()
             with autocast():
-                outcomes[implementation] = _round(model, images, targets, timed, peaks)
-            if device.startswith("cuda"):
-                peaks[implementation] = peaks.pop("step")
-    if both:
-        _check(outcomes)
-    return figures, peaks
-
-
-def _both(
-    name: str, images: list[Tensor], num_classes: int, size: tuple[int, int], device: str
-) -> dict[str, Any]:
-    theirs = torchvision.models.get_model(
-        name,
-        weights=None,
-        weights_backbone=None,
-        num_classes=num_classes,
-        min_size=min(size),
-        max_size=max(size),
-    ).to(device)
-    _let_detect(theirs, images)
-    return {"torchvision": theirs, "focalops": RetinaNet.from_torchvision(theirs)}
-
-
-def _ours(
-    name: str, images: list[Tensor], num_classes: int, size: tuple[int, int], device: str
-) -> dict[str, Any]:
-    config = named(name)
-    least = max(size) if config.letterbox else min(size)
-    config = dataclasses.replace(
-        config, num_classes=num_classes, min_size=least, max_size=max(size)
-    )
-    model = create(config).to(device)
-    _let_be_chosen(model, images)
-    return {"focalops": model}
+                outcomes[implementation], peak = _round(contestant, images, targets, timed)
+            if peak is not None:
+                memory.setdefault("peak memory", {})[implementation] = peak
+    for implementation, contestant in all_of_them.items():
+        with autocast():
+            kept = _kept_for_backward(contestant, images, targets)
+        memory.setdefault("kept memory", {})[implementation] = kept
+    _check(outcomes)
+    return figures, memory
 
 
 def _round(
-    model: Any,
+    contestant: Contestant,
     images: list[Tensor],
     targets: list[dict[str, Tensor]],
     timed: Callable[[str, Callable[[], Any]], Any],
-    peaks: dict[str, float],
-) -> tuple[float, int]:
-    """The loss and the number of detections."""
-    is_ours = isinstance(model, Detector)
-    batch: Any = None
-
-    def forward() -> tuple[Any, Any]:
-        nonlocal batch
-        batch, scaled = model.transform(images, targets)
-        if is_ours:
-            outputs = model.network(batch.tensors)
-            return outputs.cls_logits, (outputs, scaled)
-        features = list(model.backbone(batch.tensors).values())
-        return features, (dict(model.head(features)), scaled)
+) -> tuple[Outcome, float | None]:
+    """What came out, and the peak GiB of the training step on a GPU."""
+    on_gpu, model = images[0].is_cuda, contestant.model
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
 
     def loss() -> Tensor:
-        anchors = model.anchor_generator(batch, features)
-        if is_ours:
-            losses = model.loss_step(leaves, anchors[0], scaled)
-        else:
-            losses = model.compute_loss(scaled, leaves, anchors)
-        total = sum(losses.values())
+        total = contestant.loss(leaves)
         total.backward()
         return total
 
-    def post_process() -> list[dict[str, Tensor]]:
-        anchors = model.anchor_generator(batch, features)
-        if is_ours:
-            return model.detections(leaves, anchors[0], batch.image_sizes)
-        sizes = [f.shape[-2] * f.shape[-1] * 9 for f in features]
-        split = {key: list(value.split(sizes, dim=1)) for key, value in leaves.items()}
-        anchors = [list(a.split(sizes)) for a in anchors]
-        return model.postprocess_detections(split, anchors, batch.image_sizes)
-
     model.train()
-    features, (outputs, scaled) = timed("forward", forward)
-    if is_ours:
-        leaves: Any = HeadOutputs(*([_leaf(level) for level in levels] for levels in outputs))
-        ends = [level for levels in outputs for level in levels]
-        starts = [level for levels in leaves for level in levels]
-    else:
-        leaves = {key: _leaf(value) for key, value in outputs.items()}
-        ends, starts = list(outputs.values()), list(leaves.values())
+    outputs = timed("forward", lambda: contestant.forward(images, targets))
+    leaves = [_leaf(output) for output in outputs]
     total = timed("loss", loss)
-    timed("backward", lambda: torch.autograd.backward(ends, [start.grad for start in starts]))
-    if images[0].is_cuda:
-        peaks["step"] = torch.cuda.max_memory_allocated() / 2**30
+    gradients = [leaf.grad for leaf in leaves]
+    timed("backward", lambda: torch.autograd.backward(outputs, gradients))
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    if isinstance(contestant, WithPyramid):
+        _pyramid(contestant, timed)
     model.zero_grad()
     model.eval()
     with torch.no_grad():
-        detections = timed("post-process", post_process)
-    return total.item(), sum(len(found["boxes"]) for found in detections)
+        found: list[Detections] = timed("post-process", lambda: contestant.detections(leaves))
+        if isinstance(contestant, WithPyramid):
+            found = found + timed("soft NMS", lambda: contestant.detections(leaves, soft=True))
+        timed("inference", lambda: contestant.inference(images))
+    count = sum(len(of_image["boxes"]) for of_image in found)
+    scores = sum(of_image["scores"].sum().item() for of_image in found)
+    return Outcome(total.item(), count, scores), peak
+
+
+def _pyramid(contestant: WithPyramid, timed: Callable[[str, Callable[[], Any]], Any]) -> None:
+    with torch.no_grad():
+        features = contestant.features()
+    features = [_leaf(feature) for feature in features]
+
+    def run() -> None:
+        outputs = contestant.pyramid(features)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+    timed("BiFPN", run)
 
 
 def _leaf(output: Tensor) -> Tensor:
     return output.detach().requires_grad_()
+
+
+def _kept_for_backward(
+    contestant: Contestant, images: list[Tensor], targets: list[dict[str, Tensor]]
+) -> float:
+    """GiB of what the graph of a training step holds until its backward pass, the weights among it."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    contestant.model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        contestant.loss(contestant.forward(images, targets))
+    return sum(storages.values()) / 2**30
 
 
 def _timed(
@@ -166,63 +153,41 @@ def _timed(
     result = run()
     synchronize()
     milliseconds = (time.perf_counter() - start) * 1000
-    best = figures[phase].get(implementation, milliseconds)
-    figures[phase][implementation] = min(best, milliseconds)
+    of_phase = figures.setdefault(phase, {})
+    of_phase[implementation] = min(of_phase.get(implementation, milliseconds), milliseconds)
     return result
 
 
-@torch.no_grad()
-def _let_detect(model: Any, images: list[Tensor]) -> None:
-    """A fresh head finds nothing; with this one some thousand scores pass the threshold, as trained."""
-    head = model.eval().head
-    features = list(model.backbone(model.transform(images)[0].tensors).values())
-    for conv, output, std in (
-        (head.classification_head.cls_logits, "cls_logits", 1.0),
-        (head.regression_head.bbox_reg, "bbox_regression", 0.3),
-    ):
-        conv.bias.zero_()
-        conv.weight *= std / head(features)[output].std()
-    head.classification_head.cls_logits.bias.fill_(-6.5)
+def _check(outcomes: dict[str, Outcome]) -> None:
+    """RuntimeError where losses, or the sums of the detections' scores, are more than a hundredth apart."""
+    (_, first), *others = outcomes.items()
+    for _, other in others:
+        if (
+            abs(other.loss - first.loss) > 0.01 * abs(first.loss)
+            or abs(other.detections - first.detections) > 0.01 * first.detections + 3
+            or abs(other.scores - first.scores) > 0.01 * first.scores
+        ):
+            raise RuntimeError(f"{' and '.join(outcomes)} must agree: {first} and {other}")
 
 
-@torch.no_grad()
-def _let_be_chosen(model: Detector, images: list[Tensor]) -> None:
-    """A fresh head's scores are one; with this one they spread as trained ones."""
-    model.eval()
-    logits = torch.cat(
-        [x.flatten() for x in model.network(model.transform(images)[0].tensors).cls_logits]
-    )
-    last = [n for n, _ in model.named_parameters() if n.startswith(model.class_layers)][-2:]
-    weight, bias = (model.get_parameter(name) for name in last)
-    weight.div_(logits.std())
-    bias.fill_(-6.5)
+def table(figures: Figures, memory: Figures) -> str:
+    """A column for each implementation, and how many times faster, or smaller, ours is where there are two."""
+    names = list(figures["loss"])
+    order = [*PHASES, *(phase for phase in OF_EFFICIENTDET if phase in figures)]
+    rows = {phase: figures[phase] for phase in order}
+    rows["training step"] = {name: sum(figures[phase][name] for phase in STEP) for name in names}
 
-
-def _check(outcomes: dict[str, tuple[float, int]]) -> None:
-    (loss, count), (our_loss, our_count) = outcomes["torchvision"], outcomes["focalops"]
-    if abs(our_loss - loss) > 0.01 * abs(loss) or abs(our_count - count) > 0.01 * count + 3:
-        raise RuntimeError(
-            f"the two must agree: losses {loss} and {our_loss}, {count} and {our_count} detections"
-        )
-
-
-def table(figures: Figures, peaks: dict[str, float]) -> str:
-    """A column for each implementation, and how many times faster ours is where there are two."""
-    rows = {phase: figures[phase] for phase in PHASES}
-    names = list(rows["loss"])
-    rows["training step"] = {
-        name: sum(figures[phase][name] for phase in ("forward", "loss", "backward"))
-        for name in names
-    }
-
-    def ratio(values: dict[str, float]) -> str:
-        return f"{values['torchvision'] / values['focalops']:8.2f}" if names[1:] else ""
+    def line(what: str, values: dict[str, float], form: str, unit: str) -> str:
+        cells = "".join(f"{values[name]:{form}} {unit}" for name in names)
+        ratio = f"{values[names[0]] / values['focalops']:8.2f}" if names[1:] else ""
+        return f"{what:14}{cells}{ratio}"
 
     lines = ["".join([f"{'':14}", *(f"{n:>14}" for n in names), f"{'ratio':>8}" * len(names[1:])])]
-    for phase, times in rows.items():
-        cells = "".join(f"{times[name]:11.1f} ms" for name in names)
-        lines.append(f"{phase:14}{cells}{ratio(times)}")
-    if peaks:
-        cells = "".join(f"{peaks[name]:10.2f} GiB" for name in names)
-        lines.append(f"{'peak memory':14}{cells}{ratio(peaks)}")
+    lines += [line(phase, times, "11.1f", "ms") for phase, times in rows.items()]
+    if "BiFPN" in figures:
+        shares = (
+            figures["BiFPN"][n] / (figures["forward"][n] + figures["backward"][n]) for n in names
+        )
+        lines.append(f"{'BiFPN, share':14}" + "".join(f"{100 * share:12.0f} %" for share in shares))
+    lines += [line(what, sizes, "10.3f", "GiB") for what, sizes in memory.items()]
     return "\n".join(lines)

@@ -113,7 +113,7 @@ def load_model(path: Path, device: str = "cpu") -> tuple[Detector, Recipe, dict[
     return model.eval(), recipe, checkpoint["categories"]
 
 
-def load_weights(module: nn.Module, weights: Any, path: Path) -> None:
+def load_weights(module: nn.Module, weights: Any, path: Path, whose: str = "its recipe") -> None:
     """module.load_state_dict(weights); where they do not fit, one sentence that names the file."""
     expected = module.state_dict()
     if not isinstance(weights, dict):
@@ -127,7 +127,7 @@ def load_weights(module: nn.Module, weights: Any, path: Path) -> None:
             wrong.append(f"{name} must have shape {needed}, got {got}")
     if wrong:
         more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise DataError(f"the weights in {path} do not fit its recipe: {min(wrong)}{more}")
+        raise DataError(f"the weights in {path} do not fit {whose}: {min(wrong)}{more}")
     module.load_state_dict(weights)
 
 

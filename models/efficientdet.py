@@ -1,8 +1,8 @@
 """EfficientDet (Tan, Pang and Le, "EfficientDet: Scalable and Efficient Object Detection"): its configuration, the
 pyramid of weighted fusions (BiFPN) and the heads.
 
-Backbones are timm's, and EfficientDet.from_effdet takes a model of the package effdet, weights included. Shapes and
-their letters are those of structures.py.
+Backbones are timm's, and EfficientDet.from_effdet takes a model of the package effdet, weights included, from_effdet_file
+one of its files. Shapes and their letters are those of structures.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -229,6 +230,13 @@ class EfficientDet(Detector):
         copy = cls(config_of(model))
         copy.load_state_dict(renamed(model.state_dict(), copy))
         return copy.to(next(model.parameters()).device).train(model.training)
+
+    @classmethod
+    def from_effdet_file(cls, path: Path | str, name: str, **fields: Any) -> EfficientDet:
+        """from_effdet.from_effdet_file, which says what it takes."""
+        from .from_effdet import from_effdet_file
+
+        return from_effdet_file(path, name, **fields)
 
 
 # ---- Pyramid --------------------------------------------------------------------------------------

@@ -1,16 +1,23 @@
-"""Models of the package effdet as our EfficientDet: the configuration that means the same, and the names of the weights."""
+"""Models and files of the package effdet as our EfficientDet: the configuration that means the same, and the names of the weights."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .checkpoint import load_weights
 from .config import TIMM
+from .data import DataError
 from .efficientdet import EfficientDet, EfficientDetConfig, Node, anchor_sizes, cell_nodes
+from .outputs import reason
 
 FUSIONS: dict[str, Any] = {
     "bifpn_fa": "fast",
@@ -110,6 +117,57 @@ def config_of(model: Any) -> EfficientDetConfig:
         image_mean=tuple(theirs.get("mean", EfficientDetConfig.image_mean)),
         image_std=tuple(theirs.get("std", EfficientDetConfig.image_std)),
     )
+
+
+def from_effdet_file(path: Path | str, name: str, **fields: Any) -> EfficientDet:
+    """The EfficientDet in evaluation mode whose weights a file of the package effdet's has.
+
+    A file that was released, or a checkpoint of effdet's training, whose averaged weights are taken where it has them.
+    Nothing in it is executed.
+
+    Args:
+        path: what torch.save wrote.
+        name: as effdet has it, "tf_efficientdet_d0", or as EfficientDetConfig.named: "tf_d0". "tf_" is optional: the file
+            tells. So it does the number of classes.
+        fields: of the configuration, where they differ from the published model's.
+
+    Raises:
+        DataError: there is no such file, or it is none of that model's.
+        ValueError: no published model has that name.
+    """
+    state = read_state(Path(path))
+    size = name.removeprefix("tf_").removeprefix("efficientdet_")
+    original = "fpn.cell.0.fnode.0.after_combine.conv.conv_pw.bias" in state
+    config = EfficientDetConfig.named(f"{'tf_' * original}{size}", **fields)
+    logits = state.get("class_net.predict.conv_pw.bias")
+    if logits is None:
+        raise DataError(f"{path} holds no weights of an EfficientDet of the package effdet")
+    anchors = len(config.anchor_sizes[0]) * len(config.aspect_ratios)
+    config = dataclasses.replace(config, num_classes=max(1, len(logits) // anchors))
+    model = EfficientDet(config)
+    counts = {n: v for n, v in model.state_dict().items() if n.endswith("num_batches_tracked")}
+    load_weights(model, counts | renamed(state, model), Path(path), f"an EfficientDet {size}")
+    return model.eval()
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options of a training
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise DataError(f"{path} cannot be read ({reason(error)})") from None
+    except Exception:  # a damaged pickle raises anything
+        content = None
+    for name in ("state_dict_ema", "state_dict"):
+        if isinstance(content, dict) and name in content:
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise DataError(f"{path} holds no weights of an EfficientDet of the package effdet")
+    # A model in one of effdet's benches, or in torch's wrapper for several GPUs, has names behind theirs.
+    state = {re.sub(r"^(module\.|model\.)+", "", name): v for name, v in content.items()}
+    return {name: v for name, v in state.items() if name != "anchors.boxes"}
 
 
 def renamed(state: Mapping[str, Tensor], model: EfficientDet) -> dict[str, Tensor]:

