@@ -80,7 +80,7 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "alpha": (-1, [7, -0.5, NAN]),
     "gamma": (0, [-1, NAN, INF]),
     "beta": (-1.5, [NAN, None]),
-    "weighting": ("pisa", ["unknown", None]),
+    "weighting": ("pisa", ["ghm"]),
     "normalizer": ("batch", ["mean"]),
     "box_loss": ("giou", ["l2"]),
     "box_loss_beta": (0.1, [0, -1, NAN]),
