@@ -36,6 +36,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for layout in (ROWS, PLANES):
         for dtype in DTYPES[:2]:
             yield head_case(1 if is_cpu else 16, 80, dtype, layout, device)
+            yield anchors_case(1 if is_cpu else 16, 80, dtype, layout, device)
     for classes in CLASSES[::3]:
         yield softmax_case(CPU_LOGITS // classes if is_cpu else 16 * ANCHORS, classes, device)
 
@@ -157,9 +158,9 @@ def cuda_rivals(classes: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
         yield "apex", apex
 
 
-def head_case(
+def make_head(
     images: int, classes: int, dtype: torch.dtype, layout: str, device: torch.device
-) -> Case:
+) -> tuple[list[Tensor], Tensor]:
     memory_format = torch.channels_last if layout == ROWS else torch.contiguous_format
     levels = [
         new_logits(images, 9 * classes, *size, dtype=dtype, device=device)
@@ -168,7 +169,52 @@ def head_case(
         for size in LEVELS
     ]
     anchors = sum(9 * height * width for height, width in LEVELS)
-    labels = make_targets((images, anchors), classes, device)
+    return levels, make_targets((images, anchors), classes, device)
+
+
+def size_of(labels: Tensor, classes: int, dtype: torch.dtype, layout: str) -> str:
+    images, anchors = labels.shape
+    return f"{images} x {anchors:,} x {classes} {str(dtype).removeprefix('torch.')}, {layout}"
+
+
+def anchors_case(
+    images: int, classes: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> Case:
+    """The loss of each anchor with a gradient for each, beside that of the sum times a number; and class weights by part."""
+    levels, labels = make_head(images, classes, dtype, layout, device)
+    upstream = torch.rand(labels.shape, device=device)
+    by_part = torch.ones(3, classes, device=device)
+
+    def step(loss: Callable[..., Tensor], **options: Any) -> Contestant:
+        def run() -> tuple[Tensor, ...]:
+            value = loss(levels, labels, **options)
+            grads = torch.autograd.grad(value, levels, upstream if value.dim() else upstream[0, 0])
+            return value.detach(), *grads
+
+        return run
+
+    contestants = {
+        OURS: step(dense_focal_loss, reduction="none"),
+        "the sum": step(dense_focal_loss),
+        "the sum, class weights": step(dense_focal_loss, class_weight=by_part),
+        "reference": step(reference.dense_focal_loss, reduction="none"),
+        "reference, compiled": step(torch.compile(reference.dense_focal_loss), reduction="none"),
+    }
+    # Forward and backward read and write numbers of the logits' size.
+    least = 4 * sum(level.numel() * level.element_size() for level in levels)
+
+    def agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+        last = None if theirs[0].dim() else 1  # the gradients of the sum are others
+        agree_in(dtype)((ours[0].sum(), *ours[1:last]), (theirs[0].sum(), *theirs[1:last]))
+
+    size = size_of(labels, classes, dtype, layout)
+    return Case("focal loss of anchors + gradient", size, least, contestants, agree)
+
+
+def head_case(
+    images: int, classes: int, dtype: torch.dtype, layout: str, device: torch.device
+) -> Case:
+    levels, labels = make_head(images, classes, dtype, layout, device)
     normalizer = ((labels >= 0) & (labels < classes)).sum(1).float()
 
     def step(loss: Callable[..., Tensor]) -> Contestant:
@@ -193,7 +239,7 @@ def head_case(
         "reference, compiled": step(torch.compile(reference.dense_focal_loss)),
         "torchvision": step(concatenated),
     }
-    size = f"{images} x {anchors:,} x {classes} {str(dtype).removeprefix('torch.')}, {layout}"
+    size = size_of(labels, classes, dtype, layout)
     least = 2 * sum(level.numel() * level.element_size() for level in levels)
     return Case("focal loss of a head + gradient", size, least, contestants, agree_in(dtype))
 

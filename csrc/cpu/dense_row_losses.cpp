@@ -11,6 +11,12 @@ namespace {
 template <typename T>
 FOCALOPS_SIMD void add_rows(const T* loss, int64_t column, int64_t n, int64_t num_classes,
                             T divisor, T* rows) {
+  if (num_classes == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      rows[i] = loss[i] / divisor;
+    }
+    return;
+  }
   for (int64_t i = 0; i < n; ++rows) {
     const int64_t left = num_classes - column, end = left < n - i ? i + left : n;
     T sum = 0;
@@ -132,10 +138,16 @@ std::tuple<Tensor, std::vector<Tensor>> dense_row_losses_cpu(
 
 // ---- the gradient times one number an anchor ----------------------------------------------------
 
-template <typename scalar_t, typename T>
-FOCALOPS_SIMD void multiply_by(scalar_t* data, T factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    data[i] = static_cast<scalar_t>(factor * static_cast<T>(data[i]));
+// The factors of n logits of rows of K, of which the first begins `column` logits before.
+template <typename T>
+FOCALOPS_SIMD void repeat(const T* factors, int64_t column, int64_t n, int64_t num_classes,
+                          T* repeated) {
+  for (int64_t i = 0; i < n; ++factors) {
+    const int64_t left = num_classes - column, end = left < n - i ? i + left : n;
+    for (; i < end; ++i) {
+      repeated[i] = *factors;
+    }
+    column = 0;
   }
 }
 
@@ -166,12 +178,11 @@ void scale_rows_cpu(const Tensor& tensor, const Tensor& scale_, int64_t anchors,
       const T* of_image = factors + piece.image * shape.rows + first_row;
       scalar_t* image = data + piece.image * size;
       if (level.has_rows) {
-        const int64_t rows_of_piece = cut.logits_of_piece / shape.classes;
-        const int64_t end = std::min((piece.part + 1) * rows_of_piece, rows);
-        for (int64_t row = piece.part * rows_of_piece; row < end; ++row) {
-          if (of_image[row] != 1) {
-            multiply_by(image + row * shape.classes, of_image[row], shape.classes);
-          }
+        const int64_t end = std::min((piece.part + 1) * cut.logits_of_piece, size);
+        for (int64_t begin = piece.part * cut.logits_of_piece; begin < end; begin += kBlock) {
+          const int64_t n = std::min(kBlock, end - begin), row = begin / shape.classes;
+          repeat(of_image + row, begin - row * shape.classes, n, shape.classes, block.weights);
+          multiply_each(image + begin, block.weights, n);
         }
         return;
       }
