@@ -164,7 +164,7 @@ class MatchingConfig(Config):
             )
 
 
-ClassificationLoss = Literal["focal", "focal_star", "ohem", "hinge"]
+ClassificationLoss = Literal["focal", "focal_star", "eql", "ohem", "hinge"]
 # Prime sample attention: importance-based sample reweighting, classification-aware regression loss, both; noisy anchors.
 Weighting = Literal["none", "isr", "carl", "pisa", "cleanliness"]
 # The number of foreground anchors of each image; its mean over the images of the batch, and of all ranks; or the
@@ -182,6 +182,10 @@ class LossConfig(Config):
     alpha: float = 0.25  # of the focal losses
     gamma: float = 2.0  # of the focal losses; 0: cross entropy
     beta: float = 1.0  # of focal_star
+    class_frequencies: tuple[float, ...] | None = (
+        None  # of eql: the shares of images with each class; from the data set unless given
+    )
+    rare_below: float = 0.00177  # of eql: the frequency below which a class is rare
     weighting: Weighting = "none"  # of the anchors of the focal loss and of the box loss
     normalizer: Normalizer = "image"  # whose foreground the losses are divided by
     box_loss: BoxLoss = "l1"
@@ -193,6 +197,8 @@ class LossConfig(Config):
         "alpha": either(Range("-1, which is no balance,", lambda x: x == -1), real(0, 1)),
         "gamma": real(0),
         "beta": real(),
+        "class_frequencies": optional(several(real(0, 1))),
+        "rare_below": real(0, 1),
         "weighting": one_of(WEIGHTINGS),
         "normalizer": one_of(get_args(Normalizer)),
         "box_loss": one_of(BOX_LOSSES),
@@ -204,9 +210,15 @@ class LossConfig(Config):
         super().__post_init__()
         if self.classification_loss == "focal_star" and self.gamma == 0:
             raise ValueError("gamma must be above 0 with classification_loss focal_star, got 0")
-        if self.weighting != "none" and self.classification_loss != "focal":
+        if self.weighting != "none" and self.classification_loss not in ("focal", "eql"):
             raise ValueError(
-                f"weighting must be none unless classification_loss is focal, got {self.weighting}"
+                f"weighting must be none unless classification_loss is focal or eql, got {self.weighting}"
+            )
+        given = self.class_frequencies
+        if given is not None and len(given) != self.num_classes:
+            raise ValueError(
+                f"class_frequencies must be one of each of the {self.num_classes} classes, "
+                f"got {len(given)}"
             )
 
 

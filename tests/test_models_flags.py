@@ -22,7 +22,8 @@ from models.ranges import option, real, several, switch, whole
 from models.recipes import Recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-NO_OPTION = {"model", "num_classes"}  # the one holds the others, the data have the other
+# The first holds the others, the data have the rest.
+NO_OPTION = {"model", "num_classes", "class_frequencies"}
 FIELDS = {n: row for n, row in (RECIPE_FIELDS | MODEL_FIELDS).items() if n not in NO_OPTION}
 # Bad in Python, and as words the good 5, 0.1, (0.5,) and (1.0,).
 GOOD_AS_WORDS = {("steps", "5"), ("learning_rate", "0.1"), ("drops", 0.5), ("aspect_ratios", 1.0)}

@@ -77,6 +77,8 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "bg_iou_threshold": (0, [-0.1, 1.1, 0.6, NAN]),
     "matching_rule": ("mmdet", ["detectron2", None]),
     "classification_loss": ("ohem", ["cross_entropy"]),
+    "class_frequencies": (None, [(1.5,), (-0.1,), (NAN,), (0.5,), ()]),
+    "rare_below": (0.5, [-1, 1.5, NAN]),
     "alpha": (-1, [7, -0.5, NAN]),
     "gamma": (0, [-1, NAN, INF]),
     "beta": (-1.5, [NAN, None]),

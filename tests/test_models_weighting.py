@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from models_fixtures import make_coco_folder
 from test_models_retinanet import TINY
 from torch import Tensor
 
 from focalops import box_iou, decode_boxes
+from models.commands.common import for_data
 from models.config import WEIGHTINGS
+from models.data import open_data
 from models.losses import LossStep
 from models.losses.classification import rows_of
 from models.losses.weighting import (
@@ -24,6 +27,7 @@ from models.losses.weighting import (
     ranks,
     soft_labels,
 )
+from models.recipes import Recipe, with_model
 from models.structures import HeadOutputs
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("pisa.json").read_text())
@@ -146,6 +150,48 @@ def test_cleanliness_keeps_the_sums():
     # Perfect anchors are where F is bounded.
     of_classes, weighed = cleanliness(matched, step.loss, of_boxes, ious.ceil(), truth)
     assert of_classes.isfinite().all() and weighed.isfinite().all()
+
+
+# ---- the equalization loss ----------------------------------------------------------------------
+
+
+def test_rare_classes_do_not_suffer_from_objects_of_others():
+    """Of an anchor that has a class the negative logits of rare classes have no gradient; of a background anchor they have."""
+    outputs, anchors, targets = scene()
+    frequencies = (0.5, *[0.001] * (TINY.num_classes - 1))
+    eql = loss_step(classification_loss="eql", class_frequencies=frequencies)
+    loss = eql(outputs, anchors, targets)["classification"]
+    plain = loss_step()(outputs, anchors, targets)["classification"]
+    matched = eql.match(outputs, anchors, targets)
+    grads, of_plain = (
+        rows_of(
+            list(torch.autograd.grad(total, outputs.cls_logits, retain_graph=True)),
+            TINY.num_classes,
+        )
+        for total in (loss, plain)
+    )
+    truth = matched.classes[..., None] == torch.arange(TINY.num_classes)
+    is_rare = torch.tensor(frequencies) < 0.00177
+    spared = (matched.matches >= 0)[..., None] & is_rare & ~truth
+    assert spared.any() and (grads[spared] == 0).all()
+    torch.testing.assert_close(grads[~spared], of_plain[~spared])
+
+
+def test_frequencies_must_be_known():
+    with pytest.raises(ValueError, match="class_frequencies must be given with"):
+        loss_step(classification_loss="eql")
+    with pytest.raises(ValueError, match="class_frequencies must be one of each of the"):
+        loss_step(classification_loss="eql", class_frequencies=(0.5,))
+
+
+def test_frequencies_of_a_data_set(tmp_path):
+    data = open_data(str(make_coco_folder(tmp_path)), "train2017")
+    frequencies = data.class_frequencies()
+    images = [set(data[i][1]["labels"].tolist()) for i in range(len(data))]
+    for label, share in enumerate(frequencies):
+        assert share == sum(label in labels for labels in images) / len(images)
+    recipe = with_model(Recipe(model=TINY), classification_loss="eql")
+    assert for_data(recipe, data).model.class_frequencies == frequencies
 
 
 # ---- of all of them -----------------------------------------------------------------------------

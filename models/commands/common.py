@@ -109,10 +109,13 @@ def open_split(options: argparse.Namespace, split: str) -> CocoDataset:
 
 
 def for_data(recipe: Recipe, data: CocoDataset) -> Recipe:
-    """The recipe with as many classes as the data set has categories."""
+    """The recipe with as many classes as the data set has categories, and their frequencies where its loss asks for them."""
     if not data.categories:
         raise DataError(f"{data.annotation_file} has no categories")
-    return with_model(recipe, num_classes=len(data.categories))
+    changes: dict[str, Any] = {"num_classes": len(data.categories)}
+    if recipe.model.classification_loss == "eql" and recipe.model.class_frequencies is None:
+        changes["class_frequencies"] = data.class_frequencies()
+    return with_model(recipe, **changes)
 
 
 def with_given(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:

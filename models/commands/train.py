@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what differs from the recipe of the data set; where a value may be nothing, the word is none",
     )
     add_recipe_arguments(recipe)
-    known = {"model", "num_classes"}  # num_classes is what the data have
+    known = {"model", "num_classes", "class_frequencies"}  # these two are what the data have
     for config, ranges in configs():
         names = [f.name for f in dataclasses.fields(config) if f.name not in known]
         add_fields(recipe, config, ranges, names)

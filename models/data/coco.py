@@ -97,6 +97,14 @@ class CocoDataset(Dataset):
             "image_id": image_id,
         }
 
+    def class_frequencies(self) -> tuple[float, ...]:
+        """Of each label the share of the images that have it, crowds aside."""
+        images: dict[Id, set[Id]] = {id: set() for id in self.categories}
+        for annotation in self.coco.anns.values():
+            if not annotation["iscrowd"]:
+                images[annotation["category_id"]].add(annotation["image_id"])
+        return tuple(len(having) / max(len(self), 1) for having in images.values())
+
     def file_name(self, index: int) -> str:
         name: str = self.coco.imgs[self.image_ids[index]]["file_name"]
         return name

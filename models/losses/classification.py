@@ -31,7 +31,20 @@ def focal(matched: Matched, config: LossConfig) -> Tensor:
         config.alpha,
         config.gamma,
         normalizer=matched.normalizers,
+        class_weight=matched.class_weight,
     )
+
+
+def equalization(config: LossConfig) -> Tensor:
+    """(3, K), the class weights of the equalization loss (Tan et al., "Equalization Loss for Long-Tailed Object Recognition",
+    2020): an object of another class says nothing against a rare one. Background does, as in the paper."""
+    if config.class_frequencies is None:
+        raise ValueError(
+            "class_frequencies must be given with classification_loss eql without a data set, got None"
+        )
+    frequencies = torch.tensor(config.class_frequencies)
+    ones = torch.ones_like(frequencies)
+    return torch.stack((ones, (frequencies >= config.rare_below).float(), ones))
 
 
 # ---- Of one image: rows (N, K), labels (N,), normalizer (), anchors (N, 4) ------------------------
@@ -83,6 +96,7 @@ def image_by_image(loss: Callable[[Tensor, Tensor, Tensor, Tensor, LossConfig], 
 
 LOSSES: dict[str, Loss] = {
     "focal": focal,
+    "eql": focal,
     "focal_star": image_by_image(focal_star),
     "ohem": image_by_image(ohem),
     "hinge": image_by_image(hinge),

@@ -24,6 +24,7 @@ class Matched(NamedTuple):
     matches: Tensor  # (B, N), of each anchor the index of its box, -1 for background, -2 where it is neither
     classes: Tensor  # (B, N), of each anchor the class, num_classes for background, or IGNORED
     normalizers: Tensor  # (B,), what each image's losses are divided by
+    class_weight: Tensor | None = None  # (3, K), of the focal loss
 
 
 def match(anchors: Tensor, targets: list[Target], config: MatchingConfig) -> Tensor:

@@ -9,7 +9,7 @@ from focalops import class_index_targets
 from ..config import LossConfig, MatchingConfig
 from ..structures import HeadOutputs, Target
 from .box import box_loss
-from .classification import classification_loss
+from .classification import classification_loss, equalization
 from .matching import Matched, match, normalizers
 from .weighting import weighted_losses
 
@@ -23,6 +23,9 @@ class LossStep(nn.Module):
     def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
         super().__init__()
         self.matching, self.loss = matching, loss
+        class_weight = equalization(loss) if loss.classification_loss == "eql" else None
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(
         self,
@@ -47,4 +50,4 @@ class LossStep(nn.Module):
         )
         counts = (matches >= 0).sum(dim=1)  # (B,)
         divisors = normalizers(counts, self.loss.normalizer)
-        return Matched(outputs, anchors, targets, matches, classes, divisors)
+        return Matched(outputs, anchors, targets, matches, classes, divisors, self.class_weight)

@@ -40,7 +40,12 @@ def weighted_losses(matched: Matched, config: LossConfig) -> dict[str, Tensor]:
         return normalized(matched, classification=of_classes, bbox_regression=of_boxes)
 
     of_classes = dense_focal_loss(
-        matched.outputs.cls_logits, matched.classes, config.alpha, config.gamma, "none"
+        matched.outputs.cls_logits,
+        matched.classes,
+        config.alpha,
+        config.gamma,
+        "none",
+        class_weight=matched.class_weight,
     )
     losses = {"classification": of_classes, "bbox_regression": of_boxes}
     is_positive = matched.matches >= 0
@@ -147,6 +152,7 @@ def cleanliness(
         "none",
         alpha=config.alpha,
         gamma=config.gamma,
+        class_weight=matched.class_weight,
     )
     weight = mixed(
         1 / (1 - ious).clamp(min=LEAST_ERROR), 1 / (1 - p).clamp(min=LEAST_ERROR), is_positive
