@@ -20,6 +20,7 @@ from focalops.focal_loss import sigmoid_focal_loss
 from focalops.matching import class_index_targets, match_anchors
 from focalops.nms import batched_nms
 from focalops.postprocess import detect
+from focalops.reference import head_rows
 
 
 @dataclass
@@ -43,6 +44,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     both could be swapped, the copies between the heads' convolutions and them (not while somebody looks: where a head has
     hooks, or is called from outside, its outputs are torchvision's); of FCOS the losses, without a one-hot target
     of the logits' size, and the post-processing, all levels at once; of an SSD the post-processing, all classes at once.
+    A RetinaNet that detects without ``torch.no_grad()`` does it torchvision's way, at its pace: its detections have gradients.
     Losses, gradients and detections stay what they were, but for the order of float32 sums and of equal scores; in a
     RetinaNet a ground-truth box that overlaps no anchor no longer makes all of them foreground. Parameters, their names and
     the way to call the model stay too, and so do copies, pickling and ``nn.DataParallel``.
@@ -344,9 +346,19 @@ def _postprocess_detections(
     image_shapes: list[tuple[int, int]],
 ) -> list[dict[str, Tensor]]:
     """Score threshold and top-k a level, boxes of the survivors, NMS per class."""
+    cls_logits, deltas = head_outputs["cls_logits"], head_outputs["bbox_regression"]
+    if _are_differentiated([*cls_logits, *deltas]):
+        num_classes = model.head.classification_head.num_classes
+        rows = {
+            "cls_logits": [_rows(level, num_classes) for level in cls_logits],
+            "bbox_regression": [_rows(level, 4) for level in deltas],
+        }
+        original = type(model).accelerated_from.postprocess_detections
+        found: list[dict[str, Tensor]] = original(model, rows, anchors, image_shapes)
+        return found
     *padded, counts = detect(
-        [_level(level) for level in head_outputs["cls_logits"]],
-        [_level(level) for level in head_outputs["bbox_regression"]],
+        [_level(level) for level in cls_logits],
+        [_level(level) for level in deltas],
         torch.cat(anchors[0]),
         score_threshold=model.score_thresh,
         topk_per_level=model.topk_candidates,
@@ -361,6 +373,16 @@ def _postprocess_detections(
         {name: value[image, :count] for name, value in zip(names, padded, strict=True)}
         for image, count in enumerate(counts.tolist())
     ]
+
+
+def _are_differentiated(outputs: list[Tensor]) -> bool:
+    """Whether somebody may ask for gradients of detections, which detect has not; a program that is compiled is for inference."""
+    is_eager = not torch.compiler.is_compiling()
+    return is_eager and torch.is_grad_enabled() and any(x.requires_grad for x in outputs)
+
+
+def _rows(level: Tensor, columns: int) -> Tensor:  # (B, H * W * A, columns), as torchvision has it
+    return head_rows(level, columns) if level.dim() == 4 else level
 
 
 def _fcos_loss(

@@ -381,6 +381,24 @@ def small_ssd() -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("make", ["resnet18_fpn", "small_fcos", "small_ssd"])
+def test_detections_have_the_gradient_of_the_original(make: str) -> None:
+    torch.manual_seed(0)
+    original = globals()[make]()
+    original = with_many_detections(original) if make == "resnet18_fpn" else original
+    model = copy.deepcopy(original)
+    accelerate(model)
+    images = [image.requires_grad_() for image in batch()[0]]
+    grads = []
+    for net in (original, model):
+        found = net.eval()(images)
+        total = sum(f["scores"].sum() + f["boxes"].sum() / 100 for f in found)
+        grads.append(torch.autograd.grad(total, images))
+    for one, other in zip(*grads, strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("make", "replaced"),
     [
