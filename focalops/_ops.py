@@ -101,10 +101,10 @@ def refuse_scripting(names: Iterable[str], namespace: dict[str, Any]) -> None:
     """For torch.jit.script, which asks what it compiles, or what that calls, how to prepare it."""
     for name in names:
         if callable(namespace[name]):
-            namespace[name].__prepare_scriptable__ = partial(_say_no_script, name)
+            namespace[name].__prepare_scriptable__ = partial(say_no_script, name)
 
 
-def _say_no_script(name: str, *_: Any) -> None:
+def say_no_script(name: str, *_: Any) -> None:
     raise NotImplementedError(
         f"focalops.{name} has no TorchScript: use torch.compile or torch.export instead of torch.jit.script"
     )

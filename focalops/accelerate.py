@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from focalops._arguments import MAX_LEVELS
+from focalops._ops import say_no_script
 from focalops._padding import in_one_dtype
 from focalops.anchors import AnchorGenerator
 from focalops.box_losses import dense_box_loss, generalized_box_iou_loss
@@ -217,6 +219,7 @@ def _class_with(origin: type, methods: Methods) -> type:
         "__module__": origin.__module__,
         "__qualname__": origin.__qualname__,
         "__reduce_ex__": _reduce,
+        "__prepare_scriptable__": partial(say_no_script, f"accelerate({origin.__name__})"),
         "accelerated_from": origin,
         "swapped_methods": methods,
     }

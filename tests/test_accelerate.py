@@ -224,6 +224,18 @@ def test_copies_of_fcos_and_ssd_have_their_own_settings(make: str) -> None:
         assert [len(found["boxes"]) for found in twin.eval()(images)] == [3] * 3
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is (deprecated|not supported)")
+@pytest.mark.skipif(
+    sys.version_info >= (3, 14), reason="torch.jit.script does not know this Python"
+)
+def test_script_is_refused_in_a_sentence() -> None:
+    model = Wrapper(resnet18_fpn())
+    accelerate(model)
+    sentence = r"focalops\.accelerate\(RetinaNet\) has no TorchScript: use torch\.compile or"
+    with pytest.raises(NotImplementedError, match=sentence):
+        torch.jit.script(model)
+
+
 def test_the_head_gives_torchvisions_outputs_to_whoever_looks() -> None:
     """To a hook, and to one who calls it from outside."""
     original = with_many_detections(resnet18_fpn())
