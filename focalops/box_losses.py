@@ -253,7 +253,7 @@ def dense_box_loss(
     losses, iou, _ = call(ops.dense_box_losses, *head, kind, *numbers, compute_grad, return_iou)
     _check_weight(weight, matches, dtype)
     if weight is not None:
-        losses = losses * weight.masked_fill(matches < 0, 0)  # whose weight may be no number
+        losses = losses * torch.where(matches < 0, 0, weight)  # which may be no number there
     if reduction == "sum":
         images = head[0][0].shape[0]
         check_normalizer("dense_box_loss", "deltas[0]", head[0][0], divisors[0], images)
