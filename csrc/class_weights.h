@@ -1,6 +1,7 @@
 // The weights of the classes, one each or one for each part that a logit can have in its row.
 #pragma once
 
+#include <cstdint>
 #include <optional>
 
 #include "dtypes.h"
@@ -13,10 +14,10 @@ enum ClassPart { kPositive, kNegativeOfForeground, kNegativeOfBackground };
 template <typename T>
 struct ClassWeights {
   const T* data = nullptr;  // [K] or [3, K], a row a part; null: all are 1
-  int64_t stride = 0;       // from part to part
+  uint32_t stride = 0;      // from part to part; K is less than 2^30
 
-  FOCALOPS_HOST_DEVICE T at(ClassPart part, int64_t column) const {
-    return data == nullptr ? T(1) : data[part * stride + column];
+  FOCALOPS_HOST_DEVICE T at(ClassPart part, uint32_t column) const {
+    return data == nullptr ? T(1) : data[static_cast<uint32_t>(part) * stride + column];
   }
 };
 
@@ -25,7 +26,7 @@ template <typename T>
 struct PartWeights {
   T positive, of_foreground, of_background;
 
-  FOCALOPS_HOST_DEVICE PartWeights(const ClassWeights<T>& weights, int64_t column)
+  FOCALOPS_HOST_DEVICE PartWeights(const ClassWeights<T>& weights, uint32_t column)
       : positive(weights.at(kPositive, column)),
         of_foreground(weights.at(kNegativeOfForeground, column)),
         of_background(weights.at(kNegativeOfBackground, column)) {}
@@ -40,7 +41,8 @@ struct PartWeights {
 // `given`, which is contiguous, must outlive it.
 template <typename T>
 ClassWeights<T> class_weights_of(const std::optional<Tensor>& given) {
-  return {data_of<T>(given), given.has_value() && given->dim() == 2 ? given->size(1) : 0};
+  const bool by_part = given.has_value() && given->dim() == 2;
+  return {data_of<T>(given), by_part ? static_cast<uint32_t>(given->size(1)) : 0};
 }
 
 }  // namespace focalops

@@ -40,6 +40,13 @@ struct Head {
   std::conditional_t<std::is_void_v<Extras>, char, Extras> extras;  // as the labels
 };
 
+// Vectors in flight: what else the rows of 8 logits have takes the registers of two.
+template <typename Head>
+constexpr int kInFlight =
+    sizeof(typename Head::scalar_t) == 2 && !std::is_void_v<typename Head::Extras>
+        ? kUnroll<typename Head::scalar_t> / 2
+        : kUnroll<typename Head::scalar_t>;
+
 // Evaluates a thread's share of `left` logits of an image of rows, no more than a chunk, `begin`
 // being the first; take(values, i) gets what becomes of the vector i logits further.
 template <typename Head, typename Loss, typename Take, typename T = typename Head::T>
@@ -59,16 +66,20 @@ __device__ __forceinline__ void evaluate_rows(const Head& head, const LossLevel&
   const auto* logits = static_cast<const scalar_t*>(level.data) + image * size + begin;
   const bool aligned = is_aligned(logits);
 
-  Vector<scalar_t, N> vectors[kUnroll<scalar_t>];
+#pragma unroll 1
+  for (int first = 0; first < kUnroll<scalar_t>; first += kInFlight<Head>) {
+    Vector<scalar_t, N> vectors[kInFlight<Head>];
 #pragma unroll
-  for (int u = 0; u < kUnroll<scalar_t>; ++u) {
-    const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * N;
-    vectors[u] = load_vector<N>(logits, i, left, aligned);
-  }
+    for (int u = 0; u < kInFlight<Head>; ++u) {
+      const int i = ((first + u) * kThreads + static_cast<int>(threadIdx.x)) * N;
+      vectors[u] = load_vector<N>(logits, i, left, aligned);
+    }
 #pragma unroll
-  for (int u = 0; u < kUnroll<scalar_t>; ++u) {
-    const int i = (u * kThreads + static_cast<int>(threadIdx.x)) * N;
-    if (i < left) {
+    for (int u = 0; u < kInFlight<Head>; ++u) {
+      const int i = ((first + u) * kThreads + static_cast<int>(threadIdx.x)) * N;
+      if (i >= left) {
+        return;
+      }
       const uint32_t from_row = first_column + i;
       const uint32_t row = head.rows_of.divide(from_row);
       const uint32_t column = head.rows_of.remainder(from_row, row);
