@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from focalops.info import describe
+
 from ..bench import BENCH_MODELS, bench, table
 from ..commands.common import DATA_HELP, files_of
 from ..config import DetectorConfig
@@ -98,8 +100,9 @@ def run(options: argparse.Namespace) -> None:
     if options.out:
         settings = {
             name: getattr(options, name)
-            for name in ("model", "data", "size", "batch_size", "precision", "rounds", "device")
+            for name in ("model", "data", "size", "batch_size", "precision", "rounds")
         }
-        record = {**settings, "torch": torch.__version__, "ms": figures, "gib": memory}
+        where = describe(torch.device(options.device))
+        record = {**settings, **where, "ms": figures, "gib": memory}
         write_whole(options.out, json.dumps(record, indent=1) + "\n")
         print(f"figures: {options.out}")
