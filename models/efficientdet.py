@@ -94,9 +94,9 @@ class BiFPNConfig(NetworkConfig):
     activation: Literal["silu", "relu6"] = "silu"
     # Of the pools and strided convolutions: TensorFlow's, or as many on both sides.
     padding: Literal["symmetric", "same"] = "symmetric"
-    # Of the new batch norms. A run of a few hundred steps wants more: what is left of the statistics that they start with,
-    # (1 - momentum)**steps of a variance of 1, is more than that of features whose variance is a hundredth.
-    batch_norm_momentum: float = 0.01  # the original's 0.99, as torch counts it
+    # The original's, 0.99 as Keras counts it. A run of a few hundred steps wants more: what is left of the statistics that
+    # norms start with, (1 - momentum)**steps of a variance of 1, is much where that of the features is a hundredth.
+    batch_norm_momentum: float = 0.01  # of the pyramid's and the heads' norms
     redundant_bias: bool = False  # of convolutions before a batch norm, as the original has them
     drop_path: float = (
         0.0  # how often timm's last residual block is skipped in training; the others less
