@@ -7,7 +7,6 @@ one of its files. Shapes and their letters are those of structures.py.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -95,6 +94,9 @@ class BiFPNConfig(NetworkConfig):
     activation: Literal["silu", "relu6"] = "silu"
     # Of the pools and strided convolutions: TensorFlow's, or as many on both sides.
     padding: Literal["symmetric", "same"] = "symmetric"
+    # The original's, 0.99 as Keras counts it. A run of a few hundred steps wants more: what is left of the statistics that
+    # norms start with, (1 - momentum)**steps of a variance of 1, is much where that of the features is a hundredth.
+    batch_norm_momentum: float = 0.01  # of the pyramid's and the heads' norms
     redundant_bias: bool = False  # of convolutions before a batch norm, as the original has them
     drop_path: float = (
         0.0  # how often timm's last residual block is skipped in training; the others less
@@ -109,6 +111,7 @@ class BiFPNConfig(NetworkConfig):
         "head_depth": whole(0),
         "activation": one_of(("silu", "relu6")),
         "padding": one_of(("symmetric", "same")),
+        "batch_norm_momentum": real(0, 1, above=True),
         "redundant_bias": switch(),
         "drop_path": real(0, 1, below=True),
         "prior_probability": real(0, 1, above=True, below=True),
@@ -342,7 +345,7 @@ class Fusion(nn.Module):
         ones = nn.Parameter(torch.ones(len(in_channels)))
         self.register_parameter("weights", None if config.fusion == "sum" else ones)
         self.conv = nn.Sequential(
-            *separable_conv(width, width, config.redundant_bias), batch_norm(width)
+            *separable_conv(width, width, config.redundant_bias), batch_norm(config)
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
@@ -361,7 +364,7 @@ class Fusion(nn.Module):
 def lateral(config: BiFPNConfig, in_channels: int) -> nn.Sequential:
     width = config.pyramid_channels
     conv = nn.Conv2d(in_channels, width, kernel_size=1, bias=config.redundant_bias)
-    return nn.Sequential(conv, batch_norm(width))
+    return nn.Sequential(conv, batch_norm(config))
 
 
 # ---- Heads ----------------------------------------------------------------------------------------
@@ -377,7 +380,7 @@ class Head(nn.Module):
             separable_conv(width, width, config.redundant_bias) for _ in range(config.head_depth)
         )
         self.norms = nn.ModuleList(
-            nn.ModuleList(batch_norm(width) for _ in range(levels))
+            nn.ModuleList(batch_norm(config) for _ in range(levels))
             for _ in range(config.head_depth)
         )
         self.activation = ACTIVATIONS[config.activation]
@@ -393,8 +396,10 @@ class Head(nn.Module):
 
 
 ACTIVATIONS = {"silu": F.silu, "relu6": F.relu6}
-# Keras' momentum 0.99 is torch's 0.01.
-batch_norm = functools.partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
+def batch_norm(config: BiFPNConfig) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(config.pyramid_channels, eps=1e-3, momentum=config.batch_norm_momentum)
 
 
 def separable_conv(in_channels: int, out_channels: int, bias: bool) -> nn.Sequential:

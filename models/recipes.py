@@ -260,10 +260,13 @@ def published(name: str) -> Recipe:
     )
 
 
-# SMALL's data and time for an EfficientDet: lite0's backbone and widths at a lower resolution. The statistics of its new
-# batch norms take some 200 steps to become those of the features (momentum 0.01): until then it detects nothing.
+# SMALL's data and time for an EfficientDet: lite0's backbone and widths at a lower resolution. With the momentum of the
+# original, 0.01, the statistics of its new batch norms would take hundreds of steps to become those of the features: until
+# then it detects next to nothing.
 SMALL_EFFICIENTDET = Recipe(
-    model=EfficientDetConfig.named("lite0", min_size=256, max_size=256, score_threshold=0.02),
+    model=EfficientDetConfig.named(
+        "lite0", min_size=256, max_size=256, score_threshold=0.02, batch_norm_momentum=0.1
+    ),
     steps=700,
     batch_size=8,
     optimizer="adamw",
@@ -281,8 +284,7 @@ SMALL_EFFICIENTDET = Recipe(
 )
 
 # TREES for an EfficientDet, which has levels up to 6 at least: anchors of the upper two are larger than crowns, but their
-# maps tell the lower ones what is around. The statistics of its batch norms (momentum 0.01) are a hundred steps behind, as
-# the averaged weights are; averaged too they would be behind these, which cost 3 points of AP50.
+# maps tell the lower ones what is around.
 TREES_EFFICIENTDET = dataclasses.replace(
     TREES,
     model=EfficientDetConfig.named(
@@ -293,6 +295,7 @@ TREES_EFFICIENTDET = dataclasses.replace(
         pyramid_channels=96,
         activation="silu",
         fusion="fast",
+        batch_norm_momentum=0.1,
         max_level=6,
         anchor_sizes=(
             (14, 20, 28, 40),
@@ -319,6 +322,7 @@ TREES_EFFICIENTDET = dataclasses.replace(
     ),
     decay_vectors=False,
     ema_warmup=True,
+    ema_buffers=True,
 )
 
 RECIPES = {

@@ -228,7 +228,7 @@ STUDIES = {
     "box_loss": Study("Which box loss?", "smooth L1 alone", box_loss_variants),
     "weighting": Study(
         "Which anchors should count more?",
-        "Prime Sample Attention and Noisy Anchors, COCO",
+        "PISA, Noisy Anchors; COCO",
         weighting_variants,
     ),
     "scale": Study(

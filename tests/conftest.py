@@ -43,16 +43,18 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of each test every eighth case runs what nvcc made, from the first on; all of them with FOCALOPS_PTX=all."""
-    if os.environ.get("FOCALOPS_PTX") == "all":
-        return
-    seen: Counter[str] = Counter()
+    """Of each test every eighth case runs what nvcc made, from the first on; all of them with FOCALOPS_PTX=all. Under the
+    sanitizers every second case runs; all of them with FOCALOPS_SANITIZED=all."""
+    every = {"cuda-ptx": 1 if os.environ.get("FOCALOPS_PTX") == "all" else 8}
+    if os.environ.get("FOCALOPS_EMULATION") == "sanitized":
+        every["cuda-emulated"] = 1 if os.environ.get("FOCALOPS_SANITIZED") == "all" else 2
+    seen: Counter[tuple[str, str]] = Counter()
     chosen, left_out = [], []
     for item in items:
-        is_ptx = hasattr(item, "callspec") and item.callspec.params.get("backend") == "cuda-ptx"
-        test = item.nodeid.partition("[")[0]
-        (left_out if is_ptx and seen[test] % 8 else chosen).append(item)
-        seen[test] += is_ptx
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        test = item.nodeid.partition("[")[0], str(backend)
+        (left_out if seen[test] % every.get(backend, 1) else chosen).append(item)
+        seen[test] += 1
     items[:] = chosen
     config.hook.pytest_deselected(items=left_out)
 

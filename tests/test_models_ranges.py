@@ -112,6 +112,7 @@ EFFICIENTDET_FIELDS: dict[str, tuple[Any, list[Any]]] = {
     "activation": ("relu6", ["relu"]),
     "padding": ("same", ["valid"]),
     "redundant_bias": (True, [1]),
+    "batch_norm_momentum": (0.1, [0.0, 1.5, math.nan, "0.1"]),
     "drop_path": (0.2, [1, -0.1, NAN]),
     "aspect_ratios": ((1, (1.4, 0.7)), [(), (0,), ((1, 2, 3),), (NAN,), 1.0]),
     "min_size": ((480, 512), [0, -1, 2000, (), (480, 2000), (0,), 80.5]),
