@@ -96,8 +96,8 @@ def image_by_image(loss: Callable[[Tensor, Tensor, Tensor, Tensor, LossConfig], 
 
 LOSSES: dict[str, Loss] = {
     "focal": focal,
-    "eql": focal,
     "focal_star": image_by_image(focal_star),
+    "eql": focal,
     "ohem": image_by_image(ohem),
     "hinge": image_by_image(hinge),
 }
