@@ -414,7 +414,8 @@ def to_table(study: Study, record: dict[str, Any], papers: dict[str, Variant]) -
             cells[0] += f" (diverged with {diverged} of {len(runs)} seeds)"
         for figure in ("AP", "AP50"):
             mean, spread = mean_and_spread(runs, figure)
-            cells.append(f"{100 * mean:.1f} ± {100 * spread:.1f}")
+            of_seeds = f" ± {100 * spread:.1f}" if len(runs) > 1 else ""
+            cells.append(f"{100 * mean:.1f}{of_seeds}")
         times = [run["seconds_an_image"] for run in runs.values() if not run["diverged"]]
         cells.append(seconds(statistics.mean(times)) if times else "")
         if study.costs:
