@@ -3,13 +3,15 @@
 //
 // A level of an image is contiguous memory in both layouts, and is compared with the threshold as
 // such; only what passes is scored and gets an index. The pass is cut into pieces, the unit of
-// parallel work, each of which keeps its best topk_per_level candidates; once it has that many, the
-// worst of them raises the threshold, so that a head whose every logit passes costs little more.
+// parallel work. A thread keeps the best candidates of the pieces that it does one after another;
+// once it has as many as can be chosen, the worst of them raises the threshold, so that a head whose
+// every logit passes costs little more.
 // Boxes are decoded when NMS comes to them, which stops at max_detections.
 #include <algorithm>
 #include <functional>
 #include <limits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../checks/detect.h"
@@ -63,7 +65,7 @@ class BestCandidates {
     }
   }
 
-  const std::vector<uint64_t>& keys() const { return keys_; }
+  std::vector<uint64_t> take() { return std::exchange(keys_, {}); }
 
   // The worst of them comes last.
   static void keep_best(std::vector<uint64_t>& keys, int64_t most) {
@@ -84,9 +86,8 @@ struct Level {
   LevelLayout layout;
   const void* logits;
   const void* deltas;
-  int64_t size;  // logits of an image
-  int64_t first_piece;
-  int64_t pieces_of_image;
+  int64_t size;         // logits of an image
+  int64_t first_piece;  // of an image
 };
 
 // The candidates among the logits begin .. end of an image of a level.
@@ -181,50 +182,60 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
   }
   const int64_t images = shape.images;
   std::vector<Level> levels;
-  int64_t num_pieces = 0;
+  int64_t pieces_of_image = 0;
   for (size_t l = 0; l < logits_levels.size(); ++l) {
     const HeadLevel &logits = logits_levels[l], &deltas = deltas_levels[l];
     const int64_t size = logits.positions * shape.anchors * shape.classes;
-    const int64_t pieces_of_image = (size + kPiece - 1) / kPiece;
     levels.push_back({{static_cast<uint32_t>(logits.positions),
                        static_cast<uint32_t>(logits.first_row), logits.has_rows, deltas.has_rows},
                       logits.tensor.const_data_ptr(),
                       deltas.tensor.const_data_ptr(),
                       size,
-                      num_pieces,
                       pieces_of_image});
-    num_pieces += images * pieces_of_image;
+    pieces_of_image += (size + kPiece - 1) / kPiece;
   }
   const int64_t most_of_level = options.most_of_level(shape);
   const int64_t most = options.most(static_cast<int64_t>(levels.size()), shape);
   const float least_logit = least_logit_above(options.score_threshold);
-  std::vector<BestCandidates> best(num_pieces, BestCandidates(most_of_level, least_logit));
+  const bool by_level = most_of_level < most;  // else the levels of an image compete at once
+  const auto level_of = [&](int64_t part) {
+    size_t l = 0;
+    while (l + 1 < levels.size() && part >= levels[l + 1].first_piece) {
+      ++l;
+    }
+    return l;
+  };
+  const auto ends_competition = [&](int64_t part) {
+    return part + 1 == pieces_of_image || (by_level && level_of(part + 1) != level_of(part));
+  };
+  std::vector<std::vector<uint64_t>> found(images * pieces_of_image);
 
   dispatch_floating(cls_logits[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
-    torch::stable::parallel_for(0, num_pieces, 1, [&](int64_t first, int64_t last) {
-      size_t l = 0;
+    torch::stable::parallel_for(0, images * pieces_of_image, 1, [&](int64_t first, int64_t last) {
+      BestCandidates best(most_of_level, least_logit);
       for (int64_t piece = first; piece < last; ++piece) {
-        while (l + 1 < levels.size() && piece >= levels[l + 1].first_piece) {
-          ++l;
+        const int64_t image = piece / pieces_of_image, part = piece % pieces_of_image;
+        const Level& level = levels[level_of(part)];
+        const int64_t begin = (part - level.first_piece) * kPiece;
+        collect(static_cast<const scalar_t*>(level.logits) + image * level.size, begin,
+                std::min(begin + kPiece, level.size), level.layout, shape, best);
+        if (piece + 1 == last || ends_competition(part)) {
+          found[piece] = best.take();
+          best = BestCandidates(most_of_level, least_logit);
         }
-        const Level& level = levels[l];
-        const int64_t image = (piece - level.first_piece) / level.pieces_of_image;
-        const int64_t part = (piece - level.first_piece) % level.pieces_of_image;
-        collect(static_cast<const scalar_t*>(level.logits) + image * level.size, part * kPiece,
-                std::min((part + 1) * kPiece, level.size), level.layout, shape, best[piece]);
       }
     });
     const auto finish_image = [&](int64_t image) {
-      std::vector<uint64_t> keys;
-      for (const Level& level : levels) {
-        std::vector<uint64_t> of_level;
-        for (int64_t part = 0; part < level.pieces_of_image; ++part) {
-          const auto& more = best[level.first_piece + image * level.pieces_of_image + part].keys();
-          of_level.insert(of_level.end(), more.begin(), more.end());
+      std::vector<uint64_t> keys, of_level;
+      for (int64_t part = 0; part < pieces_of_image; ++part) {
+        const auto& more = found[image * pieces_of_image + part];
+        of_level.insert(of_level.end(), more.begin(), more.end());
+        if (ends_competition(part)) {
+          BestCandidates::keep_best(of_level, most_of_level);
+          keys.insert(keys.end(), of_level.begin(), of_level.end());
+          of_level.clear();
         }
-        BestCandidates::keep_best(of_level, most_of_level);
-        keys.insert(keys.end(), of_level.begin(), of_level.end());
       }
       BestCandidates::keep_best(keys, most);
       std::sort(keys.begin(), keys.end(), std::greater<>());
