@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from models_fixtures import make_coco_folder
 from test_models_retinanet import TINY
 
-from models import study
+from models import distribution, study
 from models.__main__ import main
 from models.config import CLASSIFICATION_LOSSES
 from models.data import open_data
@@ -252,7 +252,7 @@ def test_a_run_that_diverges_is_a_result(coco, tmp_path, monkeypatch):
 def test_distribution_study(coco, recipe_file, tmp_path):
     assert run_study("distribution", coco, recipe_file, tmp_path, "--samples", "3") == 0
     table = (tmp_path / "distribution.md").read_text()
-    assert table.count("\n| ") == 1 + len(study.GAMMAS)
+    assert table.count("\n| ") == 1 + len(distribution.GAMMAS)
     assert (tmp_path / "distribution.png").exists()
 
 
@@ -263,7 +263,7 @@ def test_the_distribution_is_of_the_model_as_it_detects(coco):
     model, data = create(config), open_data(coco, "train2017")
     before = copy.deepcopy(model.state_dict())
     stream = training_stream(dataclasses.replace(RECIPE, model=config), data)
-    study.probabilities_of_the_truth(model, stream, 2, "cpu")
+    distribution.probabilities_of_the_truth(model, stream, 2, "cpu")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not any(module.training for module in model.modules())
@@ -271,14 +271,14 @@ def test_the_distribution_is_of_the_model_as_it_detects(coco):
 
 def test_cumulative_share():
     p = torch.tensor([0.5] * 4 + [1.0] * 4)
-    share = study.cumulative_share(p, 0.0)
+    share = distribution.cumulative_share(p, 0.0)
     assert share[0] == 0 and share[-1] == 1 and share[500] == 0
     torch.testing.assert_close(share[750].item(), 0.5)
     hard, easy = torch.tensor([0.1]), torch.tensor([0.9])
     both = torch.cat((hard, easy))
     for gamma in (0.0, 2.0):
         losses = [(1 - q) ** gamma * -math.log(q) for q in (0.1, 0.9)]
-        easiest = study.cumulative_share(both, gamma)[500].item()
+        easiest = distribution.cumulative_share(both, gamma)[500].item()
         assert easiest == pytest.approx(losses[1] / sum(losses), rel=1e-5)
 
 

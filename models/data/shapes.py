@@ -100,9 +100,7 @@ def background(rng: np.random.Generator) -> Array:
     return colors.repeat(side, axis=0).repeat(side, axis=1)
 
 
-def place(
-    rng: np.random.Generator, shape: Callable[[Array, Array], Array], free: Array
-) -> Array:
+def place(rng: np.random.Generator, shape: Callable[[Array, Array], Array], free: Array) -> Array:
     """Where in the image the shape is, turned and as large as chance has it, smaller where nothing else is free."""
     diameter = np.exp(rng.uniform(*np.log(DIAMETERS)))
     while True:
@@ -110,9 +108,7 @@ def place(
         center = rng.uniform(radius, SIDE - radius, 2)
         angle = rng.uniform(-0.5, 0.5)
         y, x = (np.mgrid[:SIDE, :SIDE] + 0.5 - center[:, None, None]) / radius
-        inside = shape(
-            x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
-        )
+        inside = shape(x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle))
         rows, columns = (slice(i.min(), i.max() + 1) for i in inside.nonzero())
         if free[rows, columns].all():
             return inside

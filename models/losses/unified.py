@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LIMIT = 2.0  # of m on either side: weights from e^-2 to e^2
 WIDTH, START = 64, 1e-4  # of the layers, and the standard deviation that their weights begin with
-SMALLEST, LARGEST, KNOTS = -6, 3, 256  # powers of ten of the losses that are tabulated, and how many
+SMALLEST, LARGEST, KNOTS = (
+    -6,
+    3,
+    256,
+)  # powers of ten of the losses that are tabulated, and how many
 # Positives are the first rows of a stable sort, and no more than these are looked at: how many there are only the device
 # knows. A 64th of the anchors, 3,150 an image of 201,600, is several times what photographs have.
 LEAST_ROWS, SHARE_OF_ROWS = 4096, 64
@@ -25,7 +31,7 @@ class WeightingNetwork(nn.Module):
         super().__init__()
 
         def layers(*widths: int) -> list[nn.Module]:
-            return [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+            return [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
 
         def branch() -> nn.Sequential:
             first, second = layers(1, WIDTH, WIDTH)
