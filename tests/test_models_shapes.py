@@ -57,7 +57,7 @@ def test_boxes_are_tight_and_apart(folder: Path) -> None:
         taken = np.zeros((SIDE, SIDE), dtype=int)
         boxes, labels = target["boxes"].int().tolist(), target["labels"].tolist()
         for (x1, y1, x2, y2), label in zip(boxes, labels, strict=True):
-            assert 0 <= x1 < x2 <= SIDE and 0 <= y1 < y2 <= SIDE and 15 <= max(x2 - x1, y2 - y1)
+            assert 0 <= x1 < x2 <= SIDE and 0 <= y1 < y2 <= SIDE and max(x2 - x1, y2 - y1) >= 15
             taken[y1:y2, x1:x2] += 1
             shape, color = divmod(label, len(COLORS))
             if shape in (0, 2):  # the middle of discs and squares is theirs
