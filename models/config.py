@@ -165,8 +165,11 @@ class MatchingConfig(Config):
 
 
 ClassificationLoss = Literal["focal", "focal_star", "eql", "ohem", "hinge"]
-# Prime sample attention: importance-based sample reweighting, classification-aware regression loss, both; noisy anchors.
-Weighting = Literal["none", "isr", "carl", "pisa", "cleanliness"]
+# Prime sample attention: importance-based sample reweighting of positives, of negatives, classification-aware regression loss,
+# the first and the third; noisy anchors; the unified sample weighting network, with one weight for all class losses or not.
+Weighting = Literal[
+    "none", "isr", "isr_n", "carl", "pisa", "cleanliness", "unified", "unified_mean"
+]
 # The number of foreground anchors of each image; its mean over the images of the batch, and of all ranks; or the
 # number of the batch, plus 1, for the sum over the images.
 Normalizer = Literal["image", "batch", "positives"]

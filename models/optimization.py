@@ -9,11 +9,27 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from .detector import Detector
 from .recipes import Recipe
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizers(recipe: Recipe, model: Detector) -> dict[str, torch.optim.Optimizer]:
+    """By their names in a checkpoint: the recipe's, and where the loss step has parameters theirs, whose rate is constant."""
+    optimizers = {"optimizer": build_optimizer(recipe, model)}
+    of_losses = [*model.loss_step.parameters()]
+    if of_losses:  # as the authors of the unified sample weighting network have it
+        optimizers["loss_optimizer"] = torch.optim.Adam(of_losses, 1e-3, weight_decay=1e-4)
+    return optimizers
+
+
+def network_parameters(model: Detector) -> list[nn.Parameter]:
+    """What the recipe's optimizer trains."""
+    of_losses = {*model.loss_step.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p not in of_losses]
+
+
+def build_optimizer(recipe: Recipe, model: Detector) -> torch.optim.Optimizer:
+    parameters = network_parameters(model)
     rate, decay = recipe.learning_rate, recipe.weight_decay
     groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": decay}]
     if not recipe.decay_vectors:

@@ -194,6 +194,35 @@ TREES = Recipe(
     max_detections=1000,
 )
 
+# For the drawn shapes, 22 to 56 pixels wide, of which the rare third of the classes is in at most 14 of 600 images.
+SHAPES = Recipe(
+    model=RetinaNetConfig(
+        num_classes=30,
+        backbone="mobilenet_v2",
+        trainable_stages=3,
+        max_level=4,
+        pyramid_channels=96,
+        head_depth=2,
+        head_std=None,
+        anchor_sizes=octave_sizes(20, 40),
+        aspect_ratios=(1.0,),
+        rare_below=0.024,
+        box_loss="giou",
+        score_threshold=0.005,
+        detections_per_image=100,
+        min_size=None,
+    ),
+    steps=500,
+    batch_size=8,
+    optimizer="adamw",
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="cosine",
+    warmup_steps=50,
+    clip_norm=10.0,
+    ema_decay=0.99,
+)
+
 # For a few hundred photographs and two CPU cores: ten minutes.
 SMALL = Recipe(
     model=RetinaNetConfig(
@@ -331,6 +360,7 @@ RECIPES = {
     "coco_v2": V2,
     "small": SMALL,
     "trees": TREES,
+    "shapes": SHAPES,
     **{name: published(name) for name in PUBLISHED if name.startswith("efficientdet_d")},
     "efficientdet_small": SMALL_EFFICIENTDET,
     "efficientdet_trees": TREES_EFFICIENTDET,

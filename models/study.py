@@ -26,20 +26,17 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from focalops.info import describe
 
-from .config import BOX_LOSSES
-from .data import CocoDataset, DataError, Id, TrainingStream, collate
-from .detector import Detector
+from .config import BOX_LOSSES, CLASSIFICATION_LOSSES
+from .data import CocoDataset, DataError, Id
 from .detectors import create
 from .draw import save_figure
 from .efficientdet import SCALES, EfficientDetConfig
-from .evaluate import category_ids, check_truth, detect_all, evaluate
-from .losses import IGNORED
-from .losses.classification import rows_of
+from .evaluate import category_ids, check_truth, compare, detect_all
+from .measures import THIRDS, ap_of_thirds, loss_times, thirds
 from .outputs import claim, claim_folder, write_whole
 from .recipes import Recipe, with_model
 from .train import TrainingDiverged, train
@@ -68,6 +65,9 @@ class Study:
     variants: Callable[[Recipe], list[Variant]]
     recipe: str | None = None  # the default in place of the data's
     costs: bool = False  # whether it is about what a variant costs
+    weighs: bool = (
+        False  # whether it is about rare and frequent samples, and losses that take their time
+    )
 
 
 def loss_variants(recipe: Recipe) -> list[Variant]:
@@ -125,18 +125,34 @@ def box_loss_variants(recipe: Recipe) -> list[Variant]:
 
 
 def weighting_variants(recipe: Recipe) -> list[Variant]:
-    """Of RetinaNet with R50, PISA's figures as mmdet has them, those of noisy anchors as their authors do."""
-    papers = {
+    """PISA's figures are of RetinaNet with R50 on COCO as mmdet has them, those of noisy anchors its authors'; EQL's and EQLv2's
+    of Mask R-CNN with R50 on LVIS 1.0 as the latter's authors have them, and EFL's of its own pipeline there."""
+    weightings = {
         "none": None,
         "isr": None,
+        "isr_n": None,
         "carl": None,
         "pisa": "36.9 (none 35.6)",
         "cleanliness": "38.6 (none 36.5)",
+        "unified": None,
+        "unified_mean": None,
     }
-    return [
-        Variant(weighting, with_model(recipe, weighting=weighting), papers_ap)
-        for weighting, papers_ap in papers.items()
+    losses = {
+        "eql": "18.6, rare 2.1 (none 16.1, 0.0)",
+        "eqlv2": "23.7, rare 14.9 (none 16.1, 0.0)",
+        "efl": "29.2",
+    }
+    variants = [
+        Variant(name, with_model(recipe, weighting=name), papers_ap)
+        for name, papers_ap in weightings.items()
     ]
+    if recipe.model.num_classes > 1:  # they balance classes
+        variants += [
+            Variant(name, with_model(recipe, classification_loss=name), papers_ap)
+            for name, papers_ap in losses.items()
+            if name in CLASSIFICATION_LOSSES
+        ]
+    return variants
 
 
 def scale_variants(recipe: Recipe) -> list[Variant]:
@@ -228,8 +244,9 @@ STUDIES = {
     "box_loss": Study("Which box loss?", "smooth L1 alone", box_loss_variants),
     "weighting": Study(
         "Which anchors should count more?",
-        "PISA, Noisy Anchors; COCO",
+        "PISA, Noisy Anchors; COCO. EQL, EQLv2, EFL; LVIS",
         weighting_variants,
+        weighs=True,
     ),
     "scale": Study(
         "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants
@@ -253,7 +270,6 @@ STUDIES = {
         lambda recipe: [Variant("the recipe", recipe)],
     ),
 }
-DISTRIBUTION = "distribution"
 
 
 # ---- Running ------------------------------------------------------------------------------------
@@ -275,7 +291,10 @@ def run_study(
     study = STUDIES[name]
     if name != SEEDS:  # the paper compares detections of one view
         recipe = dataclasses.replace(recipe, symmetries=False)
-    variants = study.variants(recipe)
+    known = recipe
+    if study.weighs:
+        known = with_model(recipe, class_frequencies=data.class_frequencies())
+    variants = study.variants(known)
     check_truth(val)
     ids = category_ids(data.categories, val)
     record_file = out / f"{name}.json"
@@ -291,6 +310,8 @@ def run_study(
     if not record_file.exists():  # else they are the record's own
         claim([record_file, table, picture], overwrite=overwrite)
     record = _open_record(record_file, settings, device)
+    if study.weighs and len(ids) >= len(THIRDS):
+        record["images of rare and common classes"] = bounds_of_thirds(data)
     claim_folder(out)
     for seed in range(seeds):
         for variant in variants:
@@ -298,7 +319,7 @@ def run_study(
             if str(seed) not in runs:
                 seeded = dataclasses.replace(variant.recipe, seed=seed)
                 print(f"{name}: {variant.name}, seed {seed}")
-                figures = _run(seeded, data, val, ids, out, device, pretrained)
+                figures = _run(study, seeded, data, val, ids, out, device, pretrained)
                 runs[str(seed)] = figures | (cost(seeded)._asdict() if study.costs else {})
                 write_whole(record_file, json.dumps(record, indent=1) + "\n")
     papers = {variant.name: variant for variant in variants}
@@ -342,7 +363,15 @@ def _open_record(path: Path, settings: dict[str, Any], device: str) -> dict[str,
     return record
 
 
+def bounds_of_thirds(data: CocoDataset) -> list[int]:
+    """The largest numbers of images of a rare class and of a common one."""
+    frequencies = data.class_frequencies()
+    rare, common, _ = thirds(frequencies).values()
+    return [round(max(frequencies[n] for n in labels) * len(data)) for labels in (rare, common)]
+
+
 def _run(
+    study: Study,
     recipe: Recipe,
     data: CocoDataset,
     val: CocoDataset,
@@ -352,18 +381,24 @@ def _run(
     pretrained: bool,
 ) -> dict[str, float]:
     start = time.perf_counter()
+    has_thirds = study.weighs and len(ids) >= len(THIRDS)
     try:
         with tempfile.TemporaryDirectory(dir=out, prefix="run-") as scratch:
             checkpoint = Path(scratch, "checkpoint.pt")
             model = train(recipe, data, checkpoint, device=device, pretrained=pretrained)
     except TrainingDiverged:
         minutes = round((time.perf_counter() - start) / 60, 2)
-        return dict.fromkeys(FIGURES, 0.0) | {"train_minutes": minutes, "diverged": True}
+        figures = (*FIGURES, *(f"AP_{name}" for name in THIRDS if has_thirds))
+        return dict.fromkeys(figures, 0.0) | {"train_minutes": minutes, "diverged": True}
     trained = time.perf_counter()
     results = detect_all(model, recipe, ids, val) or []
     end = time.perf_counter()
+    evaluation = compare(val.coco, results, recipe.max_detections)
+    evaluation.summarize()
     return {
-        **evaluate(val.coco, results, recipe.max_detections),
+        **evaluation.figures(),
+        **(ap_of_thirds(evaluation, ids, data.class_frequencies()) if has_thirds else {}),
+        **(loss_times(model, recipe, data, device) if study.weighs else {}),
         "train_minutes": round((trained - start) / 60, 2),
         "seconds_an_image": round((end - trained) / len(val), 4),
         "diverged": False,
@@ -392,34 +427,52 @@ def mean_and_spread(runs: dict[str, dict[str, float]], figure: str) -> tuple[flo
 
 def to_table(study: Study, record: dict[str, Any], papers: dict[str, Variant]) -> str:
     seeds = max(len(runs) for runs in record["runs"].values())
-    minutes = sum(run["train_minutes"] for runs in record["runs"].values() for run in runs.values())
+    all_runs = [run for runs in record["runs"].values() for run in runs.values()]
+    minutes = sum(run["train_minutes"] for run in all_runs)
     recipe = record["recipe"]
     compared = any(variant.papers_ap is not None for variant in papers.values())
+    bounds = record.get("images of rare and common classes")
+    figures = ["AP", "AP50", *(f"AP_{name}" for name in THIRDS if bounds)]
+    columns = [*(figure.replace("_", ", ") for figure in figures), "seconds an image"]
+    columns += ["parameters", "multiply-adds"] * study.costs
+    columns += ["loss, ms", "of the step"] * study.weighs
+    columns += ["paper, AP"] * compared
+    columns += ["paper, parameters", "paper, multiply-adds"] * study.costs
+    of_thirds = (
+        " Rare, common and frequent are the thirds of the classes by the number of training images that have one: at most "
+        f"{bounds[0]}, at most {bounds[1]}, more."
+        if bounds
+        else ""
+    )
+    of_times = " The loss and the step are timed with their gradients, without the optimizer."
     lines = [
         f"**{study.question}** {record['device']}, torch {record['torch']}, {record['date']}, commit "
         f"{record['commit']}: {recipe['steps']} steps of {recipe['batch_size']} images of "
         f"{record['train']}, {seeds} seeds, evaluated on {record['val']}; {minutes:.0f} minutes of "
-        f"training. Mean ± standard deviation, in %. The paper: {study.paper}.",
+        f"training. Mean ± standard deviation, in %. The paper: {study.paper}.{of_thirds}{of_times * study.weighs}",
         "",
-        "| | AP | AP50 | seconds an image |"
-        + " parameters | multiply-adds |" * study.costs
-        + " paper, AP |" * compared
-        + " paper, parameters | paper, multiply-adds |" * study.costs,
-        "|---|--:|--:|--:|" + "--:|" * (4 * study.costs + compared),
+        f"| | {' | '.join(columns)} |",
+        "|---|" + "--:|" * len(columns),
     ]
     for name, runs in record["runs"].items():
         cells = [name]
         diverged = sum(run["diverged"] for run in runs.values())
         if diverged:
             cells[0] += f" (diverged with {diverged} of {len(runs)} seeds)"
-        for figure in ("AP", "AP50"):
-            mean, spread = mean_and_spread(runs, figure)
-            of_seeds = f" ± {100 * spread:.1f}" if len(runs) > 1 else ""
+        for figure in figures:
+            known = {seed: run for seed, run in runs.items() if figure in run}
+            if not known:  # an older record
+                cells.append("")
+                continue
+            mean, spread = mean_and_spread(known, figure)
+            of_seeds = f" ± {100 * spread:.1f}" if len(known) > 1 else ""
             cells.append(f"{100 * mean:.1f}{of_seeds}")
         times = [run["seconds_an_image"] for run in runs.values() if not run["diverged"]]
         cells.append(seconds(statistics.mean(times)) if times else "")
         if study.costs:
             cells += cost_cells(cost_of(runs))
+        if study.weighs:
+            cells += loss_cells(runs)
         if compared:
             papers_ap = papers[name].papers_ap if name in papers else None
             cells.append("" if papers_ap is None else str(papers_ap))
@@ -427,6 +480,15 @@ def to_table(study: Study, record: dict[str, Any], papers: dict[str, Variant]) -
             cells += cost_cells(papers[name].papers_cost if name in papers else None)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def loss_cells(runs: dict[str, dict[str, float]]) -> list[str]:
+    """Of the quickest run: what else the machine does adds to the others."""
+    timed = [run for run in runs.values() if "loss_seconds" in run]
+    if not timed:
+        return ["", ""]
+    loss, step = (min(run[name] for run in timed) for name in ("loss_seconds", "step_seconds"))
+    return [f"{1000 * loss:.1f}", f"{100 * loss / step:.1f} %"]
 
 
 def seconds(time: float) -> str:
@@ -444,8 +506,10 @@ def cost_cells(cost: Cost | None) -> list[str]:
 
 
 def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Variant]) -> None:
-    """AP50 and AP of each variant, beside the paper's AP where it has one."""
+    """AP50 and AP of each variant, and AP of rare to frequent classes, beside the paper's AP where it has one."""
     names = list(record["runs"])
+    all_runs = [run for runs in record["runs"].values() for run in runs.values()]
+    measures = ["AP50", "AP", *(f"AP_{name}" for name in THIRDS)]
     places = list(range(len(names)))[::-1]
     compared = {
         name: variant.papers_ap for name, variant in papers.items() if variant.papers_ap is not None
@@ -453,12 +517,22 @@ def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Var
     figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     ours, *theirs = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
-    for color, measure in (("C0", "AP50"), ("C1", "AP")):
+    for color, measure in zip(("C0", "C1", "C3", "C4", "C5"), measures, strict=True):
+        if not all(measure in run for run in all_runs):
+            continue
         figures = [mean_and_spread(record["runs"][name], measure) for name in names]
         means, spreads = (
             [100 * value for value in values] for values in zip(*figures, strict=True)
         )
-        ours.errorbar(means, places, xerr=spreads, fmt="o", color=color, capsize=3, label=measure)
+        ours.errorbar(
+            means,
+            places,
+            xerr=spreads,
+            fmt="o",
+            color=color,
+            capsize=3,
+            label=measure.replace("_", ", "),
+        )
     ours.set(yticks=places, yticklabels=names, xlim=(0, None), title=f"here ({record['val']})")
     ours.legend()
     for axes in theirs:
@@ -516,86 +590,3 @@ def draw_costs(
 
 def label(axes: Axes, text: str, x: float, y: float) -> None:
     axes.annotate(text, (x, y), xytext=(0, -14), textcoords="offset points", ha="center")
-
-
-# ---- Where the loss goes (the paper's figure 4) --------------------------------------------------
-
-GAMMAS = (0.0, 0.5, 1.0, 2.0)
-
-
-@torch.no_grad()
-def probabilities_of_the_truth(
-    model: Detector, stream: TrainingStream, images: int, device: str
-) -> tuple[Tensor, Tensor]:
-    """p_t of the positive and of the negative logits of `images` samples, float32 on the CPU."""
-    model.train()  # the anchors' targets are found only there
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    positives, negatives = [], []
-    for index in range(images):
-        batch, targets = collate([stream[index]])
-        transformed, resized = model.transform(
-            [image.to(device) for image in batch],
-            [{name: value.to(device) for name, value in t.items()} for t in targets],
-        )
-        outputs, anchors = model.outputs(transformed.tensors)
-        classes = model.loss_step.match(outputs, anchors, resized).classes[0]
-        rows = rows_of(outputs.cls_logits, model.config.num_classes)[0]
-        kept = classes != IGNORED
-        truth = classes[kept, None] == torch.arange(rows.shape[1], device=rows.device)
-        p = rows[kept].float().sigmoid()
-        positives.append(p[truth].cpu())
-        negatives.append(1 - p[~truth].cpu())
-    model.eval()
-    return torch.cat(positives), torch.cat(negatives)
-
-
-def cumulative_share(p_t: Tensor, gamma: float) -> Tensor:
-    """The share of the focal loss that the easiest 0, 1, ..., 1000 thousandths of the samples have."""
-    losses = -((1 - p_t.double()) ** gamma) * p_t.double().clamp(min=1e-12).log()
-    sums = torch.cat((losses.new_zeros(1), losses.sort().values.cumsum(0)))
-    places = torch.linspace(0, len(losses), 1001).round().long()
-    return sums[places] / sums[-1].clamp(min=1e-300)
-
-
-def run_distribution(
-    model: Detector, stream: TrainingStream, out: Path, source: str, images: int, device: str
-) -> Path:
-    """DISTRIBUTION.md and .png; the paper reads from its figure that the hardest fifth of the positives
-    has about half of their loss whatever gamma is, and that with gamma 2 nearly all of the negatives'
-    loss comes from a small fraction of them."""
-    positives, negatives = probabilities_of_the_truth(model, stream, images, device)
-    rows, curves = [], {}
-    for gamma in GAMMAS:
-        of_positives = cumulative_share(positives, gamma)
-        of_negatives = cumulative_share(negatives, gamma)
-        curves[gamma] = (of_positives, of_negatives)
-        rows.append(
-            f"| {gamma:g} | {100 * (1 - of_positives[800]):.0f} % | "
-            f"{100 * (1 - of_negatives[990]):.0f} % | {100 * (1 - of_negatives[999]):.0f} % |"
-        )
-    table, where = out / f"{DISTRIBUTION}.md", describe(torch.device(device))
-    write_whole(
-        table,
-        f"**Where does the loss go?** {source}: {len(positives):,} positive and {len(negatives):,} "
-        f"negative logits of {images} samples; {where['device']}, {where['date']}.\n\n"
-        "| gamma | of the positives' loss, the hardest fifth has | of the negatives', the hardest "
-        "1 % | the hardest 0.1 % |\n|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n",
-    )
-    figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    share = torch.linspace(0, 1, 1001)
-    for column, (axes, what) in enumerate(
-        zip(figure.subplots(1, 2), ("positive", "negative"), strict=True)
-    ):
-        for gamma in GAMMAS:
-            axes.plot(share, curves[gamma][column], label=f"gamma = {gamma:g}")
-        axes.set(
-            xlabel=f"share of the {what}s, easiest first", ylabel="share of their loss", ylim=(0, 1)
-        )
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(f"Cumulative normalised loss, {source} (the paper's figure 4)")
-    save_figure(out / f"{DISTRIBUTION}.png", figure)
-    return table

@@ -25,7 +25,13 @@ from .data.jitter import ScaleJitter
 from .detector import Detector
 from .detectors import create
 from .distributed import rank, share_buffers, world_size
-from .optimization import average_of, build_optimizer, lr_factor, synchronised
+from .optimization import (
+    average_of,
+    build_optimizers,
+    lr_factor,
+    network_parameters,
+    synchronised,
+)
 from .outputs import write_whole
 from .ranges import check, whole
 from .recipes import PRECISIONS, Recipe
@@ -79,7 +85,8 @@ def train(
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = average_of(recipe, model)
     evaluation_model = model if average is None else cast(Detector, average.module)
-    optimizer = build_optimizer(recipe, model)
+    optimizers = build_optimizers(recipe, model)
+    optimizer = optimizers["optimizer"]
     scaler = torch.amp.GradScaler(kind, enabled=recipe.precision == "float16")
     modules: dict[str, nn.Module] = {"model": model}
     if average is not None:
@@ -100,7 +107,7 @@ def train(
     if resume:
         checkpoint = load_checkpoint(checkpoint_file)
         check_same_run(checkpoint_file, checkpoint, recipe, constant, data.annotation_file)
-        restore(checkpoint_file, checkpoint, modules, optimizer, scaler)
+        restore(checkpoint_file, checkpoint, modules, optimizers, scaler)
         start = checkpoint["step"]
         restore_others(checkpoint_file, checkpoint, others)
         if validation is None and "validation" in checkpoint:
@@ -122,7 +129,7 @@ def train(
         if not all(p.isfinite().all() for p in model.parameters()):
             raise not_finite(recipe, stream, shares, done - 1, checkpoint_file)
         if rank() == 0:
-            parts: dict[str, Any] = {**modules, "optimizer": optimizer, "scaler": scaler, **others}
+            parts: dict[str, Any] = {**modules, **optimizers, "scaler": scaler, **others}
             states = {name: part.state_dict() for name, part in parts.items()}
             save_checkpoint(file, {**kept, **states, "step": done, **constant})
 
@@ -191,10 +198,11 @@ def train(
                 raise not_finite(recipe, stream, shares, step, checkpoint_file)
             if recipe.clip_norm is not None:
                 scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            scaler.step(optimizer)
+                nn.utils.clip_grad_norm_(network_parameters(model), recipe.clip_norm)
+            for each in optimizers.values():
+                scaler.step(each)
+                each.zero_grad(set_to_none=True)
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             if average is not None:
                 average.update_parameters(model)
             done = step + 1
@@ -232,21 +240,23 @@ def restore(
     file: Path,
     checkpoint: dict[str, Any],
     modules: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizers: dict[str, torch.optim.Optimizer],
     scaler: torch.amp.GradScaler,
 ) -> None:
-    missing = [n for n in (*modules, "optimizer", "scaler", "step") if n not in checkpoint]
+    missing = [n for n in (*modules, *optimizers, "scaler", "step") if n not in checkpoint]
     if missing:
         raise DataError(f"{file} holds no state of training to go on from: it has no {missing[0]}")
     check(f"{file}: its step", checkpoint["step"], whole(0, checkpoint["recipe"].steps))
     for name, module in modules.items():
         load_weights(module, checkpoint[name], file)
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(checkpoint[name])
         scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise DataError(f"{file} holds another optimizer's state ({error})") from None
-    for parameter, state in optimizer.state.items():
+    states = [item for optimizer in optimizers.values() for item in optimizer.state.items()]
+    for parameter, state in states:
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape not in (parameter.shape, ()):
                 raise DataError(

@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from models_fixtures import make_coco_folder
 from test_models_retinanet import TINY
 
-from models import study
+from models import distribution, study
 from models.__main__ import main
+from models.commands.common import for_data
 from models.config import CLASSIFICATION_LOSSES
 from models.data import open_data
 from models.detectors import create
 from models.efficientdet import EfficientDetConfig
 from models.losses import Matched
 from models.losses.classification import OHEM_BATCH, classification_loss, rows_of
+from models.measures import THIRDS, thirds
 from models.recipes import RECIPES, Recipe
 from models.structures import HeadOutputs
 from models.train import TrainingInterrupted, training_stream
@@ -231,6 +233,49 @@ def test_loss_study(coco, recipe_file, tmp_path):
     assert "| FL, gamma 2, alpha .25 |" in table and "| 34.0 |" in table and "| diverges |" in table
 
 
+def test_thirds_of_the_classes() -> None:
+    assert thirds((0.5, 0.1, 0.3, 0.2, 0.4, 0.1, 0.9)) == {
+        "rare": [1, 5],
+        "common": [3, 2, 4],
+        "frequent": [0, 6],
+    }
+
+
+def test_weighting_study(tmp_path, monkeypatch):
+    """With at least three classes AP by their frequency, and the time of the losses beside that of the step."""
+    data = make_coco_folder(tmp_path / "coco")
+    for split in ("train2017", "val2017"):
+        file = data / "annotations" / f"instances_{split}.json"
+        dataset = json.loads(file.read_text())
+        dataset["categories"].append({"id": 9, "name": "ring"})
+        dataset["annotations"][0]["category_id"] = 9
+        file.write_text(json.dumps(dataset))
+    train, val = (open_data(data, split) for split in ("train2017", "val2017"))
+    recipe = for_data(RECIPE, train)
+    names = [variant.name for variant in study.weighting_variants(recipe)]
+    assert {"none", "isr_n", "unified", "unified_mean", "eql"} <= {*names}
+    ours = [v for v in study.weighting_variants(recipe) if v.name in ("none", "unified")]
+    weighting = dataclasses.replace(study.STUDIES["weighting"], variants=lambda recipe: ours)
+    monkeypatch.setitem(study.STUDIES, "weighting", weighting)
+    out = tmp_path / "out"
+    out.mkdir()
+    table = study.run_study("weighting", recipe, train, val, out, seeds=2, pretrained=False)
+    text = table.read_text()
+    assert (
+        "| AP, rare | AP, common | AP, frequent |" in text and "| loss, ms | of the step |" in text
+    )
+    record = json.loads((out / "weighting.json").read_text())
+    assert (
+        record["images of rare and common classes"]
+        == sorted(round(f * len(train)) for f in train.class_frequencies())[:2]
+    )
+    for runs in record["runs"].values():
+        for run in runs.values():
+            assert 0 < run["loss_seconds"] < run["step_seconds"]
+            mean = sum(run[f"AP_{name}"] for name in THIRDS) / 3
+            assert mean == pytest.approx(run["AP"])
+
+
 def test_a_run_that_diverges_is_a_result(coco, tmp_path, monkeypatch):
     diverging = dataclasses.replace(RECIPE, learning_rate=1e30, weight_decay=1e30)
     monkeypatch.setitem(
@@ -252,7 +297,7 @@ def test_a_run_that_diverges_is_a_result(coco, tmp_path, monkeypatch):
 def test_distribution_study(coco, recipe_file, tmp_path):
     assert run_study("distribution", coco, recipe_file, tmp_path, "--samples", "3") == 0
     table = (tmp_path / "distribution.md").read_text()
-    assert table.count("\n| ") == 1 + len(study.GAMMAS)
+    assert table.count("\n| ") == 1 + len(distribution.GAMMAS)
     assert (tmp_path / "distribution.png").exists()
 
 
@@ -263,7 +308,7 @@ def test_the_distribution_is_of_the_model_as_it_detects(coco):
     model, data = create(config), open_data(coco, "train2017")
     before = copy.deepcopy(model.state_dict())
     stream = training_stream(dataclasses.replace(RECIPE, model=config), data)
-    study.probabilities_of_the_truth(model, stream, 2, "cpu")
+    distribution.probabilities_of_the_truth(model, stream, 2, "cpu")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not any(module.training for module in model.modules())
@@ -271,14 +316,14 @@ def test_the_distribution_is_of_the_model_as_it_detects(coco):
 
 def test_cumulative_share():
     p = torch.tensor([0.5] * 4 + [1.0] * 4)
-    share = study.cumulative_share(p, 0.0)
+    share = distribution.cumulative_share(p, 0.0)
     assert share[0] == 0 and share[-1] == 1 and share[500] == 0
     torch.testing.assert_close(share[750].item(), 0.5)
     hard, easy = torch.tensor([0.1]), torch.tensor([0.9])
     both = torch.cat((hard, easy))
     for gamma in (0.0, 2.0):
         losses = [(1 - q) ** gamma * -math.log(q) for q in (0.1, 0.9)]
-        easiest = study.cumulative_share(both, gamma)[500].item()
+        easiest = distribution.cumulative_share(both, gamma)[500].item()
         assert easiest == pytest.approx(losses[1] / sum(losses), rel=1e-5)
 
 

@@ -12,16 +12,20 @@ from models_fixtures import make_coco_folder
 from test_models_retinanet import TINY
 from torch import Tensor
 
-from focalops import box_iou, decode_boxes
+from focalops import box_iou, decode_boxes, nms_match
 from models.commands.common import for_data
 from models.config import WEIGHTINGS
 from models.data import open_data
 from models.losses import LossStep
 from models.losses.classification import rows_of
+from models.losses.unified import WeightingNetwork
 from models.losses.weighting import (
+    ISR_N_IOU,
+    UNIFIED,
     carl_weights,
     cleanliness,
     importance_of,
+    importance_of_negatives,
     keeping_the_sum,
     logits_of_the_truth,
     ranks,
@@ -98,7 +102,33 @@ def test_mmdet_s_numbers(case):
     torch.testing.assert_close(carl / case["avg_factor"], torch.tensor(case["carl"]))
 
 
-@pytest.mark.parametrize("weighting", ["isr", "pisa"])
+def test_importance_of_negatives():
+    """As the paper says it: groups of NMS in each image, ranks in a group, then one order of all of the batch."""
+    outputs, anchors, targets = scene()
+    for level in outputs.box_deltas:  # few boxes overlap otherwise
+        level.data.mul_(0.1)
+    step = loss_step("isr_n")
+    matched = step.match(outputs, anchors, targets)
+    weight, is_ranked = importance_of_negatives(matched, TINY.num_classes)
+    scores = rows_of(outputs.cls_logits, TINY.num_classes).sigmoid().amax(dim=2)
+    boxes = decode_boxes(rows_of(outputs.box_deltas, 4), anchors)
+    expected = (matched.classes == TINY.num_classes) & (scores > 0.05)
+    assert torch.equal(is_ranked, expected) and not expected.all()
+    entries = []  # (rank in its group, -score, image, anchor)
+    for image in range(3):
+        rows = expected[image].nonzero().flatten()
+        groups = nms_match(boxes[image, rows], scores[image, rows], ISR_N_IOU)
+        for group in groups.unique():
+            members = rows[groups == group].tolist()
+            members.sort(key=lambda row: -scores[image, row].item())
+            entries += [(n, -scores[image, r].item(), image, r) for n, r in enumerate(members)]
+    assert max(entry[0] for entry in entries) >= 2
+    for rank, (*_, image, row) in enumerate(sorted(entries)):
+        best = (1 - rank / len(entries)) ** 0.5
+        assert weight[image, row].item() == pytest.approx(best, rel=1e-5)
+
+
+@pytest.mark.parametrize("weighting", ["isr", "isr_n", "pisa"])
 def test_isr_keeps_the_sum_of_the_losses(weighting):
     outputs, anchors, targets = scene()
     weighted = loss_step(weighting, normalizer="batch")(outputs, anchors, targets)
@@ -217,16 +247,17 @@ def test_logits_of_the_truth():
         assert torch.equal(grad, other)
 
 
-@pytest.mark.parametrize("weighting", METHODS)
+@pytest.mark.parametrize("weighting", [name for name in METHODS if name != "isr_n"])
 def test_weights_see_the_iou_of_decoded_boxes(weighting, monkeypatch):
     """What reaches the methods is the overlap of the box that the network gives, not the anchor's."""
     outputs, anchors, targets = scene()
     seen = []
     name = {"cleanliness": "soft_labels", "carl": "carl_weights"}.get(weighting, "importance_of")
-    original = getattr(weighting_module(), name)
-    monkeypatch.setattr(
-        weighting_module(), name, lambda *args: seen.append(args[0]) or original(*args)
-    )
+    where, place = weighting_module(), 0
+    if weighting in UNIFIED:
+        where, name, place = WeightingNetwork, "of_anchors", 1
+    original = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args: seen.append(args[place]) or original(*args))
     step = loss_step(weighting)
     step(outputs, anchors, targets)
     matched = step.match(outputs, anchors, targets)
@@ -261,7 +292,8 @@ def test_empty_images_and_one_positive(weighting):
         for grad in torch.autograd.grad(total, leaves(outputs), allow_unused=True):
             assert grad is None or grad.isfinite().all()
         plain = loss_step()(outputs, anchors, these)
-        if weighting != "cleanliness":  # whose labels are softer
+        # The labels of the one are softer, the other moves losses between images.
+        if weighting not in ("cleanliness", "isr_n"):
             for name in ("classification", "bbox_regression"):
                 torch.testing.assert_close(losses[name], plain[name], rtol=1e-5, atol=1e-6)
 
@@ -269,9 +301,9 @@ def test_empty_images_and_one_positive(weighting):
 @pytest.mark.parametrize("weighting", METHODS)
 def test_two_runs_give_the_same_bits(weighting):
     outputs, anchors, targets = scene()
-    runs = []
+    runs, step = [], loss_step(weighting)
     for _ in range(2):
-        losses = loss_step(weighting)(outputs, anchors, targets)
+        losses = step(outputs, anchors, targets)
         runs.append([*losses.values(), *torch.autograd.grad(sum(losses.values()), leaves(outputs))])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

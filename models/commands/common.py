@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import DetectorConfig
-from ..data import CocoDataset, DataError, open_data
+from ..data import BUILT_IN, CocoDataset, DataError, open_data
 from ..detectors import DETECTORS, PUBLISHED, named
 from ..distributed import rank
 from ..recipes import RECIPES, Recipe, with_model
 
-DATA_HELP = "a COCO-format folder, or 'trees', the built-in aerial photographs"
+DATA_HELP = (
+    "a COCO-format folder, or what is built in: 'trees', aerial photographs, or 'shapes', drawn ones of 30 classes, most "
+    "of them rare"
+)
 
 
 def find_recipe(name: str) -> Recipe:
@@ -35,7 +38,7 @@ def find_recipe(name: str) -> Recipe:
 def add_recipe_arguments(parser: argparse._ActionsContainer, note: str = "") -> None:
     parser.add_argument(
         "--recipe",
-        help=f"{', '.join(RECIPES)} or a file that configs printed{note}; default: trees for trees, else "
+        help=f"{', '.join(RECIPES)} or a file that configs printed{note}; default: that of built-in data, else "
         "what --model has of its own, else coco",
     )
     add_model_argument(parser)
@@ -58,7 +61,7 @@ def chosen_model(options: argparse.Namespace) -> DetectorConfig | None:
 def chosen_recipe(options: argparse.Namespace) -> Recipe:
     """That of --recipe, or what belongs to the data or to --model; with its own model."""
     own = options.model_name if options.model_name in RECIPES else "coco"
-    return find_recipe(options.recipe or ("trees" if options.data == "trees" else own))
+    return find_recipe(options.recipe or (options.data if options.data in BUILT_IN else own))
 
 
 def model_for(recipe: Recipe, model: DetectorConfig | None) -> DetectorConfig:

@@ -20,11 +20,12 @@ from ..commands.common import (
 from ..commands.flags import add_fields, check_given, given_fields
 from ..curves import CURVES, run_curves
 from ..data import CocoDataset, prepare_backbone_weights
+from ..distribution import DISTRIBUTION, run_distribution
 from ..outputs import claim, claim_folder, locked
 from ..ranges import check, whole
 from ..recipes import RANGES, Recipe
 from ..simulation import BOX_REGRESSION, run_box_regression
-from ..study import DISTRIBUTION, STUDIES, run_distribution, run_study
+from ..study import STUDIES, run_study
 from ..train import (
     TrainingInterrupted,
     TrainingStopped,

