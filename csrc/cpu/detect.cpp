@@ -4,9 +4,9 @@
 // A level of an image is contiguous memory in both layouts, and is compared with the threshold as
 // such; only what passes is scored and gets an index. The pass is cut into pieces, the unit of
 // parallel work. A thread keeps the best candidates of the pieces that it does one after another;
-// once it has as many as can be chosen, the worst of them raises the threshold, so that a head whose
-// every logit passes costs little more.
-// Boxes are decoded when NMS comes to them, which stops at max_detections.
+// once it has as many as can be chosen, the worst of them raises the threshold, so that a head
+// whose every logit passes costs little more. Boxes are decoded when NMS comes to them, which stops
+// at max_detections.
 #include <algorithm>
 #include <functional>
 #include <limits>
