@@ -31,10 +31,9 @@ def plain(
     is_class = F.one_hot(labels.clamp(0, x.shape[-1]).long(), x.shape[-1] + 1)[..., :-1].bool()
     counts = (labels >= 0)[..., None]
     is_class = is_class & counts
-    p_t = torch.where(is_class, x, -x).sigmoid()
+    x_t = torch.where(is_class, x, -x)  # without 1 - p_t, which would cancel
     alpha_t = torch.where(is_class, alpha, 1 - alpha)
-    cross_entropy = F.binary_cross_entropy_with_logits(x, is_class.double(), reduction="none")
-    losses = alpha_t * (1 - p_t) ** gamma.double() * cross_entropy * counts
+    losses = alpha_t * (-x_t).sigmoid() ** gamma.double() * -F.logsigmoid(x_t) * counts
     if weight is not None:
         losses = losses * weight[..., None].double()
     if class_weight is not None:
