@@ -46,6 +46,7 @@ CPU_FLAGS = ["-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 LOSS_FLAGS = ["-ffp-contract=fast"]
 CPU_FLAGS_OF = {
     "csrc/cpu/focal_loss.cpp": LOSS_FLAGS,
+    "csrc/cpu/dense_equalized_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_row_losses.cpp": LOSS_FLAGS,
     "csrc/cpu/row_losses.cpp": LOSS_FLAGS,

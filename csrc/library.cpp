@@ -48,6 +48,12 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, float "
       "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
       "normalizer, float min_normalizer) -> Tensor loss");
+  // gamma: (K,); gradient_sums: float64 (2, K), of each class the sums of the gradients, not divided
+  // by the normalizer, that raise its logits, and of those that lower them.
+  m.def(
+      "dense_equalized_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor gamma, float alpha, "
+      "Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, float "
+      "min_normalizer, bool compute_grad) -> (Tensor loss, Tensor gradient_sums, Tensor[] grads)");
   // Of any member of row_losses::All but softmax_focal_loss. scores: (B, N); losses: (B, N), one an
   // anchor, multiplied by its weight and divided by its image's normalizer.
   m.def(

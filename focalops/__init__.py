@@ -20,6 +20,7 @@ from focalops.boxes import (
     encode_boxes,
     generalized_box_iou,
 )
+from focalops.dense_equalized_focal_loss import dense_equalized_focal_loss
 from focalops.dense_focal_loss import dense_focal_loss
 from focalops.dense_row_losses import dense_quality_loss
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
@@ -53,6 +54,7 @@ __all__ = [
     "count_degenerate_boxes",
     "decode_boxes",
     "dense_box_loss",
+    "dense_equalized_focal_loss",
     "dense_focal_loss",
     "dense_quality_loss",
     "detect",

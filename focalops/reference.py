@@ -126,6 +126,37 @@ def dense_quality_loss(
     return _reduce_anchors(losses, reduction, normalizer, min_normalizer)
 
 
+def dense_equalized_focal_loss(
+    cls_logits: Sequence[Tensor],  # L of [B, A * K, H, W]
+    labels: Tensor,  # [B, N], N = sum of H * W * A
+    gamma: Tensor,  # [K]
+    alpha: float = 0.25,
+    *,
+    normalizer: Tensor | float | None = None,  # a number, 0-d or [B]
+    min_normalizer: float = 1,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,  # [B, N]
+    class_weight: Tensor | None = None,  # [K] or [3, K]
+) -> tuple[Tensor, Tensor]:
+    x = _dense_rows(cls_logits, labels)[
+        ..., : len(gamma)
+    ]  # where there are no rows nothing tells K
+
+    def losses_of(x: Tensor) -> Tensor:
+        losses = _focal_hard(x, one_hot(labels, x.shape[-1]), alpha, gamma.to(x.dtype))
+        losses = _weigh(losses, weight, class_weight, labels)
+        return _reduce(losses, x, labels, "none", ignore_index, None, 1)
+
+    with torch.enable_grad():
+        own = x.detach().requires_grad_()
+        (grads,) = torch.autograd.grad(losses_of(own).sum(), own)
+    # Of the anchors that have the class the gradient is negative, of all others positive.
+    by_sign = torch.stack(((-grads).clamp(min=0), grads.clamp(min=0)))
+    return _reduce_anchors(losses_of(x), "sum", normalizer, min_normalizer), by_sign.double().sum(
+        dim=(1, 2)
+    )
+
+
 def _dense_rows(cls_logits: Sequence[Tensor], labels: Tensor) -> Tensor:  # [B, N, K]
     positions = sum(level.shape[2] * level.shape[3] for level in cls_logits)
     anchors = labels.shape[1] // max(positions, 1)
@@ -377,7 +408,7 @@ SATURATED = 100.0
 
 
 def _focal_hard(
-    x: Tensor, positive: Tensor, alpha: float, gamma: float, smoothing: float = 0
+    x: Tensor, positive: Tensor, alpha: float, gamma: Tensor | float, smoothing: float = 0
 ) -> Tensor:
     """alpha_t (1 - p_t)^gamma times the cross entropy, smoothed or not. At an infinite logit it is the limit of the product:
     where alpha_t is 0 that is 0, as at every finite logit."""
@@ -389,13 +420,16 @@ def _focal_hard(
         cross_entropy = -F.logsigmoid(-s)
         if smoothing:
             cross_entropy = cross_entropy * (1 - half) - F.logsigmoid(s) * half
-        modulation = torch.exp(gamma * F.logsigmoid(s.clamp(max=SATURATED))) if gamma else 1
+        modulation: Tensor | float = 1
+        if isinstance(gamma, Tensor) or gamma:  # of classes it may be 0, times -inf
+            log_q = F.logsigmoid(s.clamp(max=SATURATED)).clamp(min=torch.finfo(s.dtype).min)
+            modulation = torch.exp(gamma * log_q)
         return alpha_t * modulation * cross_entropy
 
     if not smoothing and alpha not in (0, 1):
         return loss_of(s)  # has its limits
     # The modulating factor is 1 on one side, and on the other 0 unless gamma is.
-    return _with_limits(s, loss_of, alpha_t * (1 - half), alpha_t * (0 if gamma else half))
+    return _with_limits(s, loss_of, alpha_t * (1 - half), alpha_t * half * (gamma == 0))
 
 
 def _alpha_of(t: Tensor, alpha: float) -> Tensor:

@@ -164,7 +164,7 @@ class MatchingConfig(Config):
             )
 
 
-ClassificationLoss = Literal["focal", "focal_star", "eql", "ohem", "hinge"]
+ClassificationLoss = Literal["focal", "focal_star", "eql", "eqlv2", "efl", "ohem", "hinge"]
 # Prime sample attention: importance-based sample reweighting of positives, of negatives, classification-aware regression loss,
 # the first and the third; noisy anchors; the unified sample weighting network, with one weight for all class losses or not.
 Weighting = Literal[
@@ -211,8 +211,9 @@ class LossConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.classification_loss == "focal_star" and self.gamma == 0:
-            raise ValueError("gamma must be above 0 with classification_loss focal_star, got 0")
+        name = self.classification_loss
+        if name in ("focal_star", "efl") and self.gamma == 0:  # it divides
+            raise ValueError(f"gamma must be above 0 with classification_loss {name}, got 0")
         if self.weighting != "none" and self.classification_loss not in ("focal", "eql"):
             raise ValueError(
                 f"weighting must be none unless classification_loss is focal or eql, got {self.weighting}"

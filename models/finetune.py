@@ -16,14 +16,18 @@ def take_weights(
 ) -> str:
     """Gives a new model what fits of the checkpoint `source`, read from `path`; says what that was.
 
-    Every tensor of the same name and shape is taken. Of the class layers the rows of the categories
+    Every tensor of the same name and shape is taken, but for the loss step's. Of the class layers the rows of the categories
     of the same name are, wherever they stand; the others start anew.
 
     Raises:
         DataError: nothing fits.
     """
     weights = averaged(source)
-    own = model.state_dict()  # shares the model's memory
+    own = {  # shares the model's memory; what the loss step remembers is of the other run
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("loss_step.")
+    }
     whole = [name for name in own if not name.startswith(model.class_layers)]
     of_classes = [name for name in own if name.startswith(model.class_layers)]
     fitting = [n for n in whole if getattr(weights.get(n), "shape", None) == own[n].shape]

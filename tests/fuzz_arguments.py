@@ -177,6 +177,17 @@ def dense_focal_loss() -> Arguments:
     }
 
 
+def dense_equalized_focal_loss() -> Arguments:
+    arguments = dense_focal_loss()
+    levels, labels = arguments["cls_logits"], arguments["labels"]
+    positions = sum(level.shape[2] * level.shape[3] for level in levels)
+    classes = levels[0].shape[1] // max(labels.shape[1] // max(positions, 1), 1)
+    gamma = torch.tensor([pick((0.0, 0.5, 2.0, 3.0, 10.0)) for _ in range(classes)])
+    for name in ("reduction", "gamma", "label_smoothing"):
+        arguments.pop(name, None)
+    return {**arguments, "gamma": gamma.to(pick((torch.float32, torch.float64)))}
+
+
 DENSE_TARGETS = ("quality_focal_loss", "soft_focal_loss", "varifocal_loss")
 QUALITY_LOSSES: dict[str, dict[str, Sequence[Any]]] = {
     "ia_bce_loss": {"alpha": (0.25, 0.5), "gamma": (0, 1.5, 2)},
@@ -508,6 +519,7 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "count_degenerate_boxes": count_degenerate_boxes,
     "decode_boxes": decode_boxes,
     "dense_box_loss": dense_box_loss,
+    "dense_equalized_focal_loss": dense_equalized_focal_loss,
     "dense_focal_loss": dense_focal_loss,
     "detect": detect,
     "encode_boxes": encode_boxes,

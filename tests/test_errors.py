@@ -37,7 +37,9 @@ REDUCED_LOSSES = (
 )
 
 
-def reductions_of(op: str) -> tuple[str, ...]:
+def reductions_of(op: str) -> tuple[str | None, ...]:
+    if "reduction" not in inspect.signature(function_of(op)).parameters:
+        return (None,)
     return ("none", "sum") if op.startswith("dense_") else ("none", "mean", "sum")
 
 
@@ -68,6 +70,7 @@ def right_arguments() -> dict[str, Arguments]:
         "count_degenerate_boxes": {"gt_boxes": torch.zeros(2, 3, 4)},
         "decode_boxes": {"deltas": boxes, "anchors": boxes},
         "dense_box_loss": head_of_boxes,
+        "dense_equalized_focal_loss": head_of_classes | {"gamma": torch.ones(5)},
         "dense_focal_loss": head_of_classes,
         "dense_quality_loss": head_of_classes | {"scores": torch.zeros(2, 57)},
         "detect": {
@@ -341,6 +344,16 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("reduction", always("mean"), "reduction must be 'none' or 'sum', got 'mean'"),
         ("weight", always(torch.ones(3)), "weight must have the shape of matches, (2, 57), and be float32 (float64 for float64 deltas), got (3,) and torch.float32"),
         ("weight", lambda _: elsewhere(torch.ones(2, 57)), "weight " + ELSEWHERE.format("matches")),
+    ],
+    "dense_equalized_focal_loss": [
+        *(case for case in HEAD_OF_CLASSES if case[0] != "reduction"),
+        ("weight", lambda _: torch.ones(2, 57, requires_grad=True), "weight must not require grad"),
+        ("alpha", always(1.5), "alpha must lie in [0, 1], or be negative for none, got 1.5"),
+        ("gamma", lambda g: g[:3], "gamma must have shape (5,) and be float32 (float64 for float64 logits), got (3,) and torch.float32"),
+        ("gamma", lambda g: g[None], "gamma must have shape (5,) and be float32 (float64 for float64 logits), got (1, 5) and torch.float32"),
+        ("gamma", elsewhere, "gamma " + ELSEWHERE.format("the logits")),
+        ("gamma", lambda g: g.clone().requires_grad_(), "gamma must not require grad"),
+        *numbers_that_the_host_needs("min_normalizer"),
     ],
     "dense_focal_loss": [
         *HEAD_OF_CLASSES,
@@ -639,6 +652,7 @@ def check_says(op: str, arguments: Arguments, sentence: str, backend: str, devic
 
 LOSS_TENSORS = {
     **{op: ["inputs", "weight", "class_weight"] for op in ROW_LOSSES},
+    "dense_equalized_focal_loss": ["labels", "gamma", "weight", "class_weight"],
     "dense_focal_loss": ["labels", "weight", "class_weight"],
     "dense_quality_loss": ["labels", "scores", "weight", "class_weight"],
     "sigmoid_focal_loss": ["inputs", "targets", "weight", "class_weight"],
@@ -673,7 +687,7 @@ def test_says_what_is_no_tensor(op):
     ("op", "reduction"), [(op, r) for op in LOSS_TENSORS for r in reductions_of(op)]
 )
 def test_losses_take_tensors(op, reduction):
-    options = {"reduction": reduction}
+    options = {} if reduction is None else {"reduction": reduction}
     wrongs = {"ndarray": np.zeros(6), "list": [0.0] * 6, "float": 0.5, "NoneType": None}
 
     def says(sentence: str, **wrong: Any) -> None:

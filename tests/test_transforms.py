@@ -18,6 +18,7 @@ from focalops import (
     count_degenerate_boxes,
     decode_boxes,
     dense_box_loss,
+    dense_equalized_focal_loss,
     dense_focal_loss,
     dense_quality_loss,
     detect,
@@ -103,6 +104,10 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     "dense_box_loss": (
         lambda d3, d4, a, g, m: dense_box_loss([d3, d4], a.detach(), g.detach(), m, loss="giou"),
         head_of_boxes,
+    ),
+    "dense_equalized_focal_loss": (
+        lambda p3, p4, labels, gamma: dense_equalized_focal_loss([p3, p4], labels, gamma.detach()),
+        lambda n: (*head(n), torch.tensor([0.0, 2.0, 4.5])),
     ),
     "dense_focal_loss": (lambda p3, p4, labels: dense_focal_loss([p3, p4], labels), head),
     "dense_quality_loss": (

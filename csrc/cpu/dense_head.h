@@ -49,19 +49,23 @@ struct Piece {
   int64_t number;
 };
 
+inline Piece piece_of(const Cut& cut, int64_t number) {
+  size_t l = 0;
+  while (l + 1 < cut.levels.size() && number >= cut.levels[l + 1].first) {
+    ++l;
+  }
+  const Pieces& pieces = cut.levels[l];
+  const int64_t in_level = number - pieces.first;
+  return {l, in_level / pieces.of_image, in_level % pieces.of_image, number};
+}
+
 // Calls f(piece, block) for each piece, from any thread.
 template <typename T, typename F>
 void for_each_piece(const Cut& cut, const F& f) {
   torch::stable::parallel_for(0, cut.num_pieces, 1, [&](int64_t number, int64_t end) {
     Block<T> block;
-    size_t l = 0;
     for (; number < end; ++number) {
-      while (l + 1 < cut.levels.size() && number >= cut.levels[l + 1].first) {
-        ++l;
-      }
-      const Pieces& pieces = cut.levels[l];
-      const int64_t in_level = number - pieces.first;
-      f(Piece{l, in_level / pieces.of_image, in_level % pieces.of_image, number}, block);
+      f(piece_of(cut, number), block);
     }
   });
 }
@@ -142,8 +146,9 @@ struct DenseHead {
       for (; next < num_labelled && labelled[next].label == k; ++next) {
         positives[num_positives++] = {labelled[next].at, labelled[next].score};
       }
-      evaluate_negatives<WithGrad>(plane, block.loss, block.grad, n, formula);
-      evaluate_positives<WithGrad>(plane, positives, num_positives, formula, block);
+      const auto& of_k = of_class(formula, k);
+      evaluate_negatives<WithGrad>(plane, block.loss, block.grad, n, of_k, 0);
+      evaluate_positives<WithGrad>(plane, positives, num_positives, of_k, 0, block);
       for (int64_t i = 0; by_part && i < num_labelled; ++i) {
         const auto [label, at, _] = labelled[i];
         const T weight = block.weights[at] *

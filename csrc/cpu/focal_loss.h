@@ -25,11 +25,14 @@ constexpr int64_t kBlock = 1024;  // logits in the buffers of one thread; they s
 // The unit of parallel work, and of the sum's order, which is the same on any machine.
 constexpr int64_t kLogitsPerChunk = 16 * kBlock;
 
+// `column` is the first logit's in its row. A formula that looks at it knows what follows the last
+// class too: there the first one comes again.
 template <bool WithGrad, typename T, typename Loss>
-FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n, Loss formula) {
+FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n, Loss formula,
+                                      int64_t column) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const LossAndGrad<T> value = formula.negative(x[i]);
+    const LossAndGrad<T> value = of_class(formula, column + i).negative(x[i]);
     loss[i] = value.loss;
     if (WithGrad) {
       grad[i] = value.grad;
@@ -117,10 +120,10 @@ struct RowExtras {
 
 template <bool WithGrad, typename T, typename Loss>
 void evaluate_positives(const T* logits, const Positive<T>* positives, int64_t count,
-                        const Loss& formula, Block<T>& block) {
+                        const Loss& formula, int64_t column, Block<T>& block) {
   for (int64_t i = 0; i < count; ++i) {
     const auto [at, score] = positives[i];
-    const LossAndGrad<T> value = formula.positive(logits[at], score);
+    const LossAndGrad<T> value = of_class(formula, column + at).positive(logits[at], score);
     block.loss[at] = value.loss;
     if (WithGrad) {
       block.grad[at] = value.grad;
@@ -175,8 +178,9 @@ void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtr
   int64_t num_positives = 0, num_ignored = 0;
 
   const T* logits = as_computed(inputs + begin, block.logits, n);
-  const int64_t end = begin + n;
-  for (int64_t row = begin / num_classes; row * num_classes < end; ++row) {
+  const int64_t end = begin + n, first_row = begin / num_classes;
+  const int64_t column = begin - first_row * num_classes;
+  for (int64_t row = first_row; row * num_classes < end; ++row) {
     const int64_t row_begin =
         row * num_classes - begin;  // in the block, negative where the row began before it
     const Range range{std::max<int64_t>(row_begin, 0), std::min(row_begin + num_classes, n)};
@@ -201,8 +205,8 @@ void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtr
       invalid.note(target);
     }
   }
-  evaluate_negatives<WithGrad>(logits, block.loss, block.grad, n, formula);
-  evaluate_positives<WithGrad>(logits, positives, num_positives, formula, block);
+  evaluate_negatives<WithGrad>(logits, block.loss, block.grad, n, formula, column);
+  evaluate_positives<WithGrad>(logits, positives, num_positives, formula, column, block);
   if (extras.weighs()) {
     weigh<WithGrad>(block, T(1), n);
   }

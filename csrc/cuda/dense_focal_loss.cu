@@ -9,8 +9,6 @@
 namespace focalops {
 namespace {
 
-constexpr int64_t kClassesOfSlice = 16;
-
 // How the classes of a plane's positions are divided among threads.
 struct Slices {
   int64_t count;

@@ -40,6 +40,36 @@ struct Head {
   std::conditional_t<std::is_void_v<Extras>, char, Extras> extras;  // as the labels
 };
 
+constexpr int64_t kClassesOfSlice = 16;  // of planes, that a thread walks through, about
+constexpr int kMaxSlices = 8;            // of a block, so that a warp has neighbouring positions
+
+// How an item is divided whose threads meet: rows are whole ones, and the slices of the classes of
+// the same positions are of one block.
+template <typename scalar_t>
+struct Division {
+  int64_t rows = 1;  // of an item
+  int lanes = 1;     // that add up a row
+  int slices = 1;
+  int classes_of_slice;
+
+  explicit Division(int64_t num_classes) {
+    constexpr int64_t kChunk = kLogitsPerChunk<scalar_t>, N = kVectorSize<scalar_t>;
+    if (num_classes < kChunk) {
+      rows = kChunk / num_classes;
+      rows = rows > N ? rows / N * N : rows;  // items begin at a multiple of 16 bytes
+    }
+    while (lanes < kWarpSize && 2 * lanes <= num_classes) {
+      lanes *= 2;
+    }
+    while (slices < kMaxSlices && 2 * slices * kClassesOfSlice <= num_classes) {
+      slices *= 2;
+    }
+    classes_of_slice = static_cast<int>(ceil_div(num_classes, slices));
+  }
+
+  FOCALOPS_HOST_DEVICE int vectors() const { return kThreads / slices; }
+};
+
 // Vectors in flight: what else the rows of 8 logits have takes the registers of two.
 template <typename Head>
 constexpr int kInFlight =
@@ -123,14 +153,15 @@ __device__ __forceinline__ Values<T, N> evaluate_plane(
     const Head& head, const Vector<typename Head::scalar_t, N>& logits, const ElementMasks& masks,
     const T (&weight)[N], int64_t row, int column, const Loss& formula) {
   const PartWeights<T> class_weights(head.extras.class_weights, column);
+  const auto& of_column = of_class(formula, column);
   Values<T, N> values;
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const uint32_t bit = 1u << j;
     const T x = masks.invalid & bit ? quiet_nan<T>() : static_cast<T>(logits.data[j]);
-    LossAndGrad<T> value = formula.negative(x);
+    LossAndGrad<T> value = of_column.negative(x);
     if (masks.positive & bit) {
-      value = formula.positive(x, head.extras.score_of(row + j * head.anchors));
+      value = of_column.positive(x, head.extras.score_of(row + j * head.anchors));
     }
     const T factor = weight[j] * class_weights.at(masks.part_of(bit));
     values.loss[j] = masks.ignored & bit ? T(0) : factor * value.loss;

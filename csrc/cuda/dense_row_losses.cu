@@ -16,35 +16,6 @@
 namespace focalops {
 namespace {
 
-constexpr int64_t kClassesOfSlice = 16;
-constexpr int kMaxSlices = 8;  // so that a warp has neighbouring positions
-
-// How an item is divided.
-template <typename scalar_t>
-struct Division {
-  int64_t rows = 1;  // of an item
-  int lanes = 1;     // that add up a row
-  int slices = 1;
-  int classes_of_slice;
-
-  explicit Division(int64_t num_classes) {
-    constexpr int64_t kChunk = kLogitsPerChunk<scalar_t>, N = kVectorSize<scalar_t>;
-    if (num_classes < kChunk) {
-      rows = kChunk / num_classes;
-      rows = rows > N ? rows / N * N : rows;  // items begin at a multiple of 16 bytes
-    }
-    while (lanes < kWarpSize && 2 * lanes <= num_classes) {
-      lanes *= 2;
-    }
-    while (slices < kMaxSlices && 2 * slices * kClassesOfSlice <= num_classes) {
-      slices *= 2;
-    }
-    classes_of_slice = static_cast<int>(ceil_div(num_classes, slices));
-  }
-
-  FOCALOPS_HOST_DEVICE int vectors() const { return kThreads / slices; }
-};
-
 template <typename Head, typename Loss, typename Cut, typename T = typename Head::T>
 __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& division,
                                                const LossLevel& level, int64_t image, int64_t part,

@@ -140,9 +140,10 @@ __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N
     }
     const uint32_t bit = 1u << j;
     const T x = masks.invalid & bit ? quiet_nan<T>() : static_cast<T>(logits.data[j]);
-    LossAndGrad<T> value = formula.negative(x);
+    const auto& of_column = of_class(formula, column);
+    LossAndGrad<T> value = of_column.negative(x);
     if (masks.positive & bit) {
-      value = formula.positive(x, extras.score_of(row));
+      value = of_column.positive(x, extras.score_of(row));
     }
     const bool counts = !(masks.ignored & bit) && row < num_rows;
     const T factor =

@@ -160,6 +160,26 @@ struct FocalLoss {
   }
 };
 
+// The loss of the logits of a class: of most losses the same for all.
+template <typename Loss>
+FOCALOPS_HOST_DEVICE const Loss& of_class(const Loss& formula, int64_t) {
+  return formula;
+}
+
+// The focal loss whose gamma is of the class (Li et al., "Equalized Focal Loss for Dense
+// Long-Tailed Object Detection", 2022).
+template <typename T>
+struct FocalLossByClass {
+  AlphaBalance<T> alpha;
+  const T* gamma;  // [K]
+};
+
+template <typename T>
+FOCALOPS_HOST_DEVICE FocalLoss<T, kAnyGamma> of_class(const FocalLossByClass<T>& formula,
+                                                      int64_t column) {
+  return {formula.alpha, formula.gamma[column]};
+}
+
 // FL* of the paper's appendix, in x_t = -s: L = -a log(sigmoid(gamma x_t + beta)) / gamma. A soft
 // target weights x_t = (2 t - 1) x, as in fvcore.
 template <typename T>

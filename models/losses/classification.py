@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focalops import dense_focal_loss, nms, sigmoid_focal_loss_star
+from focalops import dense_equalized_focal_loss, dense_focal_loss, nms, sigmoid_focal_loss_star
 from focalops.reference import head_rows
 
 from ..config import LossConfig
 from .matching import IGNORED, Matched
 
 OHEM_BATCH, OHEM_NMS = 128, 0.5  # the paper's best
+EFL_SCALE = 8.0  # how much gamma grows at most
 HINGE = 0.5  # the probability of the truth from which on the loss is 0
 
 
@@ -45,6 +46,42 @@ def equalization(config: LossConfig) -> Tensor:
     frequencies = torch.tensor(config.class_frequencies)
     ones = torch.ones_like(frequencies)
     return torch.stack((ones, (frequencies >= config.rare_below).float(), ones))
+
+
+def eqlv2(matched: Matched, config: LossConfig) -> Tensor:
+    """Tan et al., "Equalization Loss v2", 2021: objects of a class weigh more, and all else less, while its objects had less
+    gradient than all else. The gradients are those of the loss that is trained, with its alpha, gamma and these weights; the
+    paper's are those of cross entropy, which alpha -1 and gamma 0 give. Its extra output, whether there is an object at all, is
+    left out, as the heads here have none."""
+    assert matched.balance is not None
+    ratio = matched.balance.ratio(before=100)
+    of_others = torch.sigmoid(12 * (ratio - 0.8))
+    class_weight = torch.stack((1 + 4 * (1 - of_others), of_others, of_others))
+    return equalized(matched, config, torch.full_like(ratio, config.gamma), class_weight)
+
+
+def efl(matched: Matched, config: LossConfig) -> Tensor:
+    """Li et al., "Equalized Focal Loss for Dense Long-Tailed Object Detection", 2022: the less gradient the objects of a class
+    had, compared with all else, the larger its gamma, and its weight with it."""
+    assert matched.balance is not None
+    ratio = matched.balance.ratio(before=1).clamp(max=1)
+    gamma = config.gamma + EFL_SCALE * (1 - ratio)
+    return equalized(matched, config, gamma, gamma / config.gamma)
+
+
+def equalized(matched: Matched, config: LossConfig, gamma: Tensor, class_weight: Tensor) -> Tensor:
+    """Of gradients before this step; those of this one are added for the next."""
+    assert matched.balance is not None
+    loss, gradient_sums = dense_equalized_focal_loss(
+        matched.outputs.cls_logits,
+        matched.classes,
+        gamma,
+        config.alpha,
+        normalizer=matched.normalizers,
+        class_weight=class_weight,
+    )
+    matched.balance.add(gradient_sums)
+    return loss
 
 
 # ---- Of one image: rows (N, K), labels (N,), normalizer (), anchors (N, 4) ------------------------
@@ -98,6 +135,8 @@ LOSSES: dict[str, Loss] = {
     "focal": focal,
     "focal_star": image_by_image(focal_star),
     "eql": focal,
+    "eqlv2": eqlv2,
+    "efl": efl,
     "ohem": image_by_image(ohem),
     "hinge": image_by_image(hinge),
 }

@@ -11,6 +11,7 @@ from focalops import match_anchors
 
 from ..config import MatchingConfig
 from ..structures import HeadOutputs, Target
+from .balance import GradientBalance
 
 IGNORED = -100  # the class of an anchor that has neither loss nor gradient
 
@@ -25,6 +26,7 @@ class Matched(NamedTuple):
     classes: Tensor  # (B, N), of each anchor the class, num_classes for background, or IGNORED
     normalizers: Tensor  # (B,), what each image's losses are divided by
     class_weight: Tensor | None = None  # (3, K), of the focal loss
+    balance: GradientBalance | None = None  # of eqlv2 and efl
 
 
 def match(anchors: Tensor, targets: list[Target], config: MatchingConfig) -> Tensor:

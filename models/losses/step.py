@@ -8,6 +8,7 @@ from focalops import class_index_targets
 
 from ..config import LossConfig, MatchingConfig
 from ..structures import HeadOutputs, Target
+from .balance import GradientBalance
 from .box import box_loss
 from .classification import classification_loss, equalization
 from .matching import Matched, match, normalizers
@@ -18,8 +19,8 @@ from .weighting import UNIFIED, weighted_losses
 class LossStep(nn.Module):
     """Each image's losses are divided by its normalizer, then averaged over the images.
 
-    It is a module so that what it is made of may have parameters: the model's state has them then, and an optimizer of
-    their own trains them.
+    It is a module so that what it is made of may have parameters and a memory: the model's state has them then, and an
+    optimizer of their own trains the parameters.
     """
 
     def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
@@ -28,6 +29,8 @@ class LossStep(nn.Module):
         class_weight = equalization(loss) if loss.classification_loss == "eql" else None
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight, persistent=False)
+        has_balance = loss.classification_loss in ("eqlv2", "efl")
+        self.balance = GradientBalance(loss.num_classes) if has_balance else None
         self.weighting_network = WeightingNetwork() if loss.weighting in UNIFIED else None
 
     def forward(
@@ -53,4 +56,5 @@ class LossStep(nn.Module):
         )
         counts = (matches >= 0).sum(dim=1)  # (B,)
         divisors = normalizers(counts, self.loss.normalizer)
-        return Matched(outputs, anchors, targets, matches, classes, divisors, self.class_weight)
+        weighs = self.class_weight, self.balance
+        return Matched(outputs, anchors, targets, matches, classes, divisors, *weighs)
