@@ -20,6 +20,15 @@ struct FcosOptions {
   int64_t rule;  // of FcosRule
 };
 
+// Calls f with the rule's formulas.
+template <typename F>
+void dispatch_fcos(const FcosOptions& options, const F& f) {
+  if (options.rule == static_cast<int64_t>(FcosRule::kTorchvision)) {
+    return f(TorchvisionFcos{});
+  }
+  return f(MmdetFcos{});
+}
+
 template <typename T>
 std::vector<FcosLevel<T>> fcos_levels(const FcosOptions& options) {
   std::vector<FcosLevel<T>> levels;

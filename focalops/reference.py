@@ -889,9 +889,10 @@ def assign_fcos(
     crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
 ) -> Tensor:
     if ranges is None:
-        ranges = [(4 * stride, 8 * stride) for stride in strides]
-        ranges[0], ranges[-1] = (0, ranges[0][1]), (ranges[-1][0], math.inf)
-        ranges[0] = (0, math.inf) if len(ranges) == 1 else ranges[0]
+        least = [0, *(4 * stride for stride in strides[1:])]
+        most = [*(8 * stride for stride in strides[:-1]), math.inf]
+    else:
+        least, most = zip(*ranges, strict=True)
 
     def of_points(values: Sequence[float]) -> Tensor:  # [N, 1], of one number a level
         repeats = torch.tensor(level_sizes, device=x.device)
@@ -918,7 +919,7 @@ def assign_fcos(
 
     x, y = points.unsqueeze(1).unbind(-1)  # [N, 1]
     reach = of_points(strides) * (math.inf if center_radius is None else center_radius)
-    least, most = (of_points(bound) for bound in zip(*ranges, strict=True))
+    least, most = of_points(least), of_points(most)
     return _assigned_by_image(of_image, points, gt_boxes, counts, crowd)
 
 

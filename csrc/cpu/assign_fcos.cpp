@@ -160,10 +160,10 @@ Tensor assign_fcos_cpu(const Tensor& points_, const Tensor& gt_boxes_,
         const Piece& piece = pieces[task % num_pieces];
         const ImageBoxes<T> truth{box_data + 4 * b * max_boxes, counts[b],
                                   crowd_data == nullptr ? nullptr : crowd_data + b * max_boxes};
-        const auto* assign = options.rule == static_cast<int64_t>(FcosRule::kTorchvision)
-                                 ? &assign_piece<TorchvisionFcos, T>
-                                 : &assign_piece<MmdetFcos, T>;
-        assign(point_data, piece, levels[piece.level], truth, match_data + b * num_points);
+        dispatch_fcos(options, [&](auto rule_tag) {
+          assign_piece<decltype(rule_tag)>(point_data, piece, levels[piece.level], truth,
+                                           match_data + b * num_points);
+        });
       }
     });
   });

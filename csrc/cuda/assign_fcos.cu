@@ -141,10 +141,10 @@ Tensor assign_fcos_cuda(const Tensor& points_, const Tensor& gt_boxes_,
                        {Integers(counts_), counts_.has_value() ? counts_->stride(0) : 0, max_boxes},
                        data_of<uint8_t>(crowd),
                        data_of<int64_t>(matches)};
-    auto* kernel = rule == static_cast<int64_t>(FcosRule::kTorchvision)
-                       ? &assign_fcos_kernel<TorchvisionFcos, T>
-                       : &assign_fcos_kernel<MmdetFcos, T>;
-    launch(kernel, num_images * tiles, kThreads, 0, scope.stream(), fcos);
+    dispatch_fcos(options, [&](auto rule_tag) {
+      launch(&assign_fcos_kernel<decltype(rule_tag), T>, num_images * tiles, kThreads, 0,
+             scope.stream(), fcos);
+    });
   });
   return matches;
 }
