@@ -36,7 +36,7 @@ def assign_fcos(
     in the range of the point's level, the smallest; of equal ones the first. The rules differ in three things:
 
     - ``"torchvision"``: near is less than ``center_radius`` strides from the center on both axes; the ranges are open; areas
-      are compared by what they leave of 1e8, which in float32 takes areas that differ by less than 8 for equal;
+      are compared by what they leave of 1e8, which in float32 has steps of 8;
     - ``"mmdet"``, the original: near is the box cut to ``center_radius`` strides around its center, None by default there;
       the ranges are closed, so that a box at a limit is of both levels; areas are compared as they are.
 
