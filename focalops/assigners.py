@@ -226,7 +226,5 @@ def _check_level_sizes(op: str, level_sizes: Sequence[int], what: str, number: i
     total = sum(level_sizes)
     check(
         total == number,
-        lambda: (
-            f"{op}: level_sizes must add up to the number of {what}, {number}, got {total}"
-        ),
+        lambda: f"{op}: level_sizes must add up to the number of {what}, {number}, got {total}",
     )

@@ -890,13 +890,13 @@ def assign_fcos(
 ) -> Tensor:
     if ranges is None:
         least = [0, *(4 * stride for stride in strides[1:])]
-        most = [*(8 * stride for stride in strides[:-1]), math.inf]
-    else:
-        least, most = zip(*ranges, strict=True)
+        ranges = list(zip(least, [*(8 * s for s in strides[:-1]), math.inf], strict=True))
 
     def of_points(values: Sequence[float]) -> Tensor:  # [N, 1], of one number a level
         repeats = torch.tensor(level_sizes, device=x.device)
-        return torch.tensor(values, dtype=x.dtype, device=x.device).repeat_interleave(repeats)[:, None]
+        return torch.tensor(values, dtype=x.dtype, device=x.device).repeat_interleave(repeats)[
+            :, None
+        ]
 
     def of_image(boxes: Tensor) -> Tensor:  # [N]
         x1, y1, x2, y2 = boxes.unbind(-1)
@@ -917,9 +917,11 @@ def assign_fcos(
         best, match = worth.max(dim=1)  # of equal boxes the first
         return match.where(best > -math.inf, -1)
 
+    is_double = torch.float64 in {points.dtype, *(boxes.dtype for boxes in gt_boxes)}
+    points = points.to(torch.float64 if is_double else torch.float32)
     x, y = points.unsqueeze(1).unbind(-1)  # [N, 1]
     reach = of_points(strides) * (math.inf if center_radius is None else center_radius)
-    least, most = of_points(least), of_points(most)
+    least, most = (of_points(bounds) for bounds in zip(*ranges, strict=True))
     return _assigned_by_image(of_image, points, gt_boxes, counts, crowd)
 
 
@@ -940,7 +942,7 @@ def _assigned_by_image(
         objects = torch.where(~is_crowd)[0]
         match = points.new_full((len(points),), -1, dtype=torch.int64)
         if len(objects):
-            match = of_image(boxes[objects])
+            match = of_image(boxes[objects].to(points.dtype))
             match = torch.where(match < 0, match, objects[match.clamp(min=0)])
         inside = _sides(points, boxes[is_crowd]).amin(-1) > 0
         matches.append(match.masked_fill(inside.any(1), -2))

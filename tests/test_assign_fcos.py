@@ -69,9 +69,7 @@ def test_is_mmdets(scene, device):
     boxes = torch.tensor(scene["boxes"], device=device).reshape(-1, 4)
     for call in scene["calls"]:
         options = {"rule": "mmdet", "center_radius": call["center_radius"]}
-        matches = check_is_the_references(
-            points, scene["strides"], level_sizes, [boxes], **options
-        )
+        matches = check_is_the_references(points, scene["strides"], level_sizes, [boxes], **options)
         assert positives(matches[0]) == call["positives"]
 
 
@@ -124,7 +122,9 @@ def test_padded_boxes_and_counts(device):
     counts = [7, 0, 40]
     gt_boxes = [random_boxes(n, 160).to(device) for n in counts]
     expected = assign_fcos(points, STRIDES, level_sizes, gt_boxes)
-    padded = torch.full((3, 40, 4), 20.0, device=device)  # what lies behind the count is not looked at
+    padded = torch.full(
+        (3, 40, 4), 20.0, device=device
+    )  # what lies behind the count is not looked at
     padded[:, :, 2:] = 40
     for row, boxes in zip(padded, gt_boxes, strict=True):
         row[: len(boxes)] = boxes

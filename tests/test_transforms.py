@@ -75,8 +75,8 @@ def padded(n: int) -> Inputs:
 # Of each op: a call, and what makes its inputs for a size.
 EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     "assign_fcos": (
-        lambda p, g, c: assign_fcos(p, [8, 16], [len(p) - 2, 2], g, counts=c),
-        lambda n: (torch.rand(n + 2, 2) * 60, boxes(2, 4), torch.tensor([4, 1])),
+        lambda p, g, c: assign_fcos(p, [8, 16], [18, 2], g, counts=c),
+        lambda n: (torch.rand(20, 2) * 60, boxes(2, n), torch.tensor([4, 1])),
     ),
     "batched_nms": (
         lambda b, s, i: batched_nms(b, s, i, 0.5),
