@@ -889,8 +889,8 @@ def assign_fcos(
     crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
 ) -> Tensor:
     if ranges is None:
-        least = [0, *(4 * stride for stride in strides[1:])]
-        ranges = list(zip(least, [*(8 * s for s in strides[:-1]), math.inf], strict=True))
+        ends = [4 * stride for stride in strides[1:]], [8 * stride for stride in strides[:-1]]
+        ranges = list(zip([0, *ends[0]], [*ends[1], math.inf], strict=True))
 
     def of_points(values: Sequence[float]) -> Tensor:  # [N, 1], of one number a level
         repeats = torch.tensor(level_sizes, device=x.device)
