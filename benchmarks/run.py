@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import box_losses, boxes, detections, focal_loss, fusion, loss_step, matching, nms
+from benchmarks import (
+    assigners,
+    box_losses,
+    boxes,
+    detections,
+    focal_loss,
+    fusion,
+    loss_step,
+    matching,
+    nms,
+)
 from benchmarks.harness import OURS, Case, copy_gb_per_s, run_all, run_case, write_record
 from focalops.info import describe
 
@@ -18,6 +28,7 @@ OPS = {
     "box_coding": boxes.coding_cases,
     "box_losses": box_losses.cases,
     "matching": matching.cases,
+    "assigners": assigners.cases,
     "fuse_features": fusion.cases,
     "loss_step": loss_step.cases,
     "nms": nms.cases,

@@ -130,6 +130,13 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float bg_iou_threshold, int low_quality, float min_pos_iou=0, Tensor? roles=None,"
       " float crowd_threshold=0, bool ignore_wrt_candidates=True) -> Tensor");
 
+  // assigners. points: (N, 2); crowd: bool (B, M); level_sizes: points of each level, whose range
+  // is least .. most; rule: 0 torchvision's, 1 mmdet's.
+  m.def(
+      "assign_fcos(Tensor points, Tensor gt_boxes, Tensor? counts, Tensor? crowd,"
+      " int[] level_sizes, float[] strides, float[] least, float[] most, float center_radius,"
+      " int rule) -> Tensor matches");
+
   // nms. by_distance: by DIoU
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold, bool by_distance=False)"

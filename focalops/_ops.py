@@ -69,7 +69,10 @@ _IS_ABOUT_AN_ARGUMENT = re.compile(r"[a-z_]+: .*\b(must|needs)\b")
 # These choose: there is nothing to differentiate.
 _CHOICES = frozenset(
     f"focalops::{name}"
-    for name in ("detect", "match_anchors", "matrix_nms", "multiclass_nms", "nms", "soft_nms")
+    for name in (
+        *("assign_fcos", "detect", "match_anchors"),
+        *("matrix_nms", "multiclass_nms", "nms", "soft_nms"),
+    )
 )
 
 

@@ -10,15 +10,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from focalops._arguments import on_device
-from focalops._ops import check_same_device
+from focalops._coordinates import check_like
+from focalops._ops import check, check_same_device
 
 
-def pad_boxes(op: str, anchors: Tensor, gt_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def pad_boxes(
+    op: str, anchors: Tensor, gt_boxes: Sequence[Tensor], like_name: str = "anchors"
+) -> tuple[Tensor, Tensor]:
     """Padded boxes, in a dtype that holds those of all images, and their counts."""
     for i, boxes in enumerate(gt_boxes):
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"gt_boxes[{i}] must have shape (M, 4), got {tuple(boxes.shape)}")
-        check_same_device(op, f"gt_boxes[{i}]", boxes, "anchors", anchors)
+        check_same_device(op, f"gt_boxes[{i}]", boxes, like_name, anchors)
     if len(gt_boxes) == 0:
         return anchors.new_empty((0, 0, 4)), anchors.new_empty(0, dtype=torch.int64)
     counts = torch.tensor([len(boxes) for boxes in gt_boxes])
@@ -31,7 +34,9 @@ def in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to(dtype) for tensor in tensors]
 
 
-def pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Tensor) -> Tensor:
+def pad_crowd(
+    op: str, crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Tensor
+) -> Tensor:
     if isinstance(crowd, Tensor):
         return crowd
     if len(crowd) != len(gt_boxes):
@@ -45,10 +50,63 @@ def pad_crowd(crowd: Sequence[Tensor] | Tensor, gt_boxes: Sequence[Tensor] | Ten
                 f"got {flags.dtype} of shape {tuple(flags.shape)}"
             )
         if len(flags):
-            check_same_device("match_anchors", f"crowd[{i}]", flags, "gt_boxes", boxes)
+            check_same_device(op, f"crowd[{i}]", flags, "gt_boxes", boxes)
     if len(crowd) == 0:
         return torch.zeros((0, 0), dtype=torch.bool)
     return pad_sequence(list(crowd), batch_first=True)
+
+
+def check_gt_boxes(
+    op: str, gt_boxes: Tensor, counts: Tensor | None, like_name: str, like: Tensor
+) -> None:
+    """Padded ones."""
+    check_like(op, "gt_boxes", gt_boxes, like_name, like)
+    check(
+        gt_boxes.dim() == 3 and gt_boxes.shape[2] == 4,
+        lambda: (
+            f"{op}: gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), "
+            f"got {tuple(gt_boxes.shape)}"
+        ),
+    )
+    num_images, most = gt_boxes.shape[:2]
+    check(
+        most < 2**31,
+        lambda: f"{op}: gt_boxes must have fewer than 2^31 boxes an image, got {most}",
+    )
+    if counts is not None:
+        dtype, shape = counts.dtype, tuple(counts.shape)
+        check_same_device(op, "counts", counts, like_name, like)
+        check(
+            dtype in (torch.int32, torch.int64),
+            lambda: f"{op}: counts must be int32 or int64, got {dtype}",
+        )
+        check(
+            shape == (num_images,),
+            lambda: (
+                f"{op}: counts must have shape ({num_images},), one for each image, got {shape}"
+            ),
+        )
+
+
+def check_of_boxes(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtype: torch.dtype,
+    gt_boxes: Tensor,
+    like_name: str,
+    like: Tensor,
+) -> None:
+    """One a padded box, of the dtype."""
+    shape = tuple(gt_boxes.shape[:2])
+    check_same_device(op, name, tensor, like_name, like)
+    check(
+        tensor.dtype == dtype and tuple(tensor.shape) == shape,
+        lambda: (
+            f"{op}: {name} must be {dtype} of shape {shape}, "
+            f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+        ),
+    )
 
 
 def check_labels(name: str, labels: Tensor) -> None:

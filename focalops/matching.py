@@ -21,7 +21,6 @@ from focalops._arguments import (
 from focalops._coordinates import (
     as_coordinates,
     check_coordinates,
-    check_like,
     coordinates_dtype,
 )
 from focalops._ops import (
@@ -33,7 +32,14 @@ from focalops._ops import (
     require_tensor,
     runs_reference,
 )
-from focalops._padding import check_labels, pad_boxes, pad_crowd, pad_labels
+from focalops._padding import (
+    check_gt_boxes,
+    check_labels,
+    check_of_boxes,
+    pad_boxes,
+    pad_crowd,
+    pad_labels,
+)
 
 RULES = ("torchvision", "detectron2", "mmdet", "efficientdet")
 
@@ -113,7 +119,7 @@ def match_anchors(
     if image_sizes is not None:
         image_sizes = _as_sizes(image_sizes, anchors)
     if crowd is not None:
-        crowd = pad_crowd(crowd, gt_boxes)
+        crowd = pad_crowd("match_anchors", crowd, gt_boxes)
     if not isinstance(gt_boxes, Tensor):
         if counts is not None:
             raise ValueError("counts must be None unless gt_boxes is one padded tensor")
@@ -421,42 +427,9 @@ def _check(
         anchors.dim() == 2 and anchors.shape[1] == 4,
         lambda: f"{op}: anchors must have shape (A, 4), got {tuple(anchors.shape)}",
     )
-    check_like(op, "gt_boxes", gt_boxes, "anchors", anchors)
-    check(
-        gt_boxes.dim() == 3 and gt_boxes.shape[2] == 4,
-        lambda: (
-            f"{op}: gt_boxes must be a list of (M_i, 4) or have shape (B, M, 4), "
-            f"got {tuple(gt_boxes.shape)}"
-        ),
-    )
-    num_images, most = gt_boxes.shape[:2]
-    check(
-        most < 2**31,
-        lambda: f"{op}: gt_boxes must have fewer than 2^31 boxes an image, got {most}",
-    )
-    if counts is not None:
-        dtype, shape = counts.dtype, tuple(counts.shape)
-        check_same_device(op, "counts", counts, "anchors", anchors)
-        check(
-            dtype in (torch.int32, torch.int64),
-            lambda: f"{op}: counts must be int32 or int64, got {dtype}",
-        )
-        check(
-            shape == (num_images,),
-            lambda: (
-                f"{op}: counts must have shape ({num_images},), one for each image, got {shape}"
-            ),
-        )
+    check_gt_boxes(op, gt_boxes, counts, "anchors", anchors)
     if roles is not None:
-        role_dtype, role_shape = roles.dtype, tuple(roles.shape)
-        check_same_device(op, "roles", roles, "anchors", anchors)
-        check(
-            role_dtype == torch.uint8 and role_shape == (num_images, most),
-            lambda: (
-                f"{op}: roles must be torch.uint8 of shape ({num_images}, {most}), "
-                f"got {role_dtype} of shape {role_shape}"
-            ),
-        )
+        check_of_boxes(op, "roles", roles, torch.uint8, gt_boxes, "anchors", anchors)
     check(
         bg_iou_threshold <= fg_iou_threshold,
         lambda: (

@@ -910,6 +910,88 @@ def class_index_targets(
     return torch.stack(rows) if rows else torch.empty_like(matches, dtype=torch.int64)
 
 
+def assign_fcos(
+    points: Tensor,  # [N, 2]
+    strides: Sequence[float],  # L
+    level_sizes: Sequence[int],  # L, of the sum N
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts
+    *,
+    counts: Tensor | None = None,  # [B]
+    rule: str = "torchvision",
+    center_radius: float | None = 1.5,
+    ranges: Sequence[Sequence[float]] | None = None,  # L of the least and the most
+    crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
+) -> Tensor:
+    if ranges is None:
+        ends = [4 * stride for stride in strides[1:]], [8 * stride for stride in strides[:-1]]
+        ranges = list(zip([0, *ends[0]], [*ends[1], math.inf], strict=True))
+
+    def of_points(values: Sequence[float]) -> Tensor:  # [N, 1], of one number a level
+        repeats = torch.tensor(level_sizes, device=x.device)
+        return torch.tensor(values, dtype=x.dtype, device=x.device).repeat_interleave(repeats)[
+            :, None
+        ]
+
+    def of_image(boxes: Tensor) -> Tensor:  # [N]
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        sides = _sides(points, boxes)  # [N, M, 4]
+        distance, area = sides.amax(-1), (x2 - x1) * (y2 - y1)
+        center_x, center_y = (x1 + x2) / 2, (y1 + y2) / 2
+        if rule == "torchvision":
+            is_near = torch.maximum((x - center_x).abs(), (y - center_y).abs()) < reach
+            fits = (distance > least) & (distance < most)
+            worth = 1e8 - area
+            worth = worth.where(worth >= 1e-5, -math.inf)
+        else:
+            is_near = (x > center_x - reach) & (x < center_x + reach)
+            is_near &= (y > center_y - reach) & (y < center_y + reach)
+            fits = (distance >= least) & (distance <= most)
+            worth = torch.where(area < 1e8, -area, -math.inf)
+        worth = worth.where((sides.amin(-1) > 0) & is_near & fits, -math.inf)
+        best, match = worth.max(dim=1)  # of equal boxes the first
+        return match.where(best > -math.inf, -1)
+
+    is_double = torch.float64 in {points.dtype, *(boxes.dtype for boxes in gt_boxes)}
+    points = points.to(torch.float64 if is_double else torch.float32)
+    x, y = points.unsqueeze(1).unbind(-1)  # [N, 1]
+    reach = of_points(strides) * (math.inf if center_radius is None else center_radius)
+    least, most = (of_points(bounds) for bounds in zip(*ranges, strict=True))
+    return _assigned_by_image(of_image, points, gt_boxes, counts, crowd)
+
+
+def _assigned_by_image(
+    of_image: Callable[[Tensor], Tensor],  # [M, 4] -> [N]
+    points: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    counts: Tensor | None,
+    crowd: Sequence[Tensor] | Tensor | None,
+) -> Tensor:  # [B, N]
+    """What an assigner gives of the objects; points inside a crowd take no part."""
+    matches = []
+    for i, boxes in enumerate(gt_boxes):
+        boxes = boxes[: len(boxes) if counts is None else int(counts[i])]
+        is_crowd = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        if crowd is not None:
+            is_crowd = crowd[i][: len(boxes)]
+        objects = torch.where(~is_crowd)[0]
+        match = points.new_full((len(points),), -1, dtype=torch.int64)
+        if len(objects):
+            match = of_image(boxes[objects].to(points.dtype))
+            match = torch.where(match < 0, match, objects[match.clamp(min=0)])
+        inside = _sides(points, boxes[is_crowd]).amin(-1) > 0
+        matches.append(match.masked_fill(inside.any(1), -2))
+    if not matches:
+        return torch.empty((0, len(points)), dtype=torch.int64, device=points.device)
+    return torch.stack(matches)
+
+
+def _sides(points: Tensor, boxes: Tensor) -> Tensor:
+    """How far each point is from each side of each box, positive inside: [N, 2], [M, 4] -> [N, M, 4]."""
+    x, y = points.unsqueeze(1).unbind(-1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack((x - x1, y - y1, x2 - x, y2 - y), dim=-1)
+
+
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "iou") -> Tensor:
     idxs = torch.zeros_like(scores, dtype=torch.int64)
     return batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)

@@ -386,6 +386,48 @@ def match_anchors() -> Arguments:
     return arguments
 
 
+def padded_or_listed(gt_boxes: list[Tensor]) -> Arguments:
+    """The boxes as the assigners take them, some of them crowds."""
+    arguments: Arguments = {"gt_boxes": gt_boxes}
+    if random.random() < 0.4:
+        arguments |= {"crowd": [torch.rand(len(g)) < 0.3 for g in gt_boxes]}
+    elif random.random() < 0.4:
+        dtype = pick((torch.int32, torch.int64))
+        arguments["counts"] = torch.tensor([len(g) for g in gt_boxes], dtype=dtype)
+        most = max(map(len, gt_boxes), default=0) + between(0, 2)
+        padded = torch.full((len(gt_boxes), most, 4), math.nan)
+        for row, g in zip(padded, gt_boxes, strict=True):
+            row[: len(g)] = g
+        arguments["gt_boxes"] = padded
+    return arguments
+
+
+def points_of_levels() -> tuple[Tensor, list[int], list[int]]:
+    """Points about 60 pixels wide, strides and sizes of levels."""
+    levels = between(1, 3)
+    sizes = [between(0, 40) for _ in range(levels)]
+    points = torch.rand(sum(sizes), 2) * 60
+    if random.random() < 0.5:  # on the boxes' edges, too
+        points = points.round()
+    return points.to(pick((torch.float32, torch.float64))), [4 * 2**i for i in range(levels)], sizes
+
+
+def assign_fcos() -> Arguments:
+    points, strides, sizes = points_of_levels()
+    gt_boxes = [boxes(between(0, 9), dtype=torch.float32) for _ in range(between(0, 3))]
+    if random.random() < 0.5:
+        gt_boxes = [b.round() for b in gt_boxes]
+    return {
+        "points": points,
+        "strides": strides,
+        "level_sizes": sizes,
+        "rule": pick(("torchvision", "mmdet")),
+        "center_radius": pick((None, 0.5, 1.5, 4.0)),
+        "ranges": maybe(lambda: [(pick((0, 4, 10)), pick((8, 30, math.inf))) for _ in sizes]),
+        **padded_or_listed(gt_boxes),
+    }
+
+
 def class_index_targets() -> Arguments:
     images, most = between(0, 3), between(0, 4)
     labels = torch.randint(0, 5, (images, most))
@@ -510,6 +552,7 @@ def nms_match() -> Arguments:
 MAKERS: dict[str, Callable[[], Arguments]] = {
     "AnchorGenerator": anchor_generator,
     "accelerate": detector,
+    "assign_fcos": assign_fcos,
     "batched_nms": batched_nms,
     "box_iou": box_iou,
     "generalized_box_iou": pairwise,

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import focalops
 from focalops import (
+    assign_fcos,
     batched_nms,
     class_index_targets,
     count_degenerate_boxes,
@@ -74,6 +75,10 @@ def padded(n: int) -> Inputs:
 
 # Of each op: a call, and what makes its inputs for a size.
 EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
+    "assign_fcos": (
+        lambda p, g, c: assign_fcos(p, [8, 16], [18, 2], g, counts=c),
+        lambda n: (torch.rand(20, 2) * 60, boxes(2, n), torch.tensor([4, 1])),
+    ),
     "batched_nms": (
         lambda b, s, i: batched_nms(b, s, i, 0.5),
         lambda n: (boxes(n), torch.rand(n), torch.randint(0, 3, (n,))),
@@ -172,6 +177,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
 DYNAMIC = {"batched_nms", "nms", "nms_match"}
 # Matching, its targets, NMS and detection choose, and an IoU that weighs is a constant: there is nothing to differentiate.
 CHOICES = {
+    "assign_fcos",
     "class_index_targets",
     "count_degenerate_boxes",
     "detect",
@@ -287,7 +293,7 @@ def test_forward_mode_is_refused_in_a_sentence(transform, op):
                 )
 
 
-@pytest.mark.parametrize("op", ["detect", "match_anchors", "nms"])
+@pytest.mark.parametrize("op", ["assign_fcos", "detect", "match_anchors", "nms"])
 def test_what_chooses_takes_tangents(op):
     function, inputs = example(op, 5, "cpu")
     expected = function(*inputs)

@@ -14,6 +14,7 @@
 #include "../checks/matching.h"
 #include "../matching.h"
 #include "../math/box.h"
+#include "ground_truth.h"
 #include "simd.h"
 
 namespace focalops {
@@ -281,25 +282,6 @@ class ImageMatcher {
   int64_t* matches_;
 };
 
-std::vector<int64_t> read_counts(const Tensor& gt_boxes, const std::optional<Tensor>& counts_) {
-  const int64_t num_images = gt_boxes.size(0), most = gt_boxes.size(1);
-  std::vector<int64_t> counts(num_images, most);
-  if (counts_.has_value()) {
-    const int64_t stride = counts_->stride(0);
-    dispatch_index(counts_->scalar_type(), [&](auto tag) {
-      const auto* data = static_cast<const tag_t<decltype(tag)>*>(counts_->const_data_ptr());
-      for (int64_t b = 0; b < num_images; ++b) {
-        counts[b] = data[b * stride];
-        if (counts[b] < 0 || counts[b] > most) {
-          fail("match_anchors: counts must lie in [0, ", most,
-               "], the number of padded boxes, got ", counts[b]);
-        }
-      }
-    });
-  }
-  return counts;
-}
-
 Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
                          const std::optional<Tensor>& counts_, double fg_iou_threshold,
                          double bg_iou_threshold, int64_t low_quality, double min_pos_iou,
@@ -315,7 +297,7 @@ Tensor match_anchors_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
     roles = torch::stable::contiguous(*roles_);
   }
   const auto rule = static_cast<LowQuality>(low_quality);
-  const std::vector<int64_t> counts = read_counts(gt_boxes, counts_);
+  const std::vector<int64_t> counts = read_counts("match_anchors", gt_boxes, counts_);
   const int64_t num_images = gt_boxes.size(0), max_boxes = gt_boxes.size(1),
                 num_anchors = anchors.size(0);
   const int64_t num_chunks = (num_anchors + kAnchorsPerChunk - 1) / kAnchorsPerChunk;

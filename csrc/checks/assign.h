@@ -1,0 +1,71 @@
+// The assigners refuse these arguments.
+#pragma once
+
+#include <string>
+
+#include "../assign.h"
+#include "ground_truth.h"
+
+namespace focalops {
+
+inline void check_points(const char* op, const Tensor& points) {
+  check_coordinates(op, "points", points);
+  if (points.dim() != 2 || points.size(1) != 2) {
+    fail(op, ": points must have shape (N, 2), got ", shape_of(points));
+  }
+  if (points.size(0) >= int64_t{1} << 31) {
+    fail(op, ": points must be fewer than 2^31, got ", points.size(0));
+  }
+}
+
+inline void check_boxes_and_crowd(const char* op, const Tensor& gt_boxes,
+                                  const std::optional<Tensor>& counts,
+                                  const std::optional<Tensor>& crowd, const char* like_name,
+                                  const Tensor& like) {
+  check_gt_boxes(op, gt_boxes, counts, like_name, like);
+  if (crowd.has_value()) {
+    check_of_boxes(op, "crowd", *crowd, ScalarType::Bool, gt_boxes, like_name, like);
+  }
+}
+
+// `what`, of which there are `number`, are those of the levels together.
+inline void check_level_sizes(const char* op, const std::vector<int64_t>& level_sizes,
+                              const char* what, int64_t number) {
+  if (level_sizes.empty() || level_sizes.size() > kMaxLevels) {
+    fail(op, ": level_sizes must be 1 to ", kMaxLevels, " levels, got ", level_sizes.size());
+  }
+  int64_t sum = 0;
+  for (const int64_t size : level_sizes) {
+    if (size < 0 || size > number) {
+      fail(op, ": level_sizes must lie in [0, ", number, "], the number of ", what, ", got ", size);
+    }
+    sum += size;
+  }
+  if (sum != number) {
+    fail(op, ": level_sizes must add up to the number of ", what, ", ", number, ", got ", sum);
+  }
+}
+
+inline void check_assign_fcos(const Tensor& points, const Tensor& gt_boxes,
+                              const std::optional<Tensor>& counts,
+                              const std::optional<Tensor>& crowd, const FcosOptions& options) {
+  const char* op = "assign_fcos";
+  check_points(op, points);
+  check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points);
+  check_level_sizes(op, options.level_sizes, "points", points.size(0));
+  const size_t levels = options.level_sizes.size();
+  if (options.strides.size() != levels) {
+    fail(op, ": strides must be ", levels, " numbers, one for each level, got ",
+         options.strides.size());
+  }
+  if (options.least.size() != levels || options.most.size() != levels) {
+    fail(op, ": ranges must be ", levels, " pairs of numbers, one for each level, got ",
+         options.least.size());
+  }
+  check_non_negative(op, "center_radius", options.center_radius);
+  if (options.rule < 0 || options.rule > 1) {
+    fail(op, ": rule must lie in [0, 1], got ", options.rule);
+  }
+}
+
+}  // namespace focalops

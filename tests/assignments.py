@@ -1,0 +1,34 @@
+"""Points, boxes and predictions as a detector without anchor boxes has them, for the tests of the assigners."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "assigners.json").read_text())
+
+
+def grid(size: int, strides: list[int], device: str = "cpu") -> tuple[Tensor, list[int]]:
+    """The centers of the cells of each level of a square image, and how many each level has."""
+    levels = []
+    for stride in strides:
+        along = (torch.arange(-(-size // stride)) + 0.5) * stride
+        y, x = torch.meshgrid(along, along, indexing="ij")
+        levels.append(torch.stack((x, y), dim=-1).reshape(-1, 2))
+    return torch.cat(levels).to(device), [len(level) for level in levels]
+
+
+def random_boxes(n: int, size: int, least: float = 3, most: float = 250) -> Tensor:
+    """Some partly outside."""
+    center = torch.rand(n, 2) * size
+    sides = least * (most / least) ** torch.rand(n, 2)
+    return torch.cat((center - sides / 2, center + sides / 2), dim=1)
+
+
+def positives(matches: Tensor) -> list[list[int]]:
+    """Of one image, as the golden cases have them: point and box of each match."""
+    points = torch.where(matches >= 0)[0]
+    return torch.stack((points, matches[points]), dim=1).tolist()
