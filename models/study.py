@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from focalops.info import describe
 
-from .config import BOX_LOSSES, CLASSIFICATION_LOSSES
+from .config import BOX_LOSSES
 from .data import CocoDataset, DataError, Id
 from .detectors import create
 from .draw import save_figure
@@ -150,7 +150,6 @@ def weighting_variants(recipe: Recipe) -> list[Variant]:
         variants += [
             Variant(name, with_model(recipe, classification_loss=name), papers_ap)
             for name, papers_ap in losses.items()
-            if name in CLASSIFICATION_LOSSES
         ]
     return variants
 
