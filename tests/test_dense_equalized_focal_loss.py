@@ -91,9 +91,7 @@ def test_weights_are_in_the_sums(layout, device):
     levels, labels = setup(device, layout=layout)
     weight = torch.rand(labels.shape, device=device) * 2
     class_weight = torch.rand(3, 5, device=device) * 3
-    check(
-        levels, labels, gammas(5, device), 3, alpha=0.6, weight=weight, class_weight=class_weight
-    )
+    check(levels, labels, gammas(5, device), 3, alpha=0.6, weight=weight, class_weight=class_weight)
 
 
 @pytest.mark.parametrize("layout", ["planes", "rows"])
