@@ -25,6 +25,7 @@ from models.data import open_data
 from models.detectors import create
 from models.efficientdet import EfficientDetConfig
 from models.losses import Matched
+from models.losses.balance import GradientBalance
 from models.losses.classification import OHEM_BATCH, classification_loss, rows_of
 from models.measures import THIRDS, thirds
 from models.recipes import RECIPES, Recipe
@@ -64,7 +65,15 @@ def head(classes: int = 2) -> Matched:
     labels[:, ::7] = -100
     outputs = HeadOutputs(levels, [])
     matches = labels.where(labels < classes, -1)  # the losses of the classes do not look at them
-    return Matched(outputs, anchors, [], matches, labels, torch.tensor([3, 0]))
+    return Matched(
+        outputs,
+        anchors,
+        [],
+        matches,
+        labels,
+        torch.tensor([3, 0]),
+        balance=GradientBalance(classes),
+    )
 
 
 def check_loss(name: str, expected_of, **config) -> None:
