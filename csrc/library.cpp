@@ -48,8 +48,8 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "_dense_focal_loss_(Tensor(a!)[] cls_logits, Tensor labels, float alpha, float gamma, float "
       "label_smoothing, Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? "
       "normalizer, float min_normalizer) -> Tensor loss");
-  // gamma: (K,); gradient_sums: float64 (2, K), of each class the sums of the gradients, not divided
-  // by the normalizer, that raise its logits, and of those that lower them.
+  // gamma: (K,); gradient_sums: float64 (2, K), of each class the sums of the gradients, not
+  // divided by the normalizer, that raise its logits, and of those that lower them.
   m.def(
       "dense_equalized_focal_loss(Tensor[] cls_logits, Tensor labels, Tensor gamma, float alpha, "
       "Tensor? weight, Tensor? class_weight, int ignore_index, Tensor? normalizer, float "
