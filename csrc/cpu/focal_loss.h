@@ -25,14 +25,30 @@ constexpr int64_t kBlock = 1024;  // logits in the buffers of one thread; they s
 // The unit of parallel work, and of the sum's order, which is the same on any machine.
 constexpr int64_t kLogitsPerChunk = 16 * kBlock;
 
-// `column` is the first logit's in its row. A formula that looks at it knows what follows the last
-// class too: there the first one comes again.
 template <bool WithGrad, typename T, typename Loss>
 FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n, Loss formula,
-                                      int64_t column) {
+                                      int64_t) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const LossAndGrad<T> value = of_class(formula, column + i).negative(x[i]);
+    const LossAndGrad<T> value = formula.negative(x[i]);
+    loss[i] = value.loss;
+    if (WithGrad) {
+      grad[i] = value.grad;
+    }
+  }
+}
+
+// `column` is the first logit's in its row. The formula knows what follows the last class too:
+// there the first one comes again. `omp simd` would make an array in memory of the classes'
+// formulas.
+template <bool WithGrad, typename T>
+FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n,
+                                      FocalLossByClass<T> formula, int64_t column) {
+  const T* gamma = formula.gamma + column;
+  FOCALOPS_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const FocalLoss<T, kAnyGamma> of_column{formula.alpha, gamma[i]};
+    const LossAndGrad<T> value = of_column.negative(x[i]);
     loss[i] = value.loss;
     if (WithGrad) {
       grad[i] = value.grad;
