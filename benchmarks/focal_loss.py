@@ -13,7 +13,13 @@ import torchvision
 from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Contestant
-from focalops import dense_focal_loss, reference, sigmoid_focal_loss, softmax_focal_loss
+from focalops import (
+    dense_equalized_focal_loss,
+    dense_focal_loss,
+    reference,
+    sigmoid_focal_loss,
+    softmax_focal_loss,
+)
 
 ANCHORS = 201_600  # of an image of 800 x 1344
 LEVELS = ((100, 168), (50, 84), (25, 42), (13, 21), (7, 11))  # 9 anchors a position
@@ -180,7 +186,8 @@ def size_of(labels: Tensor, classes: int, dtype: torch.dtype, layout: str) -> st
 def anchors_case(
     images: int, classes: int, dtype: torch.dtype, layout: str, device: torch.device
 ) -> Case:
-    """The loss of each anchor with a gradient for each, beside that of the sum times a number; and class weights by part."""
+    """The loss of each anchor with a gradient for each, beside that of the sum times a number; class weights by part, and a gamma
+    of each class with the gradient sums."""
     levels, labels = make_head(images, classes, dtype, layout, device)
     upstream = torch.rand(labels.shape, device=device)
     by_part = torch.ones(3, classes, device=device)
@@ -193,10 +200,16 @@ def anchors_case(
 
         return run
 
+    gamma = torch.full((classes,), 2.0, device=device)
+
+    def with_gammas(levels: list[Tensor], labels: Tensor) -> Tensor:
+        return dense_equalized_focal_loss(levels, labels, gamma)[0]
+
     contestants = {
         OURS: step(dense_focal_loss, reduction="none"),
         "the sum": step(dense_focal_loss),
         "the sum, class weights": step(dense_focal_loss, class_weight=by_part),
+        "the sum, gammas, gradient sums": step(with_gammas),
         "reference": step(reference.dense_focal_loss, reduction="none"),
         "reference, compiled": step(torch.compile(reference.dense_focal_loss), reduction="none"),
     }
