@@ -32,6 +32,7 @@ NUMBERS = {
     "alpha",
     "beta",
     "bg_iou_threshold",
+    "center_radius",
     "clip",
     "crowd_threshold",
     "ctr_clamp",
@@ -46,7 +47,7 @@ NUMBERS = {
     "sigma",
 }
 CHOICES = {"fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
-SEQUENCES = {"image_size", "image_sizes", "weights"}
+SEQUENCES = {"image_size", "image_sizes", "level_sizes", "ranges", "strides", "weights"}
 # The others are tensors, or lists of them.
 
 ARRAY, VECTOR = np.zeros(3), torch.ones(2)
@@ -68,7 +69,8 @@ def kind_of(name: str) -> str:
 
 def may_be_none(op: str, name: str) -> bool:
     parameter = inspect.signature(function_of(op)).parameters[name]
-    return parameter.default is None or (op, name) == ("multiclass_nms", "labels")
+    others = {("multiclass_nms", "labels"), ("assign_fcos", "center_radius")}
+    return parameter.default is None or (op, name) in others
 
 
 def in_complex(value: Any) -> Any:
