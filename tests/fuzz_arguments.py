@@ -182,6 +182,8 @@ def dense_equalized_focal_loss() -> Arguments:
     levels, labels = arguments["cls_logits"], arguments["labels"]
     positions = sum(level.shape[2] * level.shape[3] for level in levels)
     classes = levels[0].shape[1] // max(labels.shape[1] // max(positions, 1), 1)
+    if arguments.get("class_weight") is not None:  # without positions nothing else tells
+        classes = arguments["class_weight"].shape[-1]
     gamma = torch.tensor([pick((0.0, 0.5, 2.0, 3.0, 10.0)) for _ in range(classes)])
     for name in ("reduction", "gamma", "label_smoothing"):
         arguments.pop(name, None)
