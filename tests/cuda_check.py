@@ -28,7 +28,7 @@ TABLE = Path(__file__).with_name("cuda_resources.json")
 # A scalar path beside them, for views that are not aligned, is no fault.
 MEMORY_BOUND = {
     r"focal_loss_kernel<": ("load", "store"),
-    r"dense_(focal_loss|row_losses)_kernel<": ("load", "store"),
+    r"dense_(equalized_focal_loss|focal_loss|row_losses)_kernel<": ("load", "store"),
     r"softmax_focal_loss_kernel<\w+, true": ("load", "store"),
     r"scale_(rows_|planes_)?kernel<": ("load", "store"),
     # Units of one number are for maps that do not fit 16 bytes.
