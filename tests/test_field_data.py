@@ -420,7 +420,9 @@ def test_a_study_of_another_numbering(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(study, "train", lambda *arguments, **more: Oracle())
     assert [a["category_id"] for a in val.coco.anns.values()] == [2]
     ids = evaluation.category_ids(train.categories, val)
-    figures = study._run(RECIPES["coco"], train, val, ids, tmp_path, "cpu", False)
+    figures = study._run(
+        study.STUDIES["seeds"], RECIPES["coco"], train, val, ids, tmp_path, "cpu", False
+    )
     assert figures["AP"] == ONE
 
 

@@ -202,7 +202,8 @@ def test_a_part_of_the_loss_may_learn(
     assert checkpoint["model"]["loss_step.logarithms"].all()
     assert checkpoint["average"]["module.loss_step.logarithms"].all()
     model, _, _ = load_model(whole)
-    assert len(checkpoint["optimizer"]["state"]) == len([*model.parameters()])
+    trained = [checkpoint[name]["state"] for name in ("optimizer", "loss_optimizer")]
+    assert sum(map(len, trained)) == len([*model.parameters()])
 
 
 # ---- Kinds in files ------------------------------------------------------------------------------
