@@ -6,6 +6,7 @@
 
 #include "head_levels.h"
 #include "math/assign.h"
+#include "rows.h"
 
 namespace focalops {
 
@@ -38,5 +39,79 @@ std::vector<FcosLevel<T>> fcos_levels(const FcosOptions& options) {
   }
   return levels;
 }
+
+enum class TaskRule { kUltralytics, kMmyolo, kTood };
+
+constexpr int64_t kMaxTopk = 32;  // a lane has one
+
+struct TaskAlignedOptions {
+  int64_t topk;
+  double alpha, beta;
+  int64_t rule;        // of TaskRule
+  int64_t overlap;     // of IouKind, plain or complete
+  double min_side;     // negative: none
+  int64_t final_topk;  // 0: none
+  double eps;
+
+  TaskAligned formula() const {
+    const auto of = static_cast<TaskRule>(rule);
+    const bool is_tood = of == TaskRule::kTood;
+    return {Power(alpha),
+            Power(beta),
+            is_tood ? 0.01f : 1e-9f,
+            static_cast<float>(min_side),
+            static_cast<float>(eps),
+            is_tood,
+            is_tood                       ? Rivals::kTakers
+            : of == TaskRule::kMmyolo ? Rivals::kAll
+                                          : Rivals::kHolders};
+  }
+};
+
+// Calls f with an integral constant of the IouKind.
+template <typename F>
+void dispatch_task_overlap(int64_t overlap, const F& f) {
+  if (overlap == static_cast<int64_t>(IouKind::kPlain)) {
+    return f(std::integral_constant<IouKind, IouKind::kPlain>{});
+  }
+  return f(std::integral_constant<IouKind, IouKind::kComplete>{});
+}
+
+template <IouKind Kind>
+constexpr IouFormula<Kind, float> kTaskOverlap =
+    Kind == IouKind::kPlain ? IouFormula<Kind, float>{0, 0} : IouFormula<Kind, float>{1e-7f, 1e-7f};
+
+// The scores of the classes, wherever and in whatever dtype they lie: told apart at run time, since
+// few of them are read.
+struct ClassScores {
+  const void* data;
+  ScalarType dtype;
+  int64_t of_image, of_anchor, of_class;  // strides
+  int64_t num_classes;
+
+  explicit ClassScores(const Tensor& scores)  // (B, N, K)
+      : data(scores.const_data_ptr()),
+        dtype(scores.scalar_type()),
+        of_image(scores.stride(0)),
+        of_anchor(scores.stride(1)),
+        of_class(scores.stride(2)),
+        num_classes(scores.size(2)) {}
+
+  FOCALOPS_HOST_DEVICE bool has(int64_t label) const { return label >= 0 && label < num_classes; }
+
+  FOCALOPS_HOST_DEVICE float at(int64_t image, int64_t anchor, int64_t label) const {
+    const int64_t i = image * of_image + anchor * of_anchor + label * of_class;
+    switch (dtype) {
+      case ScalarType::Half:
+        return static_cast<float>(static_cast<const Half*>(data)[i]);
+      case ScalarType::BFloat16:
+        return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
+      case ScalarType::Double:
+        return static_cast<float>(static_cast<const double*>(data)[i]);
+      default:
+        return static_cast<const float*>(data)[i];
+    }
+  }
+};
 
 }  // namespace focalops

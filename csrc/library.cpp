@@ -136,6 +136,14 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "assign_fcos(Tensor points, Tensor gt_boxes, Tensor? counts, Tensor? crowd,"
       " int[] level_sizes, float[] strides, float[] least, float[] most, float center_radius,"
       " int rule) -> Tensor matches");
+  // pred_scores: (B, N, K); pred_boxes: (B, N, 4); gt_labels: int64 (B, M); rule: 0 ultralytics',
+  // 1 mmyolo's, 2 TOOD's; overlap: 0 IoU, 3 CIoU; min_side: negative for none; final_topk: 0 for
+  // none. All in float32. matches and scores: (B, N).
+  m.def(
+      "assign_task_aligned(Tensor pred_scores, Tensor pred_boxes, Tensor points, Tensor gt_boxes,"
+      " Tensor gt_labels, Tensor? counts, Tensor? crowd, int topk, float alpha, float beta,"
+      " int rule, int overlap, float min_side, int final_topk, float eps)"
+      " -> (Tensor matches, Tensor scores)");
 
   // nms. by_distance: by DIoU
   m.def(

@@ -114,18 +114,18 @@ def check_labels(name: str, labels: Tensor) -> None:
         raise ValueError(f"{name} must be integers, got {labels.dtype}")
 
 
-def pad_labels(gt_labels: Sequence[Tensor], matches: Tensor) -> Tensor:
-    """int64 (B, M), -1 where an image has none."""
-    if len(gt_labels) != len(matches):
+def pad_labels(op: str, gt_labels: Sequence[Tensor], like: Tensor, like_name: str) -> Tensor:
+    """int64 (B, M), -1 where an image has none. Of ``like`` each image has a row."""
+    if len(gt_labels) != len(like):
         raise ValueError(
-            f"gt_labels must have one entry for each of the {len(matches)} images, got {len(gt_labels)}"
+            f"gt_labels must have one entry for each of the {len(like)} images, got {len(gt_labels)}"
         )
     for i, labels in enumerate(gt_labels):
         check_labels(f"gt_labels[{i}]", labels)
         if labels.dim() != 1:
             raise ValueError(f"gt_labels[{i}] must have shape (M,), got {tuple(labels.shape)}")
-        check_same_device("class_index_targets", f"gt_labels[{i}]", labels, "matches", matches)
+        check_same_device(op, f"gt_labels[{i}]", labels, like_name, like)
     if len(gt_labels) == 0:
-        return matches.new_empty((0, 0))
+        return like.new_empty((0, 0), dtype=torch.int64)
     in_int64 = [labels.to(torch.int64) for labels in gt_labels]
     return pad_sequence(in_int64, batch_first=True, padding_value=-1)

@@ -372,7 +372,7 @@ def class_index_targets(
             )
         labels = gt_labels.to(torch.int64)
     else:
-        labels = pad_labels(gt_labels, matches)
+        labels = pad_labels("class_index_targets", gt_labels, matches, "matches")
     check_same_device("class_index_targets", "gt_labels", labels, "matches", matches)
     no_class = num_classes + (2 if ignore_index == num_classes + 1 else 1)
     is_class = (labels >= 0) & (labels < num_classes)

@@ -959,6 +959,102 @@ def assign_fcos(
     return _assigned_by_image(of_image, points, gt_boxes, counts, crowd)
 
 
+def assign_task_aligned(
+    pred_scores: Tensor,  # [B, N, K]
+    pred_boxes: Tensor,  # [B, N, 4]
+    points: Tensor,  # [N, 2]
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts
+    gt_labels: Sequence[Tensor] | Tensor,  # B of [M_i], or [B, M]
+    topk: int = 10,
+    alpha: float = 0.5,
+    beta: float = 6.0,
+    *,
+    counts: Tensor | None = None,  # [B]
+    rule: str = "ultralytics",
+    overlap: str | None = None,
+    min_side: float | None = None,
+    final_topk: int | None = None,
+    eps: float | None = None,
+    crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
+) -> tuple[Tensor, Tensor]:  # int64 [B, N], float32 [B, N]
+    margin, of_rule, eps_of_rule = {
+        "ultralytics": (1e-9, "ciou", 1e-9),
+        "mmyolo": (1e-9, "iou", 1e-7),
+        "tood": (0.01, "iou", 1e-7),
+    }[rule]
+    kind, eps = overlap or of_rule, eps_of_rule if eps is None else eps
+    points, pred_boxes = points.float(), pred_boxes.float()
+    matches, scores = [], []
+    for i, (boxes, labels) in enumerate(zip(gt_boxes, gt_labels, strict=True)):
+        count = len(boxes) if counts is None else int(counts[i])
+        boxes, labels = boxes[:count].float(), labels[:count].to(torch.int64)
+        is_crowd = torch.zeros(count, dtype=torch.bool, device=boxes.device)
+        if crowd is not None:
+            is_crowd = crowd[i][:count]
+        in_crowd = (_sides(points, boxes[is_crowd]).amin(-1) > 0).any(1)
+        objects = torch.where(~is_crowd)[0]
+        match = torch.full_like(in_crowd, -1, dtype=torch.int64)
+        score = torch.zeros_like(in_crowd, dtype=torch.float32)
+        if len(objects) and len(points):
+            boxes, labels = boxes[objects], labels[objects]
+            region = boxes
+            if rule == "ultralytics":
+                center, side = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+                least = 16.0 if min_side is None else min_side
+                half = torch.where(side < least, least, side) / 2
+                region = torch.cat((center - half, center + half), dim=1)
+            holds = _sides(points, region).amin(-1) > margin  # [N, M]
+            of_class = pred_scores[i].float()[:, labels]
+            u = _iou(kind, pred_boxes[i].unsqueeze(1), boxes, 1e-7 if kind == "ciou" else 0, 1e-7)
+            u = torch.where(u > 0, u, 0.0)  # a NaN is 0
+            metric = _power(of_class, alpha) * _power(u, beta)
+            metric = torch.where(metric > 0, metric, 0.0)
+            may_match = ~in_crowd.unsqueeze(1) & (holds | (rule == "tood"))
+            best = (metric * may_match).sort(dim=0, descending=True, stable=True)
+            claims = torch.zeros_like(holds).scatter(0, best.indices[:topk], best.values[:topk] > 0)
+            claims &= holds
+            # Where several boxes claim an anchor, it goes to the one that it overlaps most.
+            rivals = {"ultralytics": holds, "mmyolo": torch.ones_like(holds), "tood": claims}[rule]
+            most = u.masked_fill(~rivals, -1).max(dim=1).indices
+            number = claims.sum(1)
+            match = torch.where(number > 1, most, claims.byte().argmax(1)).where(number > 0, -1)
+            if final_topk is not None:
+                own = match.unsqueeze(1) == torch.arange(len(objects), device=match.device)
+                best = metric.masked_fill(~own, -1).sort(dim=0, descending=True, stable=True)
+                kept = torch.zeros_like(own).scatter(0, best.indices[:final_topk], True)
+                match = match.where((own & kept).any(1), -1)
+            n = torch.where(match >= 0)[0]
+            box, zeros = match[n], torch.zeros(len(objects), device=match.device)
+            m, u = metric[n, box], u[n, box]
+            greatest_m = zeros.scatter_reduce(0, box, m, "amax")[box]
+            greatest_u = zeros.scatter_reduce(0, box, u, "amax")[box]
+            if rule == "tood":
+                score[n] = m / (greatest_m + eps) * greatest_u
+            else:
+                score[n] = m * greatest_u / (greatest_m + eps)
+            match[n] = objects[box]
+        matches.append(match.masked_fill(in_crowd, -2))
+        scores.append(score)
+    if not matches:
+        empty = points.new_empty((0, len(points)))
+        return empty.to(torch.int64), empty
+    return torch.stack(matches), torch.stack(scores)
+
+
+def _power(x: Tensor, exponent: float) -> Tensor:
+    """As the kernels have it: by the root, or by products of squares."""
+    if exponent == 0.5:
+        return x.sqrt()
+    if exponent != int(exponent) or exponent > 16:
+        return x**exponent
+    power, square = torch.ones_like(x), x
+    for bit in range(5):
+        if int(exponent) >> bit & 1:
+            power = power * square
+        square = square * square
+    return power
+
+
 def _assigned_by_image(
     of_image: Callable[[Tensor], Tensor],  # [M, 4] -> [N]
     points: Tensor,

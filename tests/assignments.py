@@ -32,3 +32,20 @@ def positives(matches: Tensor) -> list[list[int]]:
     """Of one image, as the golden cases have them: point and box of each match."""
     points = torch.where(matches >= 0)[0]
     return torch.stack((points, matches[points]), dim=1).tolist()
+
+
+def predictions(
+    points: Tensor, gt_boxes: list[Tensor], num_classes: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Scores (B, N, K) and boxes (B, N, 4), most of them near a ground-truth box, and labels; on the CPU."""
+    scores = torch.rand(len(gt_boxes), len(points), num_classes) ** 2
+    sides = 4 + 60 * torch.rand(len(gt_boxes), len(points), 4)
+    boxes = points.repeat(1, 2) + sides * torch.tensor([-1, -1, 1, 1])
+    for predicted, of_image in zip(boxes, gt_boxes, strict=True):
+        if len(of_image):
+            nearest = torch.cdist(points, (of_image[:, :2] + of_image[:, 2:]) / 2).argmin(1)
+            near = of_image[nearest]
+            off = torch.randn(len(points), 4) * (near[:, 2:] - near[:, :2]).repeat(1, 2) * 0.15
+            predicted.copy_(torch.where(torch.rand(len(points), 1) < 0.7, near + off, predicted))
+    labels = [torch.randint(0, num_classes, (len(of_image),)) for of_image in gt_boxes]
+    return scores, boxes, labels

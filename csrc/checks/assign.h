@@ -68,4 +68,49 @@ inline void check_assign_fcos(const Tensor& points, const Tensor& gt_boxes,
   }
 }
 
+inline void check_assign_task_aligned(const Tensor& pred_scores, const Tensor& pred_boxes,
+                                      const Tensor& points, const Tensor& gt_boxes,
+                                      const Tensor& gt_labels, const std::optional<Tensor>& counts,
+                                      const std::optional<Tensor>& crowd,
+                                      const TaskAlignedOptions& options) {
+  const char* op = "assign_task_aligned";
+  check_points(op, points);
+  if (points.scalar_type() != ScalarType::Float) {
+    fail(op, ": points must be float32, got ", dtype_of(points));
+  }
+  check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points);
+  const int64_t num_images = gt_boxes.size(0), num_points = points.size(0);
+  check_of_boxes(op, "gt_labels", gt_labels, ScalarType::Long, gt_boxes, "points", points);
+  check_same_device(op, "pred_scores", pred_scores, "points", points);
+  check_floating(op, "pred_scores", pred_scores);
+  if (pred_scores.dim() != 3 || pred_scores.size(0) != num_images ||
+      pred_scores.size(1) != num_points) {
+    fail(op, ": pred_scores must have shape (", num_images, ", ", num_points, ", K), got ",
+         shape_of(pred_scores));
+  }
+  check_like(op, "pred_boxes", pred_boxes, "points", points);
+  if (pred_boxes.dim() != 3 || pred_boxes.size(0) != num_images ||
+      pred_boxes.size(1) != num_points || pred_boxes.size(2) != 4) {
+    fail(op, ": pred_boxes must have shape (", num_images, ", ", num_points, ", 4), got ",
+         shape_of(pred_boxes));
+  }
+  if (options.topk < 1 || options.topk > kMaxTopk) {
+    fail(op, ": topk must lie in [1, ", kMaxTopk, "], got ", options.topk);
+  }
+  if (options.final_topk < 0 || options.final_topk > kMaxTopk) {
+    fail(op, ": final_topk must lie in [1, ", kMaxTopk, "], got ", options.final_topk);
+  }
+  check_non_negative(op, "alpha", options.alpha);
+  if (!(options.beta > 0)) {
+    fail(op, ": beta must be > 0, got ", options.beta);
+  }
+  check_non_negative(op, "eps", options.eps);
+  if (options.rule < 0 || options.rule > 2) {
+    fail(op, ": rule must lie in [0, 2], got ", options.rule);
+  }
+  if (options.overlap != 0 && options.overlap != 3) {
+    fail(op, ": overlap must be 0 or 3, got ", options.overlap);
+  }
+}
+
 }  // namespace focalops

@@ -36,7 +36,10 @@ inline void check_of_boxes(const char* op, const char* name, const Tensor& tenso
                            const Tensor& gt_boxes, const char* like_name, const Tensor& like) {
   check_same_device(op, name, tensor, like_name, like);
   if (tensor.scalar_type() != dtype || tensor.dim() != 2 || !same_shape(tensor, gt_boxes, 2)) {
-    fail(op, ": ", name, " must be ", dtype == ScalarType::Bool ? "torch.bool" : "torch.uint8",
+    fail(op, ": ", name, " must be ",
+         dtype == ScalarType::Bool   ? "torch.bool"
+         : dtype == ScalarType::Byte ? "torch.uint8"
+                                     : "torch.int64",
          " of shape (", gt_boxes.size(0), ", ", gt_boxes.size(1), "), got ", dtype_of(tensor),
          " of shape ", shape_of(tensor));
   }

@@ -90,4 +90,116 @@ FOCALOPS_HOST_DEVICE bool fcos_matches(const Point<T>& point, const FcosBox<T>& 
          Rule::fits(distance, level);
 }
 
+// ---- task-aligned assignment (Feng et al., TOOD, 2021), in float32
+
+FOCALOPS_HOST_DEVICE float square_root(float x) {
+#ifdef __CUDA_ARCH__
+  return __fsqrt_rn(x);
+#else
+  return std::sqrt(x);
+#endif
+}
+
+// x^exponent for x >= 0. By the root, or by products of squares, it is the same bits everywhere.
+class Power {
+ public:
+  explicit Power(double exponent)
+      : exponent_(static_cast<float>(exponent)),
+        kind_(exponent == 0.5                                      ? kRoot
+              : exponent <= kMaxProducts && exponent == int(exponent) ? int(exponent)
+                                                                      : kAny) {}
+
+  FOCALOPS_HOST_DEVICE float operator()(float x) const {
+    if (kind_ == kRoot) {
+      return square_root(x);
+    }
+    if (kind_ == kAny) {
+      return exponential(mul(exponent_, logarithm(x)));
+    }
+    float power = 1;
+    for (int bits = kind_; bits != 0; bits >>= 1) {
+      power = bits & 1 ? mul(power, x) : power;
+      x = mul(x, x);
+    }
+    return power;
+  }
+
+ private:
+  static constexpr int kMaxProducts = 16, kRoot = -1, kAny = -2;
+
+  float exponent_;
+  int kind_;
+};
+
+// An anchor that several boxes take goes to the one that it overlaps most, of
+enum class Rivals { kHolders, kAll, kTakers };
+
+struct TaskAligned {
+  Power of_score, of_overlap;
+  float margin;    // by which a point lies inside
+  float min_side;  // of the region whose points a box may take; negative: the region is the box
+  float eps;
+  bool inside_last;  // the best anchors are those of all, and taken where they lie inside
+  Rivals rivals;
+
+  // The arithmetic of a box that is turned into center and size and back.
+  FOCALOPS_HOST_DEVICE Box<float> region(const Box<float>& box) const {
+    if (min_side < 0) {
+      return box;
+    }
+    const float x = div(add(box.x1, box.x2), 2.0f), y = div(add(box.y1, box.y2), 2.0f);
+    const float half_w = div(side(sub(box.x2, box.x1)), 2.0f);
+    const float half_h = div(side(sub(box.y2, box.y1)), 2.0f);
+    return {sub(x, half_w), sub(y, half_h), add(x, half_w), add(y, half_h)};
+  }
+
+  // How well an anchor with this score does with a box that it overlaps so: 0 where either is
+  // none.
+  FOCALOPS_HOST_DEVICE float metric(float score, float overlap) const {
+    const float value = mul(of_score(score), of_overlap(overlap));
+    return value > 0 ? value : 0.0f;
+  }
+
+  // `most` are the greatest of the anchors that the box has.
+  FOCALOPS_HOST_DEVICE float target(float metric, float most_metric, float most_overlap) const {
+    const float divisor = add(most_metric, eps);
+    return inside_last ? mul(div(metric, divisor), most_overlap)
+                       : div(mul(metric, most_overlap), divisor);
+  }
+
+ private:
+  FOCALOPS_HOST_DEVICE float side(float given) const { return given < min_side ? min_side : given; }
+};
+
+// Ordered by the value, which is > 0, and of equal ones by the index, the lowest last.
+FOCALOPS_HOST_DEVICE uint64_t ranked(float value, uint32_t index) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return uint64_t{bits} << 32 | static_cast<uint32_t>(~index);
+}
+
+FOCALOPS_HOST_DEVICE uint32_t index_of(uint64_t ranked) {
+  return ~static_cast<uint32_t>(ranked);
+}
+
+FOCALOPS_HOST_DEVICE float value_of(uint64_t ranked) {
+  const auto bits = static_cast<uint32_t>(ranked >> 32);
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Boxes claim an anchor by two maxima, which know of no order: the claimant is alone iff they add
+// up. 0 are the claims of nobody.
+struct Claims {
+  uint32_t last, first;  // box + 1, boxes - box
+
+  static FOCALOPS_HOST_DEVICE Claims of(uint32_t box, uint32_t boxes) {
+    return {box + 1, boxes - box};
+  }
+  FOCALOPS_HOST_DEVICE bool any() const { return last != 0; }
+  FOCALOPS_HOST_DEVICE bool alone(uint32_t boxes) const { return last + first == boxes + 1; }
+  FOCALOPS_HOST_DEVICE uint32_t box() const { return last - 1; }
+};
+
 }  // namespace focalops

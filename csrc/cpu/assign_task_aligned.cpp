@@ -1,0 +1,442 @@
+// Task-aligned assignment on the CPU, in parallel over images and groups of boxes. A box visits the
+// tiles of consecutive points whose range it meets, so that of the matrix of anchors and boxes only
+// the pairs that can match are ever computed. Boxes claim anchors by atomic maxima, which leave the
+// same bits in any order.
+//
+// 16 bytes an anchor and image beside the outputs: the greatest overlap with its box, and the angle
+// of the prediction. The claims lie where the matches will.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+
+#include "../checks/assign.h"
+#include "ground_truth.h"
+#include "simd.h"
+
+namespace focalops {
+namespace {
+
+constexpr int64_t kTile = 16;       // points in the vectors of one step
+constexpr int64_t kBoxesATask = 4;  // whose costs differ by their sizes
+constexpr int64_t kPiece = 4096;    // anchors
+
+static_assert(sizeof(Claims) == sizeof(int64_t));
+
+template <typename T>
+void atomic_max(T* at, T value) {
+  T found = __atomic_load_n(at, __ATOMIC_RELAXED);
+  while (found < value && !__atomic_compare_exchange_n(at, &found, value, true, __ATOMIC_RELAXED,
+                                                       __ATOMIC_RELAXED)) {
+  }
+}
+
+// The ranges of tiles of points, or of predicted boxes.
+class Ranges {
+ public:
+  explicit Ranges(int64_t tiles)
+      : x1_(tiles, kInfinity), y1_(tiles, kInfinity), x2_(tiles, -kInfinity), y2_(tiles, -kInfinity) {}
+
+  int64_t size() const { return static_cast<int64_t>(x1_.size()); }
+
+  // A NaN is in no range.
+  void add(int64_t tile, const Box<float>& box) {
+    x1_[tile] = min_of(box.x1, x1_[tile]);
+    y1_[tile] = min_of(box.y1, y1_[tile]);
+    x2_[tile] = max_of(box.x2, x2_[tile]);
+    y2_[tile] = max_of(box.y2, y2_[tile]);
+  }
+
+  // Which of tiles begin .. end the box meets.
+  template <typename F>
+  void for_each(const Box<float>& box, const F& f) const {
+    constexpr int64_t kStep = 64;
+    alignas(64) uint8_t meets[kStep];
+    for (int64_t begin = 0; begin < size(); begin += kStep) {
+      const int64_t n = std::min(kStep, size() - begin);
+      if (!find(box, begin, n, meets)) {
+        continue;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        if (meets[i]) {
+          f(begin + i);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+  bool find(const Box<float>& box, int64_t begin, int64_t n, uint8_t* meets) const;
+
+  std::vector<float> x1_, y1_, x2_, y2_;
+};
+
+template <typename T>
+FOCALOPS_SIMD bool meets_ranges(const T* x1, const T* y1, const T* x2, const T* y2,
+                                const Box<T>& box, int64_t n, uint8_t* meets) {
+  uint8_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    meets[i] = intersects(box, Box<T>{x1[i], y1[i], x2[i], y2[i]});
+    any |= meets[i];
+  }
+  return any != 0;
+}
+
+bool Ranges::find(const Box<float>& box, int64_t begin, int64_t n, uint8_t* meets) const {
+  return meets_ranges(x1_.data() + begin, y1_.data() + begin, x2_.data() + begin,
+                      y2_.data() + begin, box, n, meets);
+}
+
+// The points of all tiles; those past the end are NaN.
+struct Points {
+  std::vector<float> x, y;
+  Ranges ranges;
+
+  Points(const float* points, int64_t n)
+      : x(tiles_of(n) * kTile, std::numeric_limits<float>::quiet_NaN()), y(x), ranges(tiles_of(n)) {
+    for (int64_t i = 0; i < n; ++i) {
+      x[i] = points[2 * i];
+      y[i] = points[2 * i + 1];
+      ranges.add(i / kTile, {x[i], y[i], x[i], y[i]});
+    }
+  }
+
+  static int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+};
+
+template <IouKind Kind, typename T>
+FOCALOPS_SIMD void find_angles(const T* boxes, int64_t n, T* angles) {
+  FOCALOPS_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    angles[i] = iou_terms<Kind>(load_box(boxes + 4 * i)).angle;
+  }
+}
+
+// The overlaps of a tile's predictions with a box, 0 where the point is not within the region; says
+// whether there is any.
+template <typename Formula, typename T>
+FOCALOPS_SIMD bool overlap_tile(const Formula& formula, const T* x, const T* y, const T* boxes,
+                                const T* angles, const Box<T>& region, T margin, const Box<T>& box,
+                                const IouTerms<T>& terms, T* overlaps) {
+  T most = 0;
+  FOCALOPS_INDEPENDENT
+  for (int64_t i = 0; i < kTile; ++i) {
+    const Box<T> predicted = load_box(boxes + 4 * i);
+    const T value = formula.value(predicted, box, {area(predicted), angles[i]}, terms);
+    const bool counts = is_inside({x[i], y[i]}, region, margin) & (value > 0);
+    overlaps[i] = counts ? value : T(0);
+  }
+  for (int64_t i = 0; i < kTile; ++i) {
+    most = max_of(overlaps[i], most);
+  }
+  return most > 0;
+}
+
+// The greatest that were offered, in descending order.
+class TopK {
+ public:
+  explicit TopK(int64_t k) : k_(k) {}
+
+  void offer(uint64_t ranked) {
+    if (size_ == k_ && ranked <= best_[k_ - 1]) {
+      return;
+    }
+    int64_t i = size_ < k_ ? size_++ : k_ - 1;
+    for (; i > 0 && best_[i - 1] < ranked; --i) {
+      best_[i] = best_[i - 1];
+    }
+    best_[i] = ranked;
+  }
+
+  const uint64_t* begin() const { return best_; }
+  const uint64_t* end() const { return best_ + size_; }
+
+ private:
+  int64_t k_, size_ = 0;
+  uint64_t best_[kMaxTopk];
+};
+
+// What all images share, and the tensors of all of them.
+template <IouKind Kind>
+struct Assignment {
+  TaskAligned rule;
+  int64_t topk, final_topk;
+  ClassScores scores;
+  Points points;
+  int64_t num_points, max_boxes;
+  const float* pred_boxes;  // [B, N, 4]
+  const float* gt_boxes;    // [B, M, 4]
+  const int64_t* labels;    // [B, M]
+  const bool* crowd;        // [B, M], null: none is
+  std::vector<int64_t> counts;
+  std::vector<std::vector<Box<float>>> crowds;  // B, empty where none is
+  float* angles;     // [B, N], zeros where the overlap has none
+  uint64_t* best;    // [B, N], overlap and box; then the overlap with the match
+  int64_t* matches;  // [B, N], the claims before
+  float* targets;    // [B, N], the metric before
+
+  Box<float> box(int64_t image, int64_t j) const {
+    return load_box(gt_boxes + 4 * (image * max_boxes + j));
+  }
+  bool is_crowd(int64_t image, int64_t j) const {
+    return crowd != nullptr && crowd[image * max_boxes + j];
+  }
+  bool in_crowd(int64_t image, int64_t n) const {
+    return std::any_of(crowds[image].begin(), crowds[image].end(), [&](const Box<float>& box) {
+      return is_inside({points.x[n], points.y[n]}, box, 0.0f);
+    });
+  }
+  Claims* claims(int64_t image) const {
+    return reinterpret_cast<Claims*>(matches + image * num_points);
+  }
+
+  float overlap(int64_t image, int64_t n, int64_t j) const {
+    const int64_t i = image * num_points + n;
+    const Box<float> predicted = load_box(pred_boxes + 4 * i), object = box(image, j);
+    const float value = kTaskOverlap<Kind>.value(predicted, object, {area(predicted), angles[i]},
+                                      iou_terms<Kind>(object));
+    return value > 0 ? value : 0.0f;
+  }
+  float metric(int64_t image, int64_t n, int64_t j, float overlap) const {
+    return rule.metric(scores.at(image, n, labels[image * max_boxes + j]), overlap);
+  }
+
+  // The box's best anchors claim to be its own.
+  void claim(int64_t image, int64_t j, const Ranges& ranges) const {
+    const Box<float> object = box(image, j), region = rule.region(object);
+    const IouTerms<float> terms = iou_terms<Kind>(object);
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    const Box<float> everywhere{-kInfinity, -kInfinity, kInfinity, kInfinity};
+    const Box<float>& within = rule.inside_last ? everywhere : region;
+    const float* boxes = pred_boxes + 4 * image * num_points;
+    const float* box_angles = angles + image * num_points;
+    uint64_t* best_of_image = best + image * num_points;
+    TopK top(topk);
+    ranges.for_each(rule.inside_last ? object : region, [&](int64_t tile) {
+      const int64_t first = tile * kTile, n = std::min(kTile, num_points - first);
+      alignas(64) float overlaps[kTile], last_boxes[4 * kTile] = {}, last_angles[kTile] = {};
+      const float *tile_boxes = boxes + 4 * first, *tile_angles = box_angles + first;
+      if (n < kTile) {
+        std::copy(tile_boxes, tile_boxes + 4 * n, last_boxes);
+        std::copy(tile_angles, tile_angles + n, last_angles);
+        tile_boxes = last_boxes;
+        tile_angles = last_angles;
+      }
+      if (!overlap_tile(kTaskOverlap<Kind>, points.x.data() + first, points.y.data() + first, tile_boxes,
+                        tile_angles, within, rule.margin, object, terms, overlaps)) {
+        return;
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        if (overlaps[i] > 0 && !in_crowd(image, first + i)) {
+          if (rule.rivals == Rivals::kHolders) {
+            atomic_max(best_of_image + first + i, ranked(overlaps[i], static_cast<uint32_t>(j)));
+          }
+          const float value = metric(image, first + i, j, overlaps[i]);
+          if (value > 0) {
+            top.offer(ranked(value, static_cast<uint32_t>(first + i)));
+          }
+        }
+      }
+    });
+    const Claims mine = Claims::of(static_cast<uint32_t>(j), static_cast<uint32_t>(max_boxes));
+    for (const uint64_t candidate : top) {
+      const int64_t n = index_of(candidate);
+      if (rule.inside_last && !is_inside({points.x[n], points.y[n]}, region, rule.margin)) {
+        continue;
+      }
+      Claims& claimed = claims(image)[n];
+      atomic_max(&claimed.last, mine.last);
+      atomic_max(&claimed.first, mine.first);
+      if (rule.rivals == Rivals::kTakers) {
+        atomic_max(best_of_image + n, ranked(overlap(image, n, j), static_cast<uint32_t>(j)));
+      }
+    }
+  }
+
+  // Of the claimants of an anchor.
+  int64_t winner(int64_t image, int64_t n, const Claims& claimed) const {
+    if (claimed.alone(static_cast<uint32_t>(max_boxes))) {
+      return claimed.box();
+    }
+    if (rule.rivals != Rivals::kAll) {
+      return index_of(best[image * num_points + n]);
+    }
+    int64_t winner = 0;
+    float most = -1;
+    for (int64_t j = 0; j < counts[image]; ++j) {
+      const float value = is_crowd(image, j) ? -1 : overlap(image, n, j);
+      winner = value > most ? j : winner;
+      most = max_of(value, most);
+    }
+    return winner;
+  }
+
+  void resolve(int64_t image, int64_t begin, int64_t end) const {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = image * num_points + n;
+      const Claims claimed = claims(image)[n];
+      int64_t match = -1;
+      float metric_of_match = 0, overlap_of_match = 0;
+      if (claimed.any()) {
+        match = winner(image, n, claimed);
+        overlap_of_match = overlap(image, n, match);
+        metric_of_match = metric(image, n, match, overlap_of_match);
+      } else if (in_crowd(image, n)) {
+        match = -2;
+      }
+      matches[i] = match;
+      targets[i] = metric_of_match;
+      std::memcpy(best + i, &overlap_of_match, sizeof overlap_of_match);
+    }
+  }
+
+  // Of the anchors that a box has it keeps the best.
+  void keep_best(int64_t image) const {
+    std::vector<TopK> top(counts[image], TopK(final_topk));
+    int64_t* match = matches + image * num_points;
+    const float* metrics = targets + image * num_points;
+    for (int64_t n = 0; n < num_points; ++n) {
+      if (match[n] >= 0) {
+        top[match[n]].offer(ranked(metrics[n], static_cast<uint32_t>(n)));
+        match[n] = -1;
+      }
+    }
+    for (int64_t j = 0; j < counts[image]; ++j) {
+      for (const uint64_t kept : top[j]) {
+        match[index_of(kept)] = j;
+      }
+    }
+  }
+
+  void find_targets(int64_t image) const {
+    const int64_t* match = matches + image * num_points;
+    float* of_anchors = targets + image * num_points;
+    std::vector<float> most_metric(counts[image], 0), most_overlap(counts[image], 0);
+    for (int64_t n = 0; n < num_points; ++n) {
+      if (match[n] >= 0) {
+        float value;
+        std::memcpy(&value, best + image * num_points + n, sizeof value);
+        most_metric[match[n]] = max_of(of_anchors[n], most_metric[match[n]]);
+        most_overlap[match[n]] = max_of(value, most_overlap[match[n]]);
+      }
+    }
+    for (int64_t n = 0; n < num_points; ++n) {
+      of_anchors[n] = match[n] < 0 ? 0.0f
+                                   : rule.target(of_anchors[n], most_metric[match[n]],
+                                                 most_overlap[match[n]]);
+    }
+  }
+};
+
+template <IouKind Kind>
+void run(const Assignment<Kind>& all, int64_t num_images) {
+  const auto parallel_over = [](int64_t images, int64_t items, int64_t of_a_task, const auto& f) {
+    const int64_t tasks = (items + of_a_task - 1) / of_a_task;
+    torch::stable::parallel_for(0, images * tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first = task % tasks * of_a_task;
+        f(task / tasks, first, std::min(first + of_a_task, items));
+      }
+    });
+  };
+  if (Kind == IouKind::kComplete) {
+    parallel_over(1, num_images * all.num_points, kPiece, [&](int64_t, int64_t begin, int64_t end) {
+      find_angles<Kind>(all.pred_boxes + 4 * begin, end - begin, all.angles + begin);
+    });
+  }
+  std::vector<Ranges> predictions(all.rule.inside_last ? num_images : 0,
+                                  Ranges(all.points.ranges.size()));
+  parallel_over(static_cast<int64_t>(predictions.size()), 1, 1, [&](int64_t image, int64_t, int64_t) {
+    for (int64_t n = 0; n < all.num_points; ++n) {
+      predictions[image].add(n / kTile,
+                             load_box(all.pred_boxes + 4 * (image * all.num_points + n)));
+    }
+  });
+  parallel_over(num_images, all.max_boxes, kBoxesATask,
+                [&](int64_t image, int64_t begin, int64_t end) {
+                  const Ranges& ranges =
+                      all.rule.inside_last ? predictions[image] : all.points.ranges;
+                  for (int64_t j = begin; j < std::min(end, all.counts[image]); ++j) {
+                    if (!all.is_crowd(image, j)) {
+                      all.claim(image, j, ranges);
+                    }
+                  }
+                });
+  parallel_over(num_images, all.num_points, kPiece, [&](int64_t image, int64_t begin, int64_t end) {
+    all.resolve(image, begin, end);
+  });
+  parallel_over(num_images, 1, 1, [&](int64_t image, int64_t, int64_t) {
+    if (all.final_topk > 0) {
+      all.keep_best(image);
+    }
+    all.find_targets(image);
+  });
+}
+
+// Looks at the boxes: which are crowds, and whether the others have labels.
+template <IouKind Kind>
+void find_crowds(Assignment<Kind>& all) {
+  for (size_t image = 0; image < all.counts.size(); ++image) {
+    for (int64_t j = 0; j < all.counts[image]; ++j) {
+      const int64_t label = all.labels[image * all.max_boxes + j];
+      if (all.is_crowd(image, j)) {
+        all.crowds[image].push_back(all.box(image, j));
+      } else if (!all.scores.has(label)) {
+        fail("assign_task_aligned: gt_labels must lie in [0, ", all.scores.num_classes - 1,
+             "], as pred_scores has classes, got ", label);
+      }
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> assign_task_aligned_cpu(
+    const Tensor& pred_scores, const Tensor& pred_boxes_, const Tensor& points_,
+    const Tensor& gt_boxes_, const Tensor& gt_labels_, const std::optional<Tensor>& counts,
+    const std::optional<Tensor>& crowd_, int64_t topk, double alpha, double beta, int64_t rule,
+    int64_t overlap, double min_side, int64_t final_topk, double eps) {
+  const TaskAlignedOptions options{topk, alpha, beta, rule, overlap, min_side, final_topk, eps};
+  check_assign_task_aligned(pred_scores, pred_boxes_, points_, gt_boxes_, gt_labels_, counts, crowd_,
+                            options);
+  const Tensor points = torch::stable::contiguous(points_),
+               pred_boxes = torch::stable::contiguous(pred_boxes_),
+               gt_boxes = torch::stable::contiguous(gt_boxes_),
+               gt_labels = torch::stable::contiguous(gt_labels_);
+  const std::optional<Tensor> crowd = contiguous(crowd_);
+  const int64_t num_images = gt_boxes.size(0), num_points = points.size(0);
+  Tensor matches = torch::stable::new_zeros(points, {num_images, num_points}, ScalarType::Long);
+  Tensor targets = torch::stable::new_empty(points, {num_images, num_points});
+  Tensor best = torch::stable::new_zeros(points, {num_images, num_points}, ScalarType::Long);
+  Tensor angles = torch::stable::new_zeros(points, {num_images, num_points});
+  dispatch_task_overlap(overlap, [&](auto kind) {
+    Assignment<decltype(kind)::value> all{
+        options.formula(),
+        topk,
+        final_topk,
+        ClassScores(pred_scores),
+        Points(static_cast<const float*>(points.const_data_ptr()), num_points),
+        num_points,
+        gt_boxes.size(1),
+        static_cast<const float*>(pred_boxes.const_data_ptr()),
+        static_cast<const float*>(gt_boxes.const_data_ptr()),
+        static_cast<const int64_t*>(gt_labels.const_data_ptr()),
+        data_of<bool>(crowd),
+        read_counts("assign_task_aligned", gt_boxes, counts),
+        std::vector<std::vector<Box<float>>>(num_images),
+        data_of<float>(angles),
+        reinterpret_cast<uint64_t*>(data_of<int64_t>(best)),
+        data_of<int64_t>(matches),
+        data_of<float>(targets)};
+    find_crowds(all);
+    run(all, num_images);
+  });
+  return {matches, targets};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(focalops, CPU, m) {
+  m.impl("assign_task_aligned", TORCH_BOX(&assign_task_aligned_cpu));
+}
+
+}  // namespace focalops

@@ -1,0 +1,229 @@
+"""Which ground-truth box each anchor shall learn, by what the network predicts there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from focalops import reference
+from focalops._arguments import choice, number, require_tensors, whole
+from focalops._coordinates import check_like
+from focalops._ops import (
+    call,
+    check,
+    check_floating,
+    check_same_device,
+    ops,
+    require_tensor,
+    runs_reference,
+)
+from focalops._padding import check_labels, check_of_boxes, pad_labels
+from focalops.assigners import _check_boxes_and_crowd, _check_points, _ground_truth
+
+TASK_RULES = ("ultralytics", "mmyolo", "tood")  # as TaskRule in csrc/assign.h
+_OVERLAPS = {"iou": 0, "ciou": 3}  # of IouKind in csrc/math/box.h
+_MAX_TOPK = 32  # kMaxTopk in csrc/assign.h
+
+
+def assign_task_aligned(
+    pred_scores: Tensor,
+    pred_boxes: Tensor,
+    points: Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    gt_labels: Sequence[Tensor] | Tensor,
+    topk: int = 10,
+    alpha: float = 0.5,
+    beta: float = 6.0,
+    *,
+    counts: Tensor | None = None,
+    rule: str = "ultralytics",
+    overlap: str | None = None,
+    min_side: float | None = None,
+    final_topk: int | None = None,
+    eps: float | None = None,
+    crowd: Sequence[Tensor] | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Assigns anchors to the ground-truth boxes that they predict best, in class and place together.
+
+    How well anchor and box do is ``score ** alpha * overlap ** beta``: the predicted probability of the box's class, and the
+    overlap of predicted and ground-truth box. A box takes its ``topk`` best anchors where that is more than 0, of equal ones
+    the first. An anchor that several boxes take goes to the one that it overlaps most, of equal ones the first; of which
+    boxes, differs:
+
+    - ``"ultralytics"`` (YOLOv8 to YOLO26): a box takes anchors whose point is inside, by more than 1e-9, of the box with each
+      side of less than ``min_side`` made as long; rivals are all boxes that hold the point so, whether or not they took it;
+    - ``"mmyolo"`` (YOLOv6, PP-YOLOE): anchors whose point is inside; rivals are all boxes of the image;
+    - ``"tood"``, the original and mmdet's: of the best of all anchors those whose point is inside by more than 0.01; rivals
+      are those that took it.
+
+    The targets of the classification, ``scores``, are ``metric * greatest overlap / (greatest metric + eps)``, the greatest
+    of all anchors that the box has in the end.
+
+    Args:
+        pred_scores: ``(B, N, K)``, probabilities of the classes, of any floating dtype and in any layout: read where they lie.
+        pred_boxes: ``(B, N, 4)``, xyxy in pixels.
+        points: ``(N, 2)``, x and y of the anchors' points in pixels, the same for all images.
+        gt_boxes: a list with ``(M_i, 4)`` for each image, or padded to ``(B, M, 4)``.
+        gt_labels: a list with ``(M_i,)`` for each image, or padded to ``(B, M)``: integers in ``0..K-1``. Another one is an
+            error on the CPU; on CUDA, where looking would stop the device, its box takes nothing.
+        topk: 1 to 32.
+        alpha, beta: at least 0; more than 0.
+        counts: with padded boxes, ``(B,)``, int32 or int64: how many of each image's boxes there are; without it, all.
+            A count outside [0, M] is an error on the CPU, on CUDA the nearest.
+        rule: as above.
+        overlap: ``"iou"`` or ``"ciou"``, negative ones 0; by default CIoU for ``"ultralytics"``, else IoU.
+        min_side: in pixels, of ``"ultralytics"`` alone; 16 by default, the second stride there. 0 for its older versions.
+        final_topk: of ``"ultralytics"`` alone, its ``topk2``: of the anchors that a box then has it keeps so many; None for
+            all. 1 to 32.
+        eps: by default 1e-9 for ``"ultralytics"``, else 1e-7.
+        crowd: bool, a list with ``(M_i,)`` for each image or padded to ``(B, M)``: boxes around crowds. They take nothing;
+            anchors whose points are inside are -2 and taken by none.
+
+    Returns:
+        matches, int64 ``(B, N)``: the index of a box of the image, -1 or -2, as :func:`match_anchors` gives them; and scores,
+        float32 ``(B, N)``, 0 where there is no match. ``class_index_targets(matches, gt_labels, K)`` and scores are the
+        targets of :func:`quality_focal_loss` and :func:`varifocal_loss`, scores the ``weight`` of :func:`dense_box_loss`.
+
+    All is computed in float32, to which other dtypes are rounded. Where the peers take an anchor of metric 0 by a tie, which
+    trains nothing, it stays background here; a NaN is a metric of 0, and a box with fewer than ``topk`` candidates takes what
+    there is. No gradient is registered. All images are assigned at once in O(B N) memory, 24 bytes an anchor; time
+    O(B M N / 256 + pairs), the pairs of boxes and anchors inside them. The host does not wait for the device; with padded
+    boxes and counts the call can be captured in a CUDA graph, and two runs give the same bits. Feng et al., TOOD, 2021;
+    ultralytics' ``TaskAlignedAssigner``, mmyolo's ``BatchTaskAlignedAssigner``, mmdet's ``TaskAlignedAssigner`` with the
+    targets of its ``TOODHead``.
+
+    >>> matches, scores = assign_task_aligned(logits.sigmoid(), boxes, points, gt_boxes, gt_labels)
+    """
+    op = "assign_task_aligned"
+    choice("rule", rule, TASK_RULES)
+    is_ultralytics = rule == "ultralytics"
+    overlap = ("ciou" if is_ultralytics else "iou") if overlap is None else overlap
+    choice("overlap", overlap, tuple(_OVERLAPS))
+    topk, alpha, beta = whole("topk", topk), number("alpha", alpha), number("beta", beta)
+    eps = (1e-9 if is_ultralytics else 1e-7) if eps is None else number("eps", eps)
+    for name, value in (("min_side", min_side), ("final_topk", final_topk)):
+        if value is not None and not is_ultralytics:
+            raise ValueError(f"{name} must be None unless rule is 'ultralytics', got {value!r}")
+    if min_side is None:
+        min_side = 16.0 if is_ultralytics else -1.0
+    elif not (min_side := number("min_side", min_side)) >= 0:
+        raise ValueError(f"min_side must be >= 0, got {min_side:g}")
+    if final_topk is not None and (final_topk := whole("final_topk", final_topk)) < 1:
+        raise ValueError(f"final_topk must lie in [1, {_MAX_TOPK}], got {final_topk}")
+    for name, tensor in (
+        ("pred_scores", pred_scores),
+        ("pred_boxes", pred_boxes),
+        ("points", points),
+    ):
+        require_tensor(name, tensor)
+    require_tensors("gt_labels", gt_labels)
+    gt_boxes, counts, crowd = _ground_truth(op, points, gt_boxes, counts, crowd)
+    labels = _labels(op, gt_labels, gt_boxes)
+    arguments = (
+        *(pred_scores.detach(), _in_float32(pred_boxes), _in_float32(points)),
+        *(_in_float32(gt_boxes), labels, counts, crowd, topk, alpha, beta),
+        *(TASK_RULES.index(rule), _OVERLAPS[overlap], min_side, final_topk or 0, eps),
+    )
+    if runs_reference(points):
+        _check_task_aligned(*arguments)
+        return reference.assign_task_aligned(
+            *arguments[:5],
+            topk,
+            alpha,
+            beta,
+            counts=counts,
+            rule=rule,
+            overlap=overlap,
+            min_side=min_side if is_ultralytics else None,
+            final_topk=final_topk,
+            eps=eps,
+            crowd=crowd,
+        )
+    return call(ops.assign_task_aligned, *arguments)
+
+
+def _in_float32(coordinates: Tensor) -> Tensor:
+    """What holds none stays, for the op to refuse."""
+    is_number = coordinates.dtype != torch.bool
+    return coordinates.detach().to(torch.float32) if is_number else coordinates
+
+
+def _labels(op: str, gt_labels: Sequence[Tensor] | Tensor, gt_boxes: Tensor) -> Tensor:
+    """int64 (B, M)."""
+    if isinstance(gt_labels, Tensor):
+        check_labels("gt_labels", gt_labels)
+        return gt_labels.to(torch.int64)
+    return pad_labels(op, gt_labels, gt_boxes, "gt_boxes")
+
+
+# ---- fake kernels -------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("focalops::assign_task_aligned")
+def _(pred_scores: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _check_task_aligned(pred_scores, *options)
+    shape = pred_scores.shape[:2]
+    return (
+        pred_scores.new_empty(shape, dtype=torch.int64),
+        pred_scores.new_empty(shape, dtype=torch.float32),
+    )
+
+
+def _check_task_aligned(
+    pred_scores: Tensor,
+    pred_boxes: Tensor,
+    points: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    counts: Tensor | None,
+    crowd: Tensor | None,
+    topk: int,
+    alpha: float,
+    beta: float,
+    rule: int,
+    overlap: int,
+    min_side: float,
+    final_topk: int,
+    eps: float,
+) -> None:
+    op = "assign_task_aligned"
+    _check_points(op, points)
+    check(
+        points.dtype == torch.float32, lambda: f"{op}: points must be float32, got {points.dtype}"
+    )
+    _check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points)
+    check_of_boxes(op, "gt_labels", gt_labels, torch.int64, gt_boxes, "points", points)
+    shape = (gt_boxes.shape[0], points.shape[0])
+    check_same_device(op, "pred_scores", pred_scores, "points", points)
+    check_floating(op, "pred_scores", pred_scores)
+    check(
+        pred_scores.dim() == 3 and pred_scores.shape[:2] == shape,
+        lambda: (
+            f"{op}: pred_scores must have shape ({shape[0]}, {shape[1]}, K), "
+            f"got {tuple(pred_scores.shape)}"
+        ),
+    )
+    check_like(op, "pred_boxes", pred_boxes, "points", points)
+    check(
+        pred_boxes.shape == (*shape, 4),
+        lambda: (
+            f"{op}: pred_boxes must have shape ({shape[0]}, {shape[1]}, 4), "
+            f"got {tuple(pred_boxes.shape)}"
+        ),
+    )
+    check(
+        1 <= topk <= _MAX_TOPK,
+        lambda: f"{op}: topk must lie in [1, {_MAX_TOPK}], got {topk}",
+    )
+    check(
+        0 <= final_topk <= _MAX_TOPK,
+        lambda: f"{op}: final_topk must lie in [1, {_MAX_TOPK}], got {final_topk}",
+    )
+    check(alpha >= 0, lambda: f"{op}: alpha must be >= 0, got {alpha:g}")
+    check(beta > 0, lambda: f"{op}: beta must be > 0, got {beta:g}")
+    check(eps >= 0, lambda: f"{op}: eps must be >= 0, got {eps:g}")
+    check(0 <= rule <= 2, lambda: f"{op}: rule must lie in [0, 2], got {rule}")
+    check(overlap in (0, 3), lambda: f"{op}: overlap must be 0 or 3, got {overlap}")
