@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from torch import Tensor
 from torchvision.models.detection import FCOS
 
 from benchmarks.harness import OURS, Case
-from focalops import assign_fcos, reference
+from focalops import assign_fcos, assign_task_aligned, reference
 
 SIZE = 640
 
@@ -19,6 +20,9 @@ SIZE = 640
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for images, objects in ((1, 20),) if quick else ((1, 20), (16, 20), (16, 300)):
         yield fcos_case(images, objects, device)
+    sizes = ((1, 20), (16, 20), (1, 300), (16, 300), (1, 4967))  # the last as in xView
+    for images, objects in sizes[:1] if quick else sizes:
+        yield task_aligned_case(images, objects, device)
 
 
 def grid(strides: list[int], device: torch.device) -> tuple[Tensor, list[int]]:
@@ -61,3 +65,47 @@ def fcos_case(images: int, objects: int, device: torch.device) -> Case:
 
     size = f"{images} x {len(points):,} points, {objects} boxes"
     return Case("assign_fcos", size, images * len(points) * 16, contestants, agree)
+
+
+def task_aligned_case(images: int, objects: int, device: torch.device) -> Case:
+    """At YOLOv8's settings, predictions near the objects as a trained network has them."""
+    num_classes = 80
+    points, _ = grid([8, 16, 32], device)
+    most = 400 if objects < 1000 else 40
+    gt_boxes = torch.stack([random_boxes(objects, device, most) for _ in range(images)])
+    gt_labels = torch.randint(0, num_classes, (images, objects), device=device)
+    centers = (gt_boxes[..., :2] + gt_boxes[..., 2:]) / 2
+    near = gt_boxes.gather(1, torch.cdist(points, centers).argmin(2)[..., None].expand(-1, -1, 4))
+    boxes = near + torch.randn_like(near) * (near[..., 2:] - near[..., :2]).repeat(1, 1, 2) * 0.15
+    scores = torch.rand(images, len(points), num_classes, device=device) ** 4
+    mask = torch.ones(images, objects, 1, device=device)
+
+    contestants = {
+        OURS: lambda: assign_task_aligned(scores, boxes, points, gt_boxes, gt_labels),
+    }
+    if images * objects <= 320:
+        contestants["reference"] = lambda: reference.assign_task_aligned(
+            scores, boxes, points, gt_boxes, gt_labels
+        )
+    with contextlib.suppress(ImportError):
+        from ultralytics.utils.tal import TaskAlignedAssigner
+
+        assigner = TaskAlignedAssigner(topk=10, num_classes=num_classes, alpha=0.5, beta=6.0)
+
+        def with_ultralytics() -> tuple[Tensor, Tensor]:
+            labels = gt_labels[..., None].float()
+            _, _, targets, foreground, index = assigner(
+                scores, boxes, points, labels, gt_boxes, mask
+            )
+            return index.where(foreground.bool(), -1), targets.sum(-1)
+
+        contestants["ultralytics"] = with_ultralytics
+
+    def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+        has_score = theirs[1] > 0  # their ties of metric 0 are background here
+        assert torch.equal(ours[0].where(has_score, -1), theirs[0].where(has_score, -1))
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-3, atol=1e-6)
+
+    size = f"{images} x {len(points):,} points, {objects:,} boxes"
+    moved = images * len(points) * 36
+    return Case("assign_task_aligned", size, moved, contestants, agree)

@@ -62,9 +62,9 @@ struct TaskAlignedOptions {
             static_cast<float>(min_side),
             static_cast<float>(eps),
             is_tood,
-            is_tood                       ? Rivals::kTakers
+            is_tood                   ? Rivals::kTakers
             : of == TaskRule::kMmyolo ? Rivals::kAll
-                                          : Rivals::kHolders};
+                                      : Rivals::kHolders};
   }
 };
 
@@ -78,8 +78,10 @@ void dispatch_task_overlap(int64_t overlap, const F& f) {
 }
 
 template <IouKind Kind>
-constexpr IouFormula<Kind, float> kTaskOverlap =
-    Kind == IouKind::kPlain ? IouFormula<Kind, float>{0, 0} : IouFormula<Kind, float>{1e-7f, 1e-7f};
+FOCALOPS_HOST_DEVICE IouFormula<Kind, float> task_overlap() {
+  const float eps = Kind == IouKind::kPlain ? 0.0f : 1e-7f;
+  return {eps, eps};
+}
 
 // The scores of the classes, wherever and in whatever dtype they lie: told apart at run time, since
 // few of them are read.

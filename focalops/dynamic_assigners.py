@@ -120,8 +120,9 @@ def assign_task_aligned(
     ):
         require_tensor(name, tensor)
     require_tensors("gt_labels", gt_labels)
+    listed = gt_boxes
     gt_boxes, counts, crowd = _ground_truth(op, points, gt_boxes, counts, crowd)
-    labels = _labels(op, gt_labels, gt_boxes)
+    labels = _labels(op, gt_labels, listed, gt_boxes)
     arguments = (
         *(pred_scores.detach(), _in_float32(pred_boxes), _in_float32(points)),
         *(_in_float32(gt_boxes), labels, counts, crowd, topk, alpha, beta),
@@ -151,12 +152,24 @@ def _in_float32(coordinates: Tensor) -> Tensor:
     return coordinates.detach().to(torch.float32) if is_number else coordinates
 
 
-def _labels(op: str, gt_labels: Sequence[Tensor] | Tensor, gt_boxes: Tensor) -> Tensor:
+def _labels(
+    op: str,
+    gt_labels: Sequence[Tensor] | Tensor,
+    gt_boxes: Sequence[Tensor] | Tensor,
+    padded: Tensor,
+) -> Tensor:
     """int64 (B, M)."""
     if isinstance(gt_labels, Tensor):
         check_labels("gt_labels", gt_labels)
         return gt_labels.to(torch.int64)
-    return pad_labels(op, gt_labels, gt_boxes, "gt_boxes")
+    labels = pad_labels(op, gt_labels, padded, "gt_boxes")
+    for i, (of_image, boxes) in enumerate(zip(gt_labels, gt_boxes, strict=True)):
+        if len(of_image) != len(boxes):
+            raise ValueError(
+                f"gt_labels[{i}] must have shape ({len(boxes)},), one for each box, "
+                f"got {tuple(of_image.shape)}"
+            )
+    return labels
 
 
 # ---- fake kernels -------------------------------------------------------------------------------

@@ -992,7 +992,8 @@ def assign_task_aligned(
         if crowd is not None:
             is_crowd = crowd[i][:count]
         in_crowd = (_sides(points, boxes[is_crowd]).amin(-1) > 0).any(1)
-        objects = torch.where(~is_crowd)[0]
+        has_class = (labels >= 0) & (labels < pred_scores.shape[2])
+        objects = torch.where(~is_crowd & has_class)[0]
         match = torch.full_like(in_crowd, -1, dtype=torch.int64)
         score = torch.zeros_like(in_crowd, dtype=torch.float32)
         if len(objects) and len(points):

@@ -52,6 +52,7 @@ CHOICES = (
     "soft_nms",
     "matrix_nms",
     "assign_fcos",
+    "assign_task_aligned",
     "detect",
     "match_anchors",
     "match_iou_matrix",

@@ -430,6 +430,35 @@ def assign_fcos() -> Arguments:
     }
 
 
+def assign_task_aligned() -> Arguments:
+    points, _, _ = points_of_levels()
+    points = points.to(torch.float32)
+    classes = between(1, 4)
+    gt_boxes = [boxes(between(0, 9), dtype=torch.float32) for _ in range(between(0, 3))]
+    if random.random() < 0.5:
+        gt_boxes = [b.round() for b in gt_boxes]
+    images, rule = len(gt_boxes), pick(("ultralytics", "mmyolo", "tood"))
+    arguments = padded_or_listed(gt_boxes)
+    labels: Any = [torch.randint(0, classes, (len(b),)) for b in gt_boxes]
+    if isinstance(arguments["gt_boxes"], Tensor):
+        labels = torch.randint(0, classes, arguments["gt_boxes"].shape[:2])
+    of_ultralytics = {"min_side": pick((0, 4.0, 16.0)), "final_topk": maybe(lambda: between(1, 4))}
+    return {
+        "pred_scores": torch.rand(images, len(points), classes).to(pick(DTYPES)),
+        "pred_boxes": boxes(images * len(points), dtype=torch.float32).view(images, -1, 4),
+        "points": points,
+        "gt_labels": labels,
+        "topk": pick((1, 3, 10, 32)),
+        "alpha": pick((0, 0.5, 1.0)),
+        "beta": pick((1.0, 2, 6.0)),
+        "rule": rule,
+        "overlap": maybe(lambda: pick(("iou", "ciou"))),
+        "eps": maybe(lambda: pick((0.0, 1e-3))),
+        **(of_ultralytics if rule == "ultralytics" else {}),
+        **arguments,
+    }
+
+
 def class_index_targets() -> Arguments:
     images, most = between(0, 3), between(0, 4)
     labels = torch.randint(0, 5, (images, most))
@@ -555,6 +584,7 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "AnchorGenerator": anchor_generator,
     "accelerate": detector,
     "assign_fcos": assign_fcos,
+    "assign_task_aligned": assign_task_aligned,
     "batched_nms": batched_nms,
     "box_iou": box_iou,
     "generalized_box_iou": pairwise,

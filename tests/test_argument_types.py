@@ -27,7 +27,14 @@ FLAGS = {
     "iou_weighted",
     "return_iou",
 }
-INTEGERS = {"ignore_index", "max_detections", "num_classes", "topk_per_level", "topk"}
+INTEGERS = {
+    "final_topk",
+    "ignore_index",
+    "max_detections",
+    "num_classes",
+    "topk",
+    "topk_per_level",
+}
 NUMBERS = {
     "alpha",
     "beta",
@@ -43,6 +50,7 @@ NUMBERS = {
     "label_smoothing",
     "min_normalizer",
     "min_pos_iou",
+    "min_side",
     "score_threshold",
     "sigma",
 }

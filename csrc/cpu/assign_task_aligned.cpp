@@ -34,7 +34,10 @@ void atomic_max(T* at, T value) {
 class Ranges {
  public:
   explicit Ranges(int64_t tiles)
-      : x1_(tiles, kInfinity), y1_(tiles, kInfinity), x2_(tiles, -kInfinity), y2_(tiles, -kInfinity) {}
+      : x1_(tiles, kInfinity),
+        y1_(tiles, kInfinity),
+        x2_(tiles, -kInfinity),
+        y2_(tiles, -kInfinity) {}
 
   int64_t size() const { return static_cast<int64_t>(x1_.size()); }
 
@@ -171,7 +174,7 @@ struct Assignment {
   const bool* crowd;        // [B, M], null: none is
   std::vector<int64_t> counts;
   std::vector<std::vector<Box<float>>> crowds;  // B, empty where none is
-  float* angles;     // [B, N], zeros where the overlap has none
+  float* angles;                                // [B, N], zeros where the overlap has none
   uint64_t* best;    // [B, N], overlap and box; then the overlap with the match
   int64_t* matches;  // [B, N], the claims before
   float* targets;    // [B, N], the metric before
@@ -194,8 +197,8 @@ struct Assignment {
   float overlap(int64_t image, int64_t n, int64_t j) const {
     const int64_t i = image * num_points + n;
     const Box<float> predicted = load_box(pred_boxes + 4 * i), object = box(image, j);
-    const float value = kTaskOverlap<Kind>.value(predicted, object, {area(predicted), angles[i]},
-                                      iou_terms<Kind>(object));
+    const float value = task_overlap<Kind>().value(predicted, object, {area(predicted), angles[i]},
+                                                   iou_terms<Kind>(object));
     return value > 0 ? value : 0.0f;
   }
   float metric(int64_t image, int64_t n, int64_t j, float overlap) const {
@@ -213,7 +216,7 @@ struct Assignment {
     const float* box_angles = angles + image * num_points;
     uint64_t* best_of_image = best + image * num_points;
     TopK top(topk);
-    ranges.for_each(rule.inside_last ? object : region, [&](int64_t tile) {
+    ranges.for_each(region, [&](int64_t tile) {
       const int64_t first = tile * kTile, n = std::min(kTile, num_points - first);
       alignas(64) float overlaps[kTile], last_boxes[4 * kTile] = {}, last_angles[kTile] = {};
       const float *tile_boxes = boxes + 4 * first, *tile_angles = box_angles + first;
@@ -223,8 +226,8 @@ struct Assignment {
         tile_boxes = last_boxes;
         tile_angles = last_angles;
       }
-      if (!overlap_tile(kTaskOverlap<Kind>, points.x.data() + first, points.y.data() + first, tile_boxes,
-                        tile_angles, within, rule.margin, object, terms, overlaps)) {
+      if (!overlap_tile(task_overlap<Kind>(), points.x.data() + first, points.y.data() + first,
+                        tile_boxes, tile_angles, within, rule.margin, object, terms, overlaps)) {
         return;
       }
       for (int64_t i = 0; i < n; ++i) {
@@ -322,9 +325,9 @@ struct Assignment {
       }
     }
     for (int64_t n = 0; n < num_points; ++n) {
-      of_anchors[n] = match[n] < 0 ? 0.0f
-                                   : rule.target(of_anchors[n], most_metric[match[n]],
-                                                 most_overlap[match[n]]);
+      of_anchors[n] =
+          match[n] < 0 ? 0.0f
+                       : rule.target(of_anchors[n], most_metric[match[n]], most_overlap[match[n]]);
     }
   }
 };
@@ -347,25 +350,24 @@ void run(const Assignment<Kind>& all, int64_t num_images) {
   }
   std::vector<Ranges> predictions(all.rule.inside_last ? num_images : 0,
                                   Ranges(all.points.ranges.size()));
-  parallel_over(static_cast<int64_t>(predictions.size()), 1, 1, [&](int64_t image, int64_t, int64_t) {
-    for (int64_t n = 0; n < all.num_points; ++n) {
-      predictions[image].add(n / kTile,
-                             load_box(all.pred_boxes + 4 * (image * all.num_points + n)));
-    }
-  });
-  parallel_over(num_images, all.max_boxes, kBoxesATask,
-                [&](int64_t image, int64_t begin, int64_t end) {
-                  const Ranges& ranges =
-                      all.rule.inside_last ? predictions[image] : all.points.ranges;
-                  for (int64_t j = begin; j < std::min(end, all.counts[image]); ++j) {
-                    if (!all.is_crowd(image, j)) {
-                      all.claim(image, j, ranges);
-                    }
+  parallel_over(static_cast<int64_t>(predictions.size()), 1, 1,
+                [&](int64_t image, int64_t, int64_t) {
+                  for (int64_t n = 0; n < all.num_points; ++n) {
+                    predictions[image].add(
+                        n / kTile, load_box(all.pred_boxes + 4 * (image * all.num_points + n)));
                   }
                 });
-  parallel_over(num_images, all.num_points, kPiece, [&](int64_t image, int64_t begin, int64_t end) {
-    all.resolve(image, begin, end);
-  });
+  parallel_over(
+      num_images, all.max_boxes, kBoxesATask, [&](int64_t image, int64_t begin, int64_t end) {
+        const Ranges& ranges = all.rule.inside_last ? predictions[image] : all.points.ranges;
+        for (int64_t j = begin; j < std::min(end, all.counts[image]); ++j) {
+          if (!all.is_crowd(image, j)) {
+            all.claim(image, j, ranges);
+          }
+        }
+      });
+  parallel_over(num_images, all.num_points, kPiece,
+                [&](int64_t image, int64_t begin, int64_t end) { all.resolve(image, begin, end); });
   parallel_over(num_images, 1, 1, [&](int64_t image, int64_t, int64_t) {
     if (all.final_topk > 0) {
       all.keep_best(image);
@@ -396,8 +398,8 @@ std::tuple<Tensor, Tensor> assign_task_aligned_cpu(
     const std::optional<Tensor>& crowd_, int64_t topk, double alpha, double beta, int64_t rule,
     int64_t overlap, double min_side, int64_t final_topk, double eps) {
   const TaskAlignedOptions options{topk, alpha, beta, rule, overlap, min_side, final_topk, eps};
-  check_assign_task_aligned(pred_scores, pred_boxes_, points_, gt_boxes_, gt_labels_, counts, crowd_,
-                            options);
+  check_assign_task_aligned(pred_scores, pred_boxes_, points_, gt_boxes_, gt_labels_, counts,
+                            crowd_, options);
   const Tensor points = torch::stable::contiguous(points_),
                pred_boxes = torch::stable::contiguous(pred_boxes_),
                gt_boxes = torch::stable::contiguous(gt_boxes_),

@@ -2,10 +2,10 @@
 // five, and three that clear.
 //
 // Points come in tiles of 32 consecutive ones, whose ranges the first launch finds. In the second a
-// block has one box at a time: each lane tests a tile, and the warps visit those that the box meets,
-// a lane a point, and keep the box's best anchors sorted over their lanes. These claim the anchors
-// by integer maxima, which leave the same bits in any order. In the third an anchor has a thread,
-// which settles the claims, and the last turns metrics into targets.
+// block has one box at a time: each lane tests a tile, and the warps visit those that the box
+// meets, a lane a point, and keep the box's best anchors sorted over their lanes. These claim the
+// anchors by integer maxima, which leave the same bits in any order. In the third an anchor has a
+// thread, which settles the claims, and the last turns metrics into targets.
 //
 // 36 bytes an anchor and image: prediction, match, target and the greatest overlap with its box;
 // the scores of the pairs, a sector each; points and ranges, which stay in the L2 cache.
@@ -71,7 +71,7 @@ template <IouKind Kind>
 __device__ __forceinline__ float overlap_of(const Box<float>& predicted, const Box<float>& object,
                                             const IouTerms<float>& terms) {
   const float value =
-      kTaskOverlap<Kind>.value(predicted, object, iou_terms<Kind>(predicted), terms);
+      task_overlap<Kind>().value(predicted, object, iou_terms<Kind>(predicted), terms);
   return value > 0 ? value : 0.0f;
 }
 
@@ -116,24 +116,18 @@ class TopK {
   Key mine_ = 0;
 };
 
-// Calls f(tile) for tiles first, first + step ... that the box meets; the warp's lanes together.
-template <typename F>
-__device__ __forceinline__ void for_tiles(const Box<float>* ranges, int64_t tiles,
-                                          const Box<float>& box, int first, int step, const F& f) {
-  const int lane = threadIdx.x % kWarpSize;
-  for (int64_t begin = first; begin < tiles; begin += int64_t{kWarpSize} * step) {
-    const int64_t mine = begin + lane * step;
-    const bool meets = mine < tiles && intersects(box, ranges[mine < tiles ? mine : 0]);
-    for (unsigned mask = __ballot_sync(kFullWarp, meets); mask != 0; mask &= mask - 1) {
-      f(begin + int64_t{__ffs(mask) - 1} * step);
-    }
-  }
+// Which of the tiles begin, begin + step ..., a lane each, the box meets.
+__device__ __forceinline__ unsigned tiles_met(const Box<float>* ranges, int64_t tiles,
+                                              const Box<float>& box, int64_t begin, int step) {
+  const int64_t mine = begin + static_cast<int>(threadIdx.x) % kWarpSize * step;
+  const bool meets = mine < tiles && intersects(box, ranges[mine < tiles ? mine : 0]);
+  return __ballot_sync(kFullWarp, meets);
 }
 
 // A warp has a tile of points, or of the predictions of an image; and, where there are crowds, an
 // image's points.
-__global__ void __launch_bounds__(kThreads) find_ranges_kernel(const __grid_constant__ Assignment a,
-                                                               int64_t images, bool predictions) {
+__global__ void __launch_bounds__(kThreads)
+    find_ranges_kernel(const __grid_constant__ Assignment a, int64_t images, bool predictions) {
   const int64_t tile = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t image = tile / a.tiles, n = (tile - image * a.tiles) * kWarpSize + lane;
@@ -161,8 +155,7 @@ __global__ void __launch_bounds__(kThreads) find_ranges_kernel(const __grid_cons
 }
 
 template <IouKind Kind>
-__global__ void __launch_bounds__(kBoxThreads)
-    claim_kernel(const __grid_constant__ Assignment a) {
+__global__ void __launch_bounds__(kBoxThreads) claim_kernel(const __grid_constant__ Assignment a) {
   __shared__ Key keys[kBoxWarps][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   for (int64_t slot = blockIdx.x; slot < a.num_images * a.counts.most; slot += gridDim.x) {
@@ -175,24 +168,27 @@ __global__ void __launch_bounds__(kBoxThreads)
     const int64_t label = a.label(image, j), first = image * a.num_points;
     const auto box_index = static_cast<uint32_t>(j);
     TopK top;
-    for_tiles(a.ranges + (a.rule.inside_last ? image * a.tiles : 0), a.tiles,
-              a.rule.inside_last ? object : region, warp, kBoxWarps, [&](int64_t tile) {
-                const int64_t n = tile * kWarpSize + lane;
-                Key key = 0;
-                if (n < a.num_points &&
-                    (a.rule.inside_last || is_inside(a.point(n), region, a.rule.margin)) &&
-                    !(a.in_crowd != nullptr && a.in_crowd[first + n])) {
-                  const float overlap = overlap_of<Kind>(a.pred.load(image, n), object, terms);
-                  if (overlap > 0) {
-                    if (a.rule.rivals == Rivals::kHolders) {
-                      atomicMax(a.best + first + n, Key{ranked(overlap, box_index)});
-                    }
-                    const float metric = a.rule.metric(a.scores.at(image, n, label), overlap);
-                    key = metric > 0 ? Key{ranked(metric, static_cast<uint32_t>(n))} : 0;
-                  }
-                }
-                top.offer(key, a.topk);
-              });
+    const Box<float>* ranges = a.ranges + (a.rule.inside_last ? image * a.tiles : 0);
+    for (int64_t begin = warp; begin < a.tiles; begin += kBoxWarps * kWarpSize) {
+      for (unsigned mask = tiles_met(ranges, a.tiles, region, begin, kBoxWarps); mask != 0;
+           mask &= mask - 1) {
+        const int64_t n = (begin + int64_t{__ffs(mask) - 1} * kBoxWarps) * kWarpSize + lane;
+        Key key = 0;
+        if (n < a.num_points &&
+            (a.rule.inside_last || is_inside(a.point(n), region, a.rule.margin)) &&
+            !(a.in_crowd != nullptr && a.in_crowd[first + n])) {
+          const float overlap = overlap_of<Kind>(a.pred.load(image, n), object, terms);
+          if (overlap > 0) {
+            if (a.rule.rivals == Rivals::kHolders) {
+              atomicMax(a.best + first + n, Key{ranked(overlap, box_index)});
+            }
+            const float metric = a.rule.metric(a.scores.at(image, n, label), overlap);
+            key = metric > 0 ? Key{ranked(metric, static_cast<uint32_t>(n))} : 0;
+          }
+        }
+        top.offer(key, a.topk);
+      }
+    }
     if (warp > 0) {
       keys[warp][lane] = top.mine();
     }
@@ -242,8 +238,7 @@ __device__ __forceinline__ int64_t most_overlapped(const Assignment& a, int64_t 
 
 // Of whole warps each has one image.
 template <IouKind Kind>
-__global__ void __launch_bounds__(kThreads)
-    settle_kernel(const __grid_constant__ Assignment a) {
+__global__ void __launch_bounds__(kThreads) settle_kernel(const __grid_constant__ Assignment a) {
   const int64_t tile = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t image = tile / a.tiles, n = (tile - image * a.tiles) * kWarpSize + lane;
@@ -260,7 +255,7 @@ __global__ void __launch_bounds__(kThreads)
     claims = {of_anchor->x, of_anchor->y};
     predicted = a.pred.load(image, n);
   }
-  int64_t match = claims.any() ? claims.box() : -1;
+  int64_t match = claims.any() ? int64_t{claims.box()} : -1;
   const bool is_contested = claims.any() && !claims.alone(boxes);
   if (a.rule.rivals != Rivals::kAll) {
     match = is_contested ? index_of(a.best[i]) : match;
@@ -309,12 +304,16 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ 
     }
     const int64_t first = image * a.num_points;
     TopK top;
-    for_tiles(a.ranges, a.tiles, a.rule.region(a.objects.load(image, j)), 0, 1, [&](int64_t tile) {
-      const int64_t n = tile * kWarpSize + lane;
-      const bool is_own = n < a.num_points && a.matches[first + n] == j;
-      top.offer(is_own ? Key{ranked(a.targets[first + n], static_cast<uint32_t>(n))} : 0,
-                a.final_topk);
-    });
+    const Box<float> region = a.rule.region(a.objects.load(image, j));
+    for (int64_t begin = 0; begin < a.tiles; begin += kWarpSize) {
+      for (unsigned mask = tiles_met(a.ranges, a.tiles, region, begin, 1); mask != 0;
+           mask &= mask - 1) {
+        const int64_t n = (begin + __ffs(mask) - 1) * kWarpSize + lane;
+        const bool is_own = n < a.num_points && a.matches[first + n] == j;
+        top.offer(is_own ? Key{ranked(a.targets[first + n], static_cast<uint32_t>(n))} : 0,
+                  a.final_topk);
+      }
+    }
     Most mine{0, 0};
     if (lane < a.final_topk && top.mine() != 0) {
       Settled* settled = reinterpret_cast<Settled*>(a.best + first + index_of(top.mine()));
@@ -334,7 +333,8 @@ __global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) find_targets_kernel(const __grid_constant__ Assignment a) {
+__global__ void __launch_bounds__(kThreads)
+    find_targets_kernel(const __grid_constant__ Assignment a) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= a.num_images * a.num_points) {
     return;
@@ -346,8 +346,8 @@ __global__ void __launch_bounds__(kThreads) find_targets_kernel(const __grid_con
       a.matches[i] = -1;
     } else {
       const Most most = a.most[i / a.num_points * a.counts.most + match];
-      target = a.rule.target(a.targets[i], __uint_as_float(most.metric),
-                             __uint_as_float(most.overlap));
+      target =
+          a.rule.target(a.targets[i], __uint_as_float(most.metric), __uint_as_float(most.overlap));
     }
   }
   a.targets[i] = target;
@@ -383,26 +383,25 @@ std::tuple<Tensor, Tensor> assign_task_aligned_cuda(
   Tensor most = torch::stable::new_zeros(points, {num_images, max_boxes}, ScalarType::Long);
   Tensor in_crowd = torch::stable::new_empty(
       points, {crowd.has_value() ? num_images : 0, num_points}, ScalarType::Byte);
-  const Assignment all{
-      formula,
-      static_cast<int>(topk),
-      static_cast<int>(final_topk),
-      ClassScores(pred_scores),
-      static_cast<const float*>(points.const_data_ptr()),
-      Rows<Box<float>, float>(pred_boxes, {4 * num_points, 4}),
-      Rows<Box<float>, float>(gt_boxes, {4 * max_boxes, 4}),
-      static_cast<const int64_t*>(gt_labels.const_data_ptr()),
-      data_of<uint8_t>(crowd),
-      {Integers(counts_), counts_.has_value() ? counts_->stride(0) : 0, max_boxes},
-      num_images,
-      num_points,
-      tiles,
-      static_cast<Box<float>*>(ranges.mutable_data_ptr()),
-      crowd.has_value() ? data_of<uint8_t>(in_crowd) : nullptr,
-      static_cast<Key*>(best.mutable_data_ptr()),
-      static_cast<Most*>(most.mutable_data_ptr()),
-      data_of<int64_t>(matches),
-      data_of<float>(targets)};
+  const Assignment all{formula,
+                       static_cast<int>(topk),
+                       static_cast<int>(final_topk),
+                       ClassScores(pred_scores),
+                       static_cast<const float*>(points.const_data_ptr()),
+                       Rows<Box<float>, float>(pred_boxes, {4 * num_points, 4}),
+                       Rows<Box<float>, float>(gt_boxes, {4 * max_boxes, 4}),
+                       static_cast<const int64_t*>(gt_labels.const_data_ptr()),
+                       data_of<uint8_t>(crowd),
+                       {Integers(counts_), counts_.has_value() ? counts_->stride(0) : 0, max_boxes},
+                       num_images,
+                       num_points,
+                       tiles,
+                       static_cast<Box<float>*>(ranges.mutable_data_ptr()),
+                       crowd.has_value() ? data_of<uint8_t>(in_crowd) : nullptr,
+                       static_cast<Key*>(best.mutable_data_ptr()),
+                       static_cast<Most*>(most.mutable_data_ptr()),
+                       data_of<int64_t>(matches),
+                       data_of<float>(targets)};
   const cudaStream_t stream = scope.stream();
   const int64_t images = crowd.has_value() ? num_images : range_images;
   launch(&find_ranges_kernel, ceil_div(images * tiles * kWarpSize, kThreads), kThreads, 0, stream,

@@ -105,7 +105,7 @@ class Power {
  public:
   explicit Power(double exponent)
       : exponent_(static_cast<float>(exponent)),
-        kind_(exponent == 0.5                                      ? kRoot
+        kind_(exponent == 0.5                                         ? kRoot
               : exponent <= kMaxProducts && exponent == int(exponent) ? int(exponent)
                                                                       : kAny) {}
 
@@ -139,7 +139,8 @@ struct TaskAligned {
   float margin;    // by which a point lies inside
   float min_side;  // of the region whose points a box may take; negative: the region is the box
   float eps;
-  bool inside_last;  // the best anchors are those of all, and taken where they lie inside
+  bool
+      inside_last;  // the best are those of all anchors, taken where they lie inside the box itself
   Rivals rivals;
 
   // The arithmetic of a box that is turned into center and size and back.
@@ -178,9 +179,7 @@ FOCALOPS_HOST_DEVICE uint64_t ranked(float value, uint32_t index) {
   return uint64_t{bits} << 32 | static_cast<uint32_t>(~index);
 }
 
-FOCALOPS_HOST_DEVICE uint32_t index_of(uint64_t ranked) {
-  return ~static_cast<uint32_t>(ranked);
-}
+FOCALOPS_HOST_DEVICE uint32_t index_of(uint64_t ranked) { return ~static_cast<uint32_t>(ranked); }
 
 FOCALOPS_HOST_DEVICE float value_of(uint64_t ranked) {
   const auto bits = static_cast<uint32_t>(ranked >> 32);
