@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from focalops._arguments import MAX_LEVELS
-from focalops._ops import say_no_script
 from focalops._padding import in_one_dtype
+from focalops._swapping import Accelerated, overridden, swap
+from focalops._ultralytics import accelerate_ultralytics, ultralytics_models
 from focalops.anchors import AnchorGenerator
 from focalops.box_losses import dense_box_loss, generalized_box_iou_loss
 from focalops.boxes import decode_boxes
@@ -25,22 +23,8 @@ from focalops.postprocess import detect
 from focalops.reference import head_rows
 
 
-@dataclass
-class Accelerated:
-    """What :func:`accelerate` did; ``print`` it."""
-
-    replaced: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [f"replaced: {line}" for line in self.replaced]
-            + [f"kept: {line}" for line in self.kept]
-        )
-
-
 def accelerate(model: nn.Module) -> Accelerated:
-    """Swaps parts of torchvision's RetinaNets, FCOS and SSDs in a model for focalops', in place.
+    """Swaps parts of torchvision's RetinaNets, FCOS and SSDs and of ultralytics' detectors in a model for focalops', in place.
 
     Of a RetinaNet the loss step (matching, focal loss, box loss), the post-processing (threshold, top-k, boxes, NMS) and, where
     both could be swapped, the copies between the heads' convolutions and them (not while somebody looks: where a head has
@@ -51,8 +35,14 @@ def accelerate(model: nn.Module) -> Accelerated:
     RetinaNet a ground-truth box that overlaps no anchor no longer makes all of them foreground. Parameters, their names and
     the way to call the model stay too, and so do copies, pickling and ``nn.DataParallel``.
 
+    Of a detection model of ultralytics (YOLOv8 to YOLO26) the assigner, which then needs no tensor of all anchors and boxes
+    and does not wait for the host; where it takes an anchor of metric 0 by a tie, which trains nothing, ours takes none. The
+    model must have its trainer's arguments, so that its loss can be made: call this when training starts. The loss is no part
+    of what ultralytics saves: its checkpoints do not need focalops.
+
     Args:
-        model: a ``RetinaNet``, ``FCOS`` or ``SSD`` of ``torchvision.models.detection``, or a module that holds some. A part that
+        model: a ``RetinaNet``, ``FCOS`` or ``SSD`` of ``torchvision.models.detection``, a ``DetectionModel`` of
+            ``ultralytics.nn.tasks``, or a module that holds some. A part that
             a subclass or an attribute of the instance overrides is kept, and so is one that depends on a part that focalops does
             not know.
             Thresholds and other numbers may be changed afterwards; parts may not, without another call.
@@ -64,6 +54,7 @@ def accelerate(model: nn.Module) -> Accelerated:
         ValueError: the model holds none of them.
 
     >>> print(accelerate(model))
+    >>> yolo.add_callback("on_train_start", lambda trainer: accelerate(trainer.model))  # of ultralytics
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a Module, got {type(model).__name__}")
@@ -78,6 +69,7 @@ def accelerate(model: nn.Module) -> Accelerated:
             FCOS: _accelerate_fcos,
             SSD: _accelerate_ssd,
         }
+    kinds |= dict.fromkeys(ultralytics_models(), accelerate_ultralytics)
     report = Accelerated()
     for name, part in model.named_modules():
         for kind, accelerate_kind in kinds.items():
@@ -85,7 +77,7 @@ def accelerate(model: nn.Module) -> Accelerated:
                 accelerate_kind(part, name or "model", report)
     if not report.replaced and not report.kept:
         raise ValueError(
-            "model must be or hold a RetinaNet, FCOS or SSD of torchvision, "
+            "model must be or hold a RetinaNet, FCOS or SSD of torchvision or a detector of ultralytics, "
             f"got {type(model).__qualname__}"
         )
     return report
@@ -113,28 +105,28 @@ def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
     anchors = []
     if not isinstance(generator, AnchorGenerator):
         for method in ("forward", "grid_anchors"):  # which give every image the same
-            anchors += _overridden(f"{name}.anchor_generator", generator, Peer, method)
+            anchors += overridden(f"{name}.anchor_generator", generator, Peer, method)
     if not anchors and len(generator.sizes) > MAX_LEVELS:
         anchors.append(f"{name}.anchor_generator has more than {MAX_LEVELS} levels")
 
-    reasons = _overridden(name, model, retinanet.RetinaNet, "compute_loss")
+    reasons = overridden(name, model, retinanet.RetinaNet, "compute_loss")
     for where, part, origin in heads:
-        reasons += _overridden(where, part, origin, "compute_loss")
+        reasons += overridden(where, part, origin, "compute_loss")
     for method in ("__call__", "set_low_quality_matches_"):
-        reasons += _overridden(f"{name}.proposal_matcher", matcher, Matcher, method)
+        reasons += overridden(f"{name}.proposal_matcher", matcher, Matcher, method)
     coder = getattr(regression, "box_coder", None)
     for method in ("encode_single", "decode_single"):
-        reasons += _overridden(f"{name}.head.regression_head.box_coder", coder, BoxCoder, method)
+        reasons += overridden(f"{name}.head.regression_head.box_coder", coder, BoxCoder, method)
     reasons += anchors
     loss_type = getattr(regression, "_loss_type", None)
     if loss_type not in BOX_LOSSES:
         reasons.append(f"{name}.head.regression_head has the unknown box loss {loss_type!r}")
-    loss = _swap(model, "compute_loss", _compute_loss, f"{name}: the loss step", reasons, report)
+    loss = swap(model, "compute_loss", _compute_loss, f"{name}: the loss step", reasons, report)
 
-    reasons = _overridden(name, model, retinanet.RetinaNet, "postprocess_detections")
-    reasons += _overridden(f"{name}.box_coder", model.box_coder, BoxCoder, "decode_single")
+    reasons = overridden(name, model, retinanet.RetinaNet, "postprocess_detections")
+    reasons += overridden(f"{name}.box_coder", model.box_coder, BoxCoder, "decode_single")
     reasons += anchors
-    post_processing = _swap(
+    post_processing = swap(
         model,
         "postprocess_detections",
         _postprocess_detections,
@@ -144,11 +136,11 @@ def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
     )
 
     if loss and post_processing:
-        reasons = _overridden(name, model, retinanet.RetinaNet, "forward")
+        reasons = overridden(name, model, retinanet.RetinaNet, "forward")
         for where, part, origin in heads:
-            reasons += _overridden(where, part, origin, "forward")
+            reasons += overridden(where, part, origin, "forward")
         what = f"{name}: the copies of the heads' outputs"
-        _swap(model, "forward", _forward, what, reasons, report)
+        swap(model, "forward", _forward, what, reasons, report)
 
 
 def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:
@@ -156,85 +148,25 @@ def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:
     from torchvision.models.detection._utils import BoxLinearCoder
 
     head = model.head
-    reasons = _overridden(f"{name}.head", head, fcos.FCOSHead, "compute_loss")
+    reasons = overridden(f"{name}.head", head, fcos.FCOSHead, "compute_loss")
     coder = getattr(head, "box_coder", None)
     for method in ("encode", "decode"):
-        reasons += _overridden(f"{name}.head.box_coder", coder, BoxLinearCoder, method)
-    _swap(head, "compute_loss", _fcos_loss, f"{name}.head: the losses", reasons, report)
+        reasons += overridden(f"{name}.head.box_coder", coder, BoxLinearCoder, method)
+    swap(head, "compute_loss", _fcos_loss, f"{name}.head: the losses", reasons, report)
 
-    reasons = _overridden(name, model, fcos.FCOS, "postprocess_detections")
+    reasons = overridden(name, model, fcos.FCOS, "postprocess_detections")
     what = f"{name}: the post-processing"
-    _swap(model, "postprocess_detections", _fcos_detections, what, reasons, report)
+    swap(model, "postprocess_detections", _fcos_detections, what, reasons, report)
 
 
 def _accelerate_ssd(model: Any, name: str, report: Accelerated) -> None:
     from torchvision.models.detection import ssd
     from torchvision.models.detection._utils import BoxCoder
 
-    reasons = _overridden(name, model, ssd.SSD, "postprocess_detections")
-    reasons += _overridden(f"{name}.box_coder", model.box_coder, BoxCoder, "decode_single")
+    reasons = overridden(name, model, ssd.SSD, "postprocess_detections")
+    reasons += overridden(f"{name}.box_coder", model.box_coder, BoxCoder, "decode_single")
     what = f"{name}: the post-processing"
-    _swap(model, "postprocess_detections", _ssd_detections, what, reasons, report)
-
-
-def _overridden(where: str, part: Any, origin: type, method: str) -> list[str]:
-    """Why this is not torchvision's own method, or nothing."""
-    if not isinstance(part, origin):
-        return [f"{where} is no {origin.__name__} but {type(part).__qualname__}"]
-    if method in vars(part):
-        return [f"{where}.{method} is the instance's own"]
-    if method in dict(_swapped(type(part))):
-        return [f"{where}.{method} is focalops' already"]
-    if getattr(type(part), method) is not getattr(origin, method):
-        return [f"{where}.{method} is overridden by {type(part).__qualname__}"]
-    return []
-
-
-def _swap(
-    part: Any, method: str, function: Any, what: str, reasons: list[str], report: Accelerated
-) -> bool:
-    if reasons:
-        report.kept.append(f"{what}, because {' and '.join(reasons)}")
-        return False
-    kind = type(part)
-    methods = (*_swapped(kind), (method, function))
-    origin: Any = getattr(kind, "accelerated_from", kind)
-    part.__class__ = _class_with(origin, methods)
-    report.replaced.append(what)
-    return True
-
-
-Methods = tuple[tuple[str, Callable[..., Any]], ...]
-
-
-def _swapped(kind: type) -> Methods:
-    return getattr(kind, "swapped_methods", ())
-
-
-@functools.cache
-def _class_with(origin: type, methods: Methods) -> type:
-    """A subclass in which the methods are these. The instance's class is changed, not its attributes, because these go on to
-    copies of the module, such as those of ``nn.DataParallel``, and would stay bound to the first."""
-    members = {
-        "__module__": origin.__module__,
-        "__qualname__": origin.__qualname__,
-        "__reduce_ex__": _reduce,
-        "__prepare_scriptable__": partial(say_no_script, f"accelerate({origin.__name__})"),
-        "accelerated_from": origin,
-        "swapped_methods": methods,
-    }
-    return type(origin.__name__, (origin,), members | dict(methods))
-
-
-def _reduce(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """The class has no name by which pickle would find it."""
-    state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
-    return _blank, (type(module).accelerated_from, type(module).swapped_methods), state
-
-
-def _blank(origin: type, methods: Methods) -> Any:
-    kind: Any = _class_with(origin, methods)
-    return kind.__new__(kind)
+    swap(model, "postprocess_detections", _ssd_detections, what, reasons, report)
 
 
 # ---- what is put in -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from focalops.assigners import _check_boxes_and_crowd, _check_points, _ground_tr
 
 TASK_RULES = ("ultralytics", "mmyolo", "tood")  # as TaskRule in csrc/assign.h
 _OVERLAPS = {"iou": 0, "ciou": 3}  # of IouKind in csrc/math/box.h
-_MAX_TOPK = 32  # kMaxTopk in csrc/assign.h
+MAX_TOPK = 32  # kMaxTopk in csrc/assign.h
 
 
 def assign_task_aligned(
@@ -112,7 +112,7 @@ def assign_task_aligned(
     elif not (min_side := number("min_side", min_side)) >= 0:
         raise ValueError(f"min_side must be >= 0, got {min_side:g}")
     if final_topk is not None and (final_topk := whole("final_topk", final_topk)) < 1:
-        raise ValueError(f"final_topk must lie in [1, {_MAX_TOPK}], got {final_topk}")
+        raise ValueError(f"final_topk must lie in [1, {MAX_TOPK}], got {final_topk}")
     for name, tensor in (
         ("pred_scores", pred_scores),
         ("pred_boxes", pred_boxes),
@@ -228,12 +228,12 @@ def _check_task_aligned(
         ),
     )
     check(
-        1 <= topk <= _MAX_TOPK,
-        lambda: f"{op}: topk must lie in [1, {_MAX_TOPK}], got {topk}",
+        1 <= topk <= MAX_TOPK,
+        lambda: f"{op}: topk must lie in [1, {MAX_TOPK}], got {topk}",
     )
     check(
-        0 <= final_topk <= _MAX_TOPK,
-        lambda: f"{op}: final_topk must lie in [1, {_MAX_TOPK}], got {final_topk}",
+        0 <= final_topk <= MAX_TOPK,
+        lambda: f"{op}: final_topk must lie in [1, {MAX_TOPK}], got {final_topk}",
     )
     check(alpha >= 0, lambda: f"{op}: alpha must be >= 0, got {alpha:g}")
     check(beta > 0, lambda: f"{op}: beta must be > 0, got {beta:g}")
