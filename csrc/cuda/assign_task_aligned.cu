@@ -127,7 +127,8 @@ __device__ __forceinline__ unsigned tiles_met(const Box<float>* ranges, int64_t 
 // A warp has a tile of points, or of the predictions of an image; and, where there are crowds, an
 // image's points.
 __global__ void __launch_bounds__(kThreads)
-    find_ranges_kernel(const __grid_constant__ Assignment a, int64_t images, bool predictions) {
+    find_tile_ranges_kernel(const __grid_constant__ Assignment a, int64_t images,
+                            bool predictions) {
   const int64_t tile = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t image = tile / a.tiles, n = (tile - image * a.tiles) * kWarpSize + lane;
@@ -155,7 +156,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <IouKind Kind>
-__global__ void __launch_bounds__(kBoxThreads) claim_kernel(const __grid_constant__ Assignment a) {
+__global__ void __launch_bounds__(kBoxThreads)
+    claim_anchors_kernel(const __grid_constant__ Assignment a) {
   __shared__ Key keys[kBoxWarps][kWarpSize];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   for (int64_t slot = blockIdx.x; slot < a.num_images * a.counts.most; slot += gridDim.x) {
@@ -236,9 +238,10 @@ __device__ __forceinline__ int64_t most_overlapped(const Assignment& a, int64_t 
   return index_of(best);
 }
 
-// Of whole warps each has one image.
+// Of whole warps each has one image. Without the one block, the compiler spills for 12.0.
 template <IouKind Kind>
-__global__ void __launch_bounds__(kThreads) settle_kernel(const __grid_constant__ Assignment a) {
+__global__ void __launch_bounds__(kThreads, 1)
+    settle_claims_kernel(const __grid_constant__ Assignment a) {
   const int64_t tile = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t image = tile / a.tiles, n = (tile - image * a.tiles) * kWarpSize + lane;
@@ -293,7 +296,8 @@ __global__ void __launch_bounds__(kThreads) settle_kernel(const __grid_constant_
 }
 
 // Of the anchors that a box has it keeps the best; a warp a box.
-__global__ void __launch_bounds__(kThreads) keep_kernel(const __grid_constant__ Assignment a) {
+__global__ void __launch_bounds__(kThreads)
+    keep_best_anchors_kernel(const __grid_constant__ Assignment a) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarpSize);
   for (int64_t slot = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
@@ -404,21 +408,22 @@ std::tuple<Tensor, Tensor> assign_task_aligned_cuda(
                        data_of<float>(targets)};
   const cudaStream_t stream = scope.stream();
   const int64_t images = crowd.has_value() ? num_images : range_images;
-  launch(&find_ranges_kernel, ceil_div(images * tiles * kWarpSize, kThreads), kThreads, 0, stream,
-         all, images, formula.inside_last);
+  launch(&find_tile_ranges_kernel, ceil_div(images * tiles * kWarpSize, kThreads), kThreads, 0,
+         stream, all, images, formula.inside_last);
   dispatch_task_overlap(overlap, [&](auto kind) {
     constexpr IouKind Kind = decltype(kind)::value;
     if (max_boxes > 0) {
       const int64_t grid =
-          resident_grid(&claim_kernel<Kind>, kBoxThreads, 0, num_images * max_boxes, scope);
-      launch(&claim_kernel<Kind>, grid, kBoxThreads, 0, stream, all);
+          resident_grid(&claim_anchors_kernel<Kind>, kBoxThreads, 0, num_images * max_boxes, scope);
+      launch(&claim_anchors_kernel<Kind>, grid, kBoxThreads, 0, stream, all);
     }
-    launch(&settle_kernel<Kind>, ceil_div(num_images * tiles * kWarpSize, kThreads), kThreads, 0,
-           stream, all);
+    launch(&settle_claims_kernel<Kind>, ceil_div(num_images * tiles * kWarpSize, kThreads),
+           kThreads, 0, stream, all);
   });
   if (final_topk > 0 && max_boxes > 0) {
     const int64_t work = ceil_div(num_images * max_boxes, kThreads / kWarpSize);
-    launch(&keep_kernel, resident_grid(&keep_kernel, kThreads, 0, work, scope), kThreads, 0, stream,
+    launch(&keep_best_anchors_kernel,
+           resident_grid(&keep_best_anchors_kernel, kThreads, 0, work, scope), kThreads, 0, stream,
            all);
   }
   launch(&find_targets_kernel, ceil_div(num_images * num_points, kThreads), kThreads, 0, stream,
