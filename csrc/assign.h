@@ -101,8 +101,12 @@ struct ClassScores {
 
   FOCALOPS_HOST_DEVICE bool has(int64_t label) const { return label >= 0 && label < num_classes; }
 
+  FOCALOPS_HOST_DEVICE int64_t index(int64_t image, int64_t anchor, int64_t label) const {
+    return image * of_image + anchor * of_anchor + label * of_class;
+  }
+
   FOCALOPS_HOST_DEVICE float at(int64_t image, int64_t anchor, int64_t label) const {
-    const int64_t i = image * of_image + anchor * of_anchor + label * of_class;
+    const int64_t i = index(image, anchor, label);
     switch (dtype) {
       case ScalarType::Half:
         return static_cast<float>(static_cast<const Half*>(data)[i]);
@@ -113,6 +117,11 @@ struct ClassScores {
       default:
         return static_cast<const float*>(data)[i];
     }
+  }
+
+  void prefetch(int64_t image, int64_t anchor, int64_t label) const {
+    const int64_t size = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    __builtin_prefetch(static_cast<const char*>(data) + index(image, anchor, label) * size);
   }
 };
 

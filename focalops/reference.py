@@ -1046,10 +1046,10 @@ def _power(x: Tensor, exponent: float) -> Tensor:
     """As the kernels have it: by the root, or by products of squares."""
     if exponent == 0.5:
         return x.sqrt()
-    if exponent != int(exponent) or exponent > 16:
+    if exponent != int(exponent) or exponent > 15:
         return x**exponent
     power, square = torch.ones_like(x), x
-    for bit in range(5):
+    for bit in range(4):
         if int(exponent) >> bit & 1:
             power = power * square
         square = square * square

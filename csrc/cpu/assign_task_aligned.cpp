@@ -116,24 +116,45 @@ FOCALOPS_SIMD void find_angles(const T* boxes, int64_t n, T* angles) {
   }
 }
 
-// The overlaps of a tile's predictions with a box, 0 where the point is not within the region; says
-// whether there is any.
+// Anchors that overlap a box, as many as are looked at together: their scores, which lie apart, are
+// fetched meanwhile.
+struct Candidates {
+  static constexpr int64_t kRoom = 256;
+
+  int64_t size = 0;
+  int32_t anchor[kRoom + kTile];
+  float overlap[kRoom + kTile], power[kRoom + kTile];
+
+  bool is_full() const { return size >= kRoom; }
+
+  // Without branches, of which half would be foretold wrongly.
+  void add(int64_t first, int64_t n, const float* overlaps) {
+    for (int64_t i = 0; i < n; ++i) {
+      anchor[size] = static_cast<int32_t>(first + i);
+      overlap[size] = overlaps[i];
+      size += overlaps[i] > 0;
+    }
+  }
+};
+
+// The overlaps of the predictions of n <= kTile points with a box, 0 where the point is not within
+// the region.
 template <typename Formula, typename T>
-FOCALOPS_SIMD bool overlap_tile(const Formula& formula, const T* x, const T* y, const T* boxes,
-                                const T* angles, const Box<T>& region, T margin, const Box<T>& box,
-                                const IouTerms<T>& terms, T* overlaps) {
-  T most = 0;
+FOCALOPS_SIMD void overlap_tile(const Formula& formula, const T* x, const T* y, const T* boxes,
+                                const T* angles, int64_t n, const Box<T>& region, T margin,
+                                const Box<T>& box, const IouTerms<T>& terms, T* overlaps) {
   FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < kTile; ++i) {
+  for (int64_t i = 0; i < n; ++i) {
     const Box<T> predicted = load_box(boxes + 4 * i);
     const T value = formula.value(predicted, box, {area(predicted), angles[i]}, terms);
     const bool counts = is_inside({x[i], y[i]}, region, margin) & (value > 0);
     overlaps[i] = counts ? value : T(0);
   }
-  for (int64_t i = 0; i < kTile; ++i) {
-    most = max_of(overlaps[i], most);
-  }
-  return most > 0;
+}
+
+template <typename T>
+FOCALOPS_SIMD void raise(const Power& power, const T* values, int64_t n, T* powers) {
+  power.raise(values, n, powers);
 }
 
 // The greatest that were offered, in descending order.
@@ -205,44 +226,33 @@ struct Assignment {
     return rule.metric(scores.at(image, n, labels[image * max_boxes + j]), overlap);
   }
 
-  // The box's best anchors claim to be its own.
+  // The box's best anchors become its claims.
   void claim(int64_t image, int64_t j, const Ranges& ranges) const {
     const Box<float> object = box(image, j), region = rule.region(object);
     const IouTerms<float> terms = iou_terms<Kind>(object);
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const Box<float> everywhere{-kInfinity, -kInfinity, kInfinity, kInfinity};
     const Box<float>& within = rule.inside_last ? everywhere : region;
-    const float* boxes = pred_boxes + 4 * image * num_points;
-    const float* box_angles = angles + image * num_points;
-    uint64_t* best_of_image = best + image * num_points;
     TopK top(topk);
+    Candidates candidates;
     ranges.for_each(region, [&](int64_t tile) {
       const int64_t first = tile * kTile, n = std::min(kTile, num_points - first);
-      alignas(64) float overlaps[kTile], last_boxes[4 * kTile] = {}, last_angles[kTile] = {};
-      const float *tile_boxes = boxes + 4 * first, *tile_angles = box_angles + first;
-      if (n < kTile) {
-        std::copy(tile_boxes, tile_boxes + 4 * n, last_boxes);
-        std::copy(tile_angles, tile_angles + n, last_angles);
-        tile_boxes = last_boxes;
-        tile_angles = last_angles;
+      const int64_t i = image * num_points + first;
+      alignas(64) float overlaps[kTile];
+      overlap_tile(task_overlap<Kind>(), points.x.data() + first, points.y.data() + first,
+                   pred_boxes + 4 * i, angles + i, n, within, rule.margin, object, terms, overlaps);
+      const int64_t known = candidates.size;
+      candidates.add(first, n, overlaps);
+      for (int64_t c = known; c < candidates.size; ++c) {
+        scores.prefetch(image, candidates.anchor[c], labels[image * max_boxes + j]);
       }
-      if (!overlap_tile(task_overlap<Kind>(), points.x.data() + first, points.y.data() + first,
-                        tile_boxes, tile_angles, within, rule.margin, object, terms, overlaps)) {
-        return;
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        if (overlaps[i] > 0 && !in_crowd(image, first + i)) {
-          if (rule.rivals == Rivals::kHolders) {
-            atomic_max(best_of_image + first + i, ranked(overlaps[i], static_cast<uint32_t>(j)));
-          }
-          const float value = metric(image, first + i, j, overlaps[i]);
-          if (value > 0) {
-            top.offer(ranked(value, static_cast<uint32_t>(first + i)));
-          }
-        }
+      if (candidates.is_full()) {
+        offer(image, j, candidates, top);
       }
     });
-    const Claims mine = Claims::of(static_cast<uint32_t>(j), static_cast<uint32_t>(max_boxes));
+    offer(image, j, candidates, top);
+    const auto box_index = static_cast<uint32_t>(j);
+    const Claims mine = Claims::of(box_index, static_cast<uint32_t>(max_boxes));
     for (const uint64_t candidate : top) {
       const int64_t n = index_of(candidate);
       if (rule.inside_last && !is_inside({points.x[n], points.y[n]}, region, rule.margin)) {
@@ -252,9 +262,29 @@ struct Assignment {
       atomic_max(&claimed.last, mine.last);
       atomic_max(&claimed.first, mine.first);
       if (rule.rivals == Rivals::kTakers) {
-        atomic_max(best_of_image + n, ranked(overlap(image, n, j), static_cast<uint32_t>(j)));
+        atomic_max(best + image * num_points + n, ranked(overlap(image, n, j), box_index));
       }
     }
+  }
+
+  void offer(int64_t image, int64_t j, Candidates& candidates, TopK& top) const {
+    const int64_t label = labels[image * max_boxes + j];
+    raise(rule.of_overlap, candidates.overlap, candidates.size, candidates.power);
+    for (int64_t c = 0; c < candidates.size; ++c) {
+      const int64_t n = candidates.anchor[c];
+      if (!crowds[image].empty() && in_crowd(image, n)) {
+        continue;
+      }
+      if (rule.rivals == Rivals::kHolders) {
+        atomic_max(best + image * num_points + n,
+                   ranked(candidates.overlap[c], static_cast<uint32_t>(j)));
+      }
+      const float value = mul(rule.of_score(scores.at(image, n, label)), candidates.power[c]);
+      if (value > 0) {
+        top.offer(ranked(value, static_cast<uint32_t>(n)));
+      }
+    }
+    candidates.size = 0;
   }
 
   // Of the claimants of an anchor.
@@ -276,20 +306,20 @@ struct Assignment {
   }
 
   void resolve(int64_t image, int64_t begin, int64_t end) const {
+    const bool has_crowds = !crowds[image].empty();
     for (int64_t n = begin; n < end; ++n) {
       const int64_t i = image * num_points + n;
       const Claims claimed = claims(image)[n];
-      int64_t match = -1;
-      float metric_of_match = 0, overlap_of_match = 0;
-      if (claimed.any()) {
-        match = winner(image, n, claimed);
-        overlap_of_match = overlap(image, n, match);
-        metric_of_match = metric(image, n, match, overlap_of_match);
-      } else if (in_crowd(image, n)) {
-        match = -2;
+      targets[i] = 0;
+      if (!claimed.any()) {
+        matches[i] = has_crowds && in_crowd(image, n) ? -2 : -1;
+        continue;
       }
+      const int64_t match = winner(image, n, claimed);
+      const bool is_known = index_of(best[i]) == static_cast<uint32_t>(match);
+      const float overlap_of_match = is_known ? value_of(best[i]) : overlap(image, n, match);
       matches[i] = match;
-      targets[i] = metric_of_match;
+      targets[i] = metric(image, n, match, overlap_of_match);
       std::memcpy(best + i, &overlap_of_match, sizeof overlap_of_match);
     }
   }
