@@ -49,6 +49,7 @@ CPU_FLAGS_OF = {
     "csrc/cpu/dense_equalized_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_row_losses.cpp": LOSS_FLAGS,
+    "csrc/cpu/distribution_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/row_losses.cpp": LOSS_FLAGS,
 }
 

@@ -714,6 +714,62 @@ def _in_their_places(values: Tensor, matches: Tensor) -> Tensor:  # [P] -> [B, N
     return values.new_zeros(matches.shape).index_put((matches >= 0,), values)
 
 
+def decode_distances(
+    levels: Sequence[Tensor],  # L of [B, 4 * bins, H, W]
+    points: Tensor,  # [N, 2], N = sum of H * W
+    strides: Sequence[float],
+    *,
+    bins: int = 1,
+    image_sizes: Tensor | Sequence[Sequence[float]] | None = None,  # [B, 2]
+) -> Tensor:
+    dtype = compute_dtype(levels[0].dtype)
+    distances = []
+    for level, stride in zip(levels, strides, strict=True):
+        x = head_rows(level, 4 * bins).to(dtype).unflatten(-1, (4, bins))
+        if bins > 1:
+            x = x.softmax(-1) @ torch.arange(bins, dtype=dtype, device=x.device).unsqueeze(-1)
+        distances.append(stride * x.squeeze(-1))
+    before, after = torch.cat(distances, dim=1).chunk(2, dim=-1)
+    points = points.to(dtype)
+    boxes = torch.cat((points - before, points + after), dim=-1)
+    if image_sizes is None:
+        return boxes
+    sizes = torch.as_tensor(image_sizes, dtype=dtype, device=boxes.device).reshape(-1, 1, 2)
+    return _clip(boxes, sizes.flip(-1).repeat(1, 1, 2))
+
+
+def distribution_focal_loss(
+    inputs: Tensor,  # [..., bins]
+    targets: Tensor,  # [...]
+    weight: Tensor | None = None,  # [...]
+    *,
+    reduction: str = "none",
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+) -> Tensor:
+    x, bins = inputs.to(compute_dtype(inputs.dtype)), inputs.shape[-1]
+    t = targets.to(x.dtype).clamp(0, bins - 1)
+    left = t.nan_to_num().long().clamp(max=bins - 2)
+    share = t - left
+    losses = -x.log_softmax(-1)
+
+    def part(share: Tensor, bin: Tensor) -> Tensor:
+        of_bin = losses.gather(-1, bin.unsqueeze(-1)).squeeze(-1)
+        return share * torch.where(share == 0, 0, of_bin)
+
+    loss = part(1 - share, left) + part(share, left + 1)
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    if reduction == "mean":
+        return loss.sum() / max(loss.numel(), 1)
+    if normalizer is None:
+        return loss.sum()
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return loss.sum() / divisor.clamp(min=min_normalizer)
+
+
 def fuse_features(
     features: Sequence[Tensor],  # n of [B, C, h, w], of the size of the first, about half or twice
     weights: Tensor | None = None,  # [n]

@@ -1,0 +1,98 @@
+// Boxes as distances from a point to its four sides, and distances as distributions over bins (Li
+// et al., "Generalized Focal Loss", 2020).
+#pragma once
+
+#include "box.h"
+#include "focal.h"
+
+namespace focalops {
+
+// The expectation of a bin under the softmax of logits that come one by one: one exponential each.
+// Where a logit is the greatest so far, what has been added up is scaled down instead.
+template <typename T>
+struct Expectation {
+  T largest = -detail::largest(T());
+  T sum = 0;       // of exp(x - largest)
+  T weighted = 0;  // the same, times the bin
+
+  FOCALOPS_HOST_DEVICE void add(T x, T bin) {
+    const bool leads = x > largest;
+    const T e = detail::exp_nonpositive(leads ? largest - x : x - largest);
+    const T kept = leads ? e : T(1), added = leads ? T(1) : e;
+    sum = sum * kept + added;
+    weighted = weighted * kept + bin * added;
+    largest = leads ? x : largest;
+  }
+
+  // An infinite logit has no softmax: its difference from itself makes this a NaN.
+  FOCALOPS_HOST_DEVICE T value() const { return weighted / sum + (largest - largest); }
+};
+
+// Sides are numbered left, top, right, bottom: of one box, or of its distances from a point.
+template <typename T>
+FOCALOPS_HOST_DEVICE T coordinate_of_side(int side, T of_point, T stride, T distance) {
+  const T reach = mul(stride, distance);
+  return side < 2 ? sub(of_point, reach) : add(of_point, reach);
+}
+
+template <typename T>
+FOCALOPS_HOST_DEVICE T gradient_of_distance(int side, T stride, T upstream) {
+  return side < 2 ? -stride * upstream : stride * upstream;
+}
+
+// An image's size, or infinite: no clipping.
+template <typename T>
+struct ImageBounds {
+  T low, high;
+
+  // A NaN stays.
+  FOCALOPS_HOST_DEVICE T clip(T x) const { return x < low ? low : x > high ? high : x; }
+
+  // At a bound there is no gradient, nor of a NaN, as of torch.clamp with numbers.
+  FOCALOPS_HOST_DEVICE bool passes_gradient(T x) const {
+    return ((x > low) & (x < high)) | (low < 0);
+  }
+};
+
+// `image_sizes`, [B, 2] of height and width, may be null. 0, 2: bounds of x; 1, 3: of y.
+template <typename T>
+FOCALOPS_HOST_DEVICE ImageBounds<T> bounds_of_side(const T* image_sizes, int64_t image, int side) {
+  if (image_sizes == nullptr) {
+    const T infinity = static_cast<T>(__builtin_huge_val());
+    return {-infinity, infinity};
+  }
+  return {T(0), image_sizes[2 * image + 1 - side % 2]};
+}
+
+// A distance between two bins, as the distribution that the distribution focal loss asks for.
+template <typename T>
+struct BetweenBins {
+  int left;  // the bin; the other is the next one
+  T share;   // of the right one; NaN where the distance is
+
+  // The cross entropy; the arguments are by how much the logits of the two bins are below the
+  // logarithm of the sum of exponentials. A bin without a share does not count, however unlikely.
+  FOCALOPS_HOST_DEVICE T loss(T below_left, T below_right) const {
+    const T rest = 1 - share;
+    return (rest == 0 ? T(0) : rest * below_left) + (share == 0 ? T(0) : share * below_right);
+  }
+
+  // d loss / d logit of a bin with this probability. Where the distance is a NaN, so is that of
+  // every bin.
+  FOCALOPS_HOST_DEVICE T gradient(int bin, T probability) const {
+    const T asked = bin == left ? 1 - share : bin == left + 1 ? share : share - share;
+    return probability - asked;
+  }
+};
+
+// What lies beyond the bins counts as the first or the last of them.
+template <typename T>
+FOCALOPS_HOST_DEVICE BetweenBins<T> between_bins(T distance, int bins) {
+  const T most = static_cast<T>(bins - 1);
+  const T inside = distance < 0 ? T(0) : distance > most ? most : distance;
+  const int floor = inside > 0 ? static_cast<int>(inside) : 0;  // of a NaN 0
+  const int left = floor < bins - 2 ? floor : bins - 2;
+  return {left, inside - static_cast<T>(left)};
+}
+
+}  // namespace focalops
