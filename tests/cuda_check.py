@@ -30,6 +30,9 @@ MEMORY_BOUND = {
     r"focal_loss_kernel<": ("load", "store"),
     r"dense_(equalized_focal_loss|focal_loss|row_losses)_kernel<": ("load", "store"),
     r"softmax_focal_loss_kernel<\w+, true": ("load", "store"),
+    r"decode_distances_kernel<false,": ("load",),
+    r"decode_distances_kernel<true,": ("load", "store"),
+    r"distribution_focal_loss_kernel<\w+, true": ("load", "store"),
     r"scale_(rows_|planes_)?kernel<": ("load", "store"),
     # Units of one number are for maps that do not fit 16 bytes.
     r"(fuse_features|fusion_gradient|resampled_gradient)_kernel<\w+, [248],": ("load", "store"),

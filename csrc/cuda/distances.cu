@@ -80,7 +80,7 @@ struct Side {
   }
 };
 
-// The rows of bins of one thread: f(bin, vector, n) gets them by vectors of n bins.
+// The row of bins of one thread: f(bin, vector) gets it by vectors.
 template <typename scalar_t, typename F>
 __device__ __forceinline__ void for_each_vector(const scalar_t* row, int bins, bool aligned,
                                                 const F& f) {
@@ -113,8 +113,7 @@ __device__ __forceinline__ void for_each_plane(const scalar_t* planes, int64_t s
   }
 }
 
-// boxes: [B, rows, 4]; or where they are null, the gradient of the levels by that of the boxes,
-// upstream, is written.
+// Writes boxes, [B, rows, 4]; or of their gradient, upstream, that of the levels.
 template <bool IsGradient, typename scalar_t, typename T = compute_t<scalar_t>>
 __device__ __forceinline__ void evaluate_row(const Head<scalar_t>& head, int l, int64_t image,
                                              int64_t part, const T* upstream, T* boxes) {
@@ -256,7 +255,7 @@ struct Inputs {
 };
 
 // Without gradients `grads` is empty.
-template <bool IsGradient, typename scalar_t, typename T = compute_t<scalar_t>>
+template <bool IsGradient, typename scalar_t, typename T>
 void launch_decode(const Inputs& inputs, const std::vector<Tensor>& grads, const T* upstream,
                    T* boxes, const LaunchScope& scope) {
   Head<scalar_t> head{{},
@@ -295,7 +294,7 @@ Tensor decode_distances_cuda(const std::vector<Tensor>& levels, const Tensor& po
   dispatch_floating(levels[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    launch_decode<false, scalar_t>(inputs, {}, nullptr, data_of<T>(boxes), scope);
+    launch_decode<false, scalar_t, T>(inputs, {}, nullptr, data_of<T>(boxes), scope);
   });
   return boxes;
 }
@@ -320,7 +319,7 @@ std::vector<Tensor> decode_distances_backward_cuda(const Tensor& grad_output_,
   dispatch_floating(levels[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     using T = compute_t<scalar_t>;
-    launch_decode<true, scalar_t>(
+    launch_decode<true, scalar_t, T>(
         inputs, grads, static_cast<const T*>(grad_output.const_data_ptr()), nullptr, scope);
   });
   return grads;
