@@ -24,7 +24,7 @@ from focalops.boxes import (
 from focalops.dense_equalized_focal_loss import dense_equalized_focal_loss
 from focalops.dense_focal_loss import dense_focal_loss
 from focalops.dense_row_losses import dense_quality_loss
-from focalops.distances import decode_distances, distribution_focal_loss
+from focalops.distances import decode_distances, distribution_focal_loss, encode_distances
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 from focalops.fusion import fuse_features
 from focalops.matching import (
@@ -66,6 +66,7 @@ __all__ = [
     "distance_box_iou_loss",
     "distribution_focal_loss",
     "encode_boxes",
+    "encode_distances",
     "fuse_features",
     "generalized_box_iou",
     "generalized_box_iou_loss",

@@ -14,10 +14,18 @@ from focalops._arguments import (
     check_levels,
     check_num_levels,
     floats,
+    number,
     require_tensors,
     whole,
 )
-from focalops._coordinates import as_coordinates, check_like
+from focalops._coordinates import (
+    as_coordinates,
+    check_coordinates,
+    check_like,
+    check_rows_of_4,
+    coordinates_dtype,
+    shapes_broadcast,
+)
 from focalops._gradients import (
     differentiable,
     divisor_of,
@@ -96,6 +104,52 @@ def decode_distances(
     return call(ops.decode_distances, *arguments)
 
 
+def encode_distances(points: Tensor, boxes: Tensor, *, max_distance: float | None = None) -> Tensor:
+    """How far the four sides of boxes are from points: what a head that :func:`decode_distances` decodes learns.
+
+    Args:
+        points: ``(..., 2)``, x and y.
+        boxes: ``(..., 4)``; the shapes before the last dimension broadcast, ``(N, 2)`` with ``(B, N, 4)``. Points and boxes in
+            units of the stride give such distances.
+        max_distance: distances are clamped to [0, max_distance], those of points outside of their box included: bins - 1 is
+            all that :func:`distribution_focal_loss` tells apart. mmdet's ``bbox2distance`` has ``max_dis - 0.1`` here,
+            ultralytics' ``bbox2dist`` ``reg_max - 0.01``. None: no clamping.
+
+    Returns:
+        ``(..., 4)``, left, top, right and bottom: float64 if an argument is float64, else float32. They are targets: without
+        a gradient.
+
+    Plain PyTorch.
+
+    >>> targets = encode_distances(points / stride, gt_boxes[matches] / stride, max_distance=15)
+    """
+    op = "encode_distances"
+    require_tensor("points", points)
+    require_tensor("boxes", boxes)
+    max_distance = None if max_distance is None else number("max_distance", max_distance)
+    dtype = coordinates_dtype(points, boxes)
+    points, boxes = (as_coordinates(t.detach(), dtype) for t in (points, boxes))
+    check_coordinates(op, "points", points)
+    check(
+        points.shape[-1:] == (2,),
+        lambda: f"{op}: points must have shape (..., 2), got {tuple(points.shape)}",
+    )
+    check_rows_of_4(op, "boxes", boxes)
+    check_like(op, "boxes", boxes, "points", points)
+    check(
+        shapes_broadcast(points.shape[:-1], boxes.shape[:-1]),
+        lambda: (
+            f"{op}: boxes must have a shape that but for the last dimension broadcasts with that of points, "
+            f"{tuple(points.shape)}, got {tuple(boxes.shape)}"
+        ),
+    )
+    check(
+        max_distance is None or max_distance >= 0,
+        lambda: f"{op}: max_distance must be >= 0, got {max_distance:g}",
+    )
+    return reference.encode_distances(points, boxes, max_distance=max_distance)
+
+
 def distribution_focal_loss(
     inputs: Tensor,
     targets: Tensor,
@@ -157,7 +211,9 @@ def distribution_focal_loss(
 
 def _check_has_no_gradient(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
-        raise ValueError(f"{name} must not require grad: boxes are differentiated by the levels alone")
+        raise ValueError(
+            f"{name} must not require grad: boxes are differentiated by the levels alone"
+        )
 
 
 def _reference_decode(

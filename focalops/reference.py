@@ -738,6 +738,17 @@ def decode_distances(
     return _clip(boxes, sizes.flip(-1).repeat(1, 1, 2))
 
 
+def encode_distances(
+    points: Tensor,  # [..., 2]
+    boxes: Tensor,  # [..., 4]
+    *,
+    max_distance: float | None = None,
+) -> Tensor:
+    first, last = boxes.chunk(2, dim=-1)
+    distances = torch.cat((points - first, last - points), dim=-1)
+    return distances if max_distance is None else distances.clamp(0, max_distance)
+
+
 def distribution_focal_loss(
     inputs: Tensor,  # [..., bins]
     targets: Tensor,  # [...]

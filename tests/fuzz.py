@@ -35,11 +35,13 @@ NAMES = sorted(MAKERS)
 DIFFERENTIATED = {
     **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
     **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
+    "decode_distances": ("levels",),
     "dense_box_loss": ("deltas", "weight"),
     "dense_quality_loss": ("cls_logits", "weight"),
+    "distribution_focal_loss": ("inputs", "weight"),
     # The terms of the weights' gradient cancel where one map has all the weight: test_fuse_features.py compares it.
     "fuse_features": ("features",),
-    **dict.fromkeys(("detect", "class_index_targets"), ()),
+    **dict.fromkeys(("detect", "class_index_targets", "encode_distances"), ()),
 }
 # What is said of the numbers in a tensor.
 OF_NUMBERS = r"(targets|labels|labels\[\d+\]|matches|matches\[\d+\]|counts|scores) must (lie in|be less than the number)"

@@ -27,7 +27,7 @@ FLAGS = {
     "iou_weighted",
     "return_iou",
 }
-INTEGERS = {"ignore_index", "max_detections", "num_classes", "topk_per_level", "topk"}
+INTEGERS = {"bins", "ignore_index", "max_detections", "num_classes", "topk_per_level", "topk"}
 NUMBERS = {
     "alpha",
     "beta",
@@ -41,6 +41,7 @@ NUMBERS = {
     "gamma",
     "iou_threshold",
     "label_smoothing",
+    "max_distance",
     "min_normalizer",
     "min_pos_iou",
     "score_threshold",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import BoxLinearCoder
 
-from focalops import decode_distances, distribution_focal_loss, reference
+from focalops import decode_distances, distribution_focal_loss, encode_distances, reference
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "distances.json").read_text())
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -195,6 +195,28 @@ def test_decode_two_runs_give_the_same_bits(device):
         runs.append((boxes.detach(), *torch.autograd.grad(boxes.sum(), levels)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# ---- encode_distances ---------------------------------------------------------------------------
+
+
+def test_encoding_undoes_decoding(device):
+    levels, points = head(device, 1, sizes=((3, 5),))
+    boxes = decode_distances(levels, points, [8])
+    distances = encode_distances(points / 8, boxes / 8)
+    rows = levels[0].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(distances, rows.detach(), rtol=1e-5, atol=1e-5)
+    assert not distances.requires_grad
+
+
+def test_encoded_distances_are_clamped(device):
+    points = torch.tensor([[10.0, 10.0], [100.0, 10.0]], device=device)
+    box = torch.tensor([8.0, 7.5, 40.0, 30.0], device=device)
+    assert encode_distances(points, box).tolist() == [[2, 2.5, 30, 20], [92, 2.5, -60, 20]]
+    clamped = encode_distances(points, box, max_distance=15)
+    assert clamped.tolist() == [[2, 2.5, 15, 15], [15, 2.5, 0, 15]]
+    assert encode_distances(points.long(), box.double()).dtype == torch.float64
+    assert encode_distances(points, box.expand(3, 2, 4)).shape == (3, 2, 4)
 
 
 # ---- distribution_focal_loss --------------------------------------------------------------------
