@@ -10,86 +10,52 @@
 
 #include "../checks/distances.h"
 #include "../head_levels.h"
-#include "../math/distances.h"
+#include "bins.h"
 #include "memory.h"
-#include "simd.h"
 
 namespace focalops {
 namespace {
 
-constexpr int64_t kLanes = 128;
+constexpr int64_t kLanes = 256;
+constexpr int64_t kLanesOfRows = 128;
 constexpr int64_t kGrain = 8;  // stretches
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// What a stretch has of each lane.
 template <typename T>
-struct ExpectationLanes {
-  alignas(64) T largest[kLanes], sum[kLanes], weighted[kLanes];
+struct Lanes {
+  std::vector<T> bins;  // logits, then their exponentials: [bins, kLanes]
+  alignas(64) T largest[kLanes], sum[kLanes], weighted[kLanes], distance[kLanes], factor[kLanes];
 
-  FOCALOPS_HOST_DEVICE Expectation<T> at(int64_t i) const {
-    return {largest[i], sum[i], weighted[i]};
-  }
-  FOCALOPS_HOST_DEVICE void put(int64_t i, const Expectation<T>& expectation) {
-    largest[i] = expectation.largest;
-    sum[i] = expectation.sum;
-    weighted[i] = expectation.weighted;
-  }
+  T* of_bin(int64_t bin) { return bins.data() + bin * kLanes; }
 };
 
 template <typename T>
-FOCALOPS_SIMD void add_bin(const T* x, T bin, int64_t n, ExpectationLanes<T>& lanes) {
+FOCALOPS_SIMD void add_weighted(const T* exponential, T bin, int64_t n, T* weighted) {
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    Expectation<T> expectation = lanes.at(i);
-    expectation.add(x[i], bin);
-    lanes.put(i, expectation);
+    weighted[i] += bin * exponential[i];
   }
 }
 
 template <typename T>
-FOCALOPS_SIMD void values_of(const ExpectationLanes<T>& lanes, int64_t n, T* out) {
+FOCALOPS_SIMD void expectations(const Lanes<T>& lanes, int64_t n, T* out) {
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = lanes.at(i).value();
+    out[i] = Expectation<T>{lanes.largest[i], lanes.sum[i], lanes.weighted[i]}.value();
   }
 }
 
-// d value / d x = p (bin - value), times `factor`, that of the value over the sum.
-template <typename T>
-FOCALOPS_SIMD void gradients_of_bin(const T* x, T bin, const ExpectationLanes<T>& lanes,
-                                    const T* value, const T* factor, int64_t n, T* out) {
+// d distance / d logit = p (bin - distance), times `factor`, the gradient of the distance over the
+// sum of the exponentials.
+template <typename T, typename scalar_t>
+FOCALOPS_SIMD void gradients_of_bin(const T* exponential, T bin, const T* distance, const T* factor,
+                                    int64_t step, int64_t n, scalar_t* out) {
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    out[i] = factor[i] * detail::exp_nonpositive(x[i] - lanes.largest[i]) * (bin - value[i]);
+    out[i * step] = static_cast<scalar_t>(factor[i] * exponential[i] * (bin - distance[i]));
   }
-}
-
-template <typename From, typename To>
-FOCALOPS_SIMD void gather(const From* from, int64_t step, int64_t n, To* to) {
-  FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = static_cast<To>(from[i * step]);
-  }
-}
-
-template <typename From, typename To>
-FOCALOPS_SIMD void scatter(const From* from, int64_t step, int64_t n, To* to) {
-  FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    to[i * step] = static_cast<To>(from[i]);
-  }
-}
-
-// The logits of a bin side by side: in the buffer where they do not lie so.
-template <typename scalar_t, typename T>
-const T* side_by_side(const scalar_t* from, int64_t step, int64_t n, T* buffer) {
-  if constexpr (std::is_same_v<scalar_t, T>) {
-    if (step == 1) {
-      return from;
-    }
-  }
-  gather(from, step, n, buffer);
-  return buffer;
 }
 
 struct Head {
@@ -110,23 +76,31 @@ struct Head {
         image_sizes(contiguous(image_sizes)) {}
 };
 
-// Positions of one side of one image of one level.
+// Lanes of one image of one level, and where the first of them is.
 struct Stretch {
   size_t level;
   int64_t image;
-  int side;
   int64_t n;
-  int64_t logit;                // the first of the level's tensor
-  int64_t of_position, of_bin;  // from one to the next
-  int64_t row;                  // the first of the image's
+  bool has_rows;
+  int side;                 // of planes
+  int64_t row;              // of the image
+  int64_t logit;            // of the level's tensor
+  int64_t of_lane, of_bin;  // from one to the next
+
+  int side_of(int64_t i) const { return has_rows ? static_cast<int>(i % 4) : side; }
+  int64_t row_of(int64_t i) const { return row + (has_rows ? i / 4 : i); }
 };
 
-// Calls f(stretch) for each side of each stretch, in parallel.
+// Calls f(stretch) for each, in parallel.
 template <typename F>
 void for_each_stretch(const Head& head, const F& f) {
+  const auto stretches_of_image = [](const HeadLevel& level) {
+    return level.has_rows ? ceil_div(4 * level.positions, kLanesOfRows)
+                          : 4 * ceil_div(level.positions, kLanes);
+  };
   std::vector<int64_t> first_task{0};  // of each level, and their number
   for (const HeadLevel& level : head.levels) {
-    first_task.push_back(first_task.back() + head.shape.images * ceil_div(level.positions, kLanes));
+    first_task.push_back(first_task.back() + head.shape.images * stretches_of_image(level));
   }
   torch::stable::parallel_for(0, first_task.back(), kGrain, [&](int64_t task, int64_t last) {
     size_t l = 0;
@@ -135,45 +109,45 @@ void for_each_stretch(const Head& head, const F& f) {
         ++l;
       }
       const HeadLevel& level = head.levels[l];
-      const int64_t stretches = ceil_div(level.positions, kLanes);
-      const int64_t image = (task - first_task[l]) / stretches;
-      const int64_t first = (task - first_task[l]) % stretches * kLanes;
-      const int64_t of_position = level.has_rows ? 4 * head.bins : 1;
-      const int64_t of_bin = level.has_rows ? 1 : level.positions;
-      for (int side = 0; side < 4; ++side) {
-        f(Stretch{l, image, side, std::min(kLanes, level.positions - first),
-                  (image * 4 * level.positions) * head.bins + first * of_position +
-                      side * head.bins * of_bin,
-                  of_position, of_bin, level.first_row + first});
+      const int64_t of_image = stretches_of_image(level), positions = level.positions;
+      const int64_t image = (task - first_task[l]) / of_image;
+      const int64_t part = (task - first_task[l]) % of_image;
+      const int64_t of_side = head.bins * positions;
+      if (level.has_rows) {
+        const int64_t first = part * kLanesOfRows;
+        f(Stretch{l, image, std::min(kLanesOfRows, 4 * positions - first), true, 0,
+                  level.first_row + first / 4, 4 * image * of_side + first * head.bins, head.bins,
+                  1});
+      } else {
+        const int64_t side = part % 4, first = part / 4 * kLanes;
+        f(Stretch{l, image, std::min(kLanes, positions - first), false, static_cast<int>(side),
+                  level.first_row + first, (4 * image + side) * of_side + first, 1, positions});
       }
     }
   });
 }
 
+// Finds the distances of a stretch, in units of the stride.
 template <typename scalar_t, typename T = compute_t<scalar_t>>
-void expectations(const scalar_t* logits, const Stretch& stretch, int64_t bins,
-                  ExpectationLanes<T>& lanes, T* values) {
-  alignas(64) T buffer[kLanes];
-  for (int64_t i = 0; i < stretch.n; ++i) {
-    lanes.put(i, Expectation<T>{});
+void find_distances(const scalar_t* logits, const Stretch& stretch, int64_t bins, Lanes<T>& lanes) {
+  const int64_t n = stretch.n;
+  lanes.bins.resize(bins * kLanes);
+  std::fill_n(lanes.largest, n, least_logit<T>());
+  std::fill_n(lanes.sum, n, T(0));
+  std::fill_n(lanes.weighted, n, T(0));
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    lay_out_bin(logits + stretch.logit + bin * stretch.of_bin, stretch.of_lane, n,
+                lanes.of_bin(bin), lanes.largest);
+  }
+  if (bins == 1) {
+    std::copy_n(lanes.of_bin(0), n, lanes.distance);
+    return;
   }
   for (int64_t bin = 0; bin < bins; ++bin) {
-    const scalar_t* of_bin = logits + stretch.logit + bin * stretch.of_bin;
-    add_bin(side_by_side(of_bin, stretch.of_position, stretch.n, buffer), static_cast<T>(bin),
-            stretch.n, lanes);
+    add_exponentials(lanes.of_bin(bin), lanes.largest, n, lanes.sum);
+    add_weighted(lanes.of_bin(bin), static_cast<T>(bin), n, lanes.weighted);
   }
-  values_of(lanes, stretch.n, values);
-}
-
-// The distances of a stretch, in units of the stride.
-template <typename scalar_t, typename T = compute_t<scalar_t>>
-void distances_of(const scalar_t* logits, const Stretch& stretch, int64_t bins,
-                  ExpectationLanes<T>& lanes, T* distances) {
-  if (bins > 1) {
-    expectations(logits, stretch, bins, lanes, distances);
-  } else {
-    gather(logits + stretch.logit, stretch.of_position, stretch.n, distances);
-  }
+  expectations(lanes, n, lanes.distance);
 }
 
 Tensor decode_distances_cpu(const std::vector<Tensor>& levels, const Tensor& points,
@@ -192,17 +166,15 @@ Tensor decode_distances_cpu(const std::vector<Tensor>& levels, const Tensor& poi
     for_each_stretch(head, [&](const Stretch& stretch) {
       const auto* logits =
           static_cast<const scalar_t*>(head.levels[stretch.level].tensor.const_data_ptr());
-      ExpectationLanes<T> lanes;
-      alignas(64) T distance[kLanes];
-      distances_of(logits, stretch, bins, lanes, distance);
-      const int side = stretch.side;
+      Lanes<T> lanes;
+      find_distances(logits, stretch, bins, lanes);
       const T stride = static_cast<T>(strides[stretch.level]);
-      const auto bounds = bounds_of_side(sizes, stretch.image, side);
-      const T* point = point_data + 2 * stretch.row + side % 2;
-      T* coordinate = out + 4 * (stretch.image * shape.rows + stretch.row) + side;
       for (int64_t i = 0; i < stretch.n; ++i) {
-        coordinate[4 * i] =
-            bounds.clip(coordinate_of_side(side, point[2 * i], stride, distance[i]));
+        const int side = stretch.side_of(i);
+        const int64_t row = stretch.row_of(i);
+        const auto bounds = bounds_of_side(sizes, stretch.image, side);
+        out[4 * (stretch.image * shape.rows + row) + side] = bounds.clip(
+            coordinate_of_side(side, point_data[2 * row + side % 2], stride, lanes.distance[i]));
       }
     });
   });
@@ -233,31 +205,31 @@ std::vector<Tensor> decode_distances_backward_cpu(const Tensor& grad_output_,
       const auto* logits =
           static_cast<const scalar_t*>(head.levels[stretch.level].tensor.const_data_ptr());
       scalar_t* grad = data_of<scalar_t>(grads[stretch.level]) + stretch.logit;
-      ExpectationLanes<T> lanes;
-      alignas(64) T distance[kLanes], factor[kLanes], x[kLanes], of_bin[kLanes];
-      distances_of(logits, stretch, bins, lanes, distance);
-      const int side = stretch.side;
+      Lanes<T> lanes;
+      find_distances(logits, stretch, bins, lanes);
       const T stride = static_cast<T>(strides[stretch.level]);
-      const auto bounds = bounds_of_side(sizes, stretch.image, side);
-      const T* point = point_data + 2 * stretch.row + side % 2;
-      const T* upstream = upstream_data + 4 * (stretch.image * shape.rows + stretch.row) + side;
       for (int64_t i = 0; i < stretch.n; ++i) {
-        const T coordinate = coordinate_of_side(side, point[2 * i], stride, distance[i]);
-        const T of_distance = gradient_of_distance(side, stride, upstream[4 * i]);
-        factor[i] = bounds.passes_gradient(coordinate) ? of_distance : T(0);
+        const int side = stretch.side_of(i);
+        const int64_t row = stretch.row_of(i);
+        const T upstream = upstream_data[4 * (stretch.image * shape.rows + row) + side];
+        const T coordinate =
+            coordinate_of_side(side, point_data[2 * row + side % 2], stride, lanes.distance[i]);
+        lanes.factor[i] = bounds_of_side(sizes, stretch.image, side).passes_gradient(coordinate)
+                              ? gradient_of_distance(side, stride, upstream)
+                              : T(0);
       }
       if (bins == 1) {
-        scatter(factor, stretch.of_position, stretch.n, grad);
+        for (int64_t i = 0; i < stretch.n; ++i) {
+          grad[i * stretch.of_lane] = static_cast<scalar_t>(lanes.factor[i]);
+        }
         return;
       }
       for (int64_t i = 0; i < stretch.n; ++i) {
-        factor[i] /= lanes.sum[i];
+        lanes.factor[i] /= lanes.sum[i];
       }
       for (int64_t bin = 0; bin < bins; ++bin) {
-        const scalar_t* from = logits + stretch.logit + bin * stretch.of_bin;
-        gradients_of_bin(side_by_side(from, stretch.of_position, stretch.n, x), static_cast<T>(bin),
-                         lanes, distance, factor, stretch.n, of_bin);
-        scatter(of_bin, stretch.of_position, stretch.n, grad + bin * stretch.of_bin);
+        gradients_of_bin(lanes.of_bin(bin), static_cast<T>(bin), lanes.distance, lanes.factor,
+                         stretch.of_lane, stretch.n, grad + bin * stretch.of_bin);
       }
     });
   });

@@ -5,9 +5,8 @@
 #include <vector>
 
 #include "../checks/distances.h"
-#include "../math/distances.h"
+#include "bins.h"
 #include "memory.h"
-#include "simd.h"
 
 namespace focalops {
 namespace {
@@ -23,25 +22,6 @@ struct RowLanes {
 
   FOCALOPS_HOST_DEVICE BetweenBins<T> target(int64_t i) const { return {left[i], share[i]}; }
 };
-
-// A bin's logits of n rows, and what they do to the largest so far.
-template <typename scalar_t, typename T>
-FOCALOPS_SIMD void lay_out_bin(const scalar_t* from, int64_t bins, int64_t n, T* x, T* largest) {
-  FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = static_cast<T>(from[i * bins]);
-    largest[i] = x[i] > largest[i] ? x[i] : largest[i];
-  }
-}
-
-template <typename T>
-FOCALOPS_SIMD void add_exponentials(T* x, const T* largest, int64_t n, T* sum) {
-  FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = detail::exp_nonpositive(x[i] - largest[i]);
-    sum[i] += x[i];
-  }
-}
 
 template <typename T>
 FOCALOPS_SIMD void logarithms(const T* x, int64_t n, T* out) {
@@ -90,8 +70,8 @@ std::tuple<Tensor, Tensor> distribution_focal_loss_cpu(const Tensor& inputs_,
       for (; block < last; ++block) {
         const int64_t first = block * kLanes, n = std::min(kLanes, num_rows - first);
         const scalar_t* from = logits + first * bins;
-        std::fill(rows.largest, rows.largest + n, -detail::largest(T()));
-        std::fill(rows.sum, rows.sum + n, T(0));
+        std::fill_n(rows.largest, n, least_logit<T>());
+        std::fill_n(rows.sum, n, T(0));
         for (int64_t bin = 0; bin < bins; ++bin) {
           lay_out_bin(from + bin, bins, n, x.data() + bin * kLanes, rows.largest);
         }
