@@ -131,7 +131,8 @@ def test_decode_other_memory(device):
         flat = torch.empty(level.numel() + 1, device=device)[1:]
         shifted = flat.as_strided(like.shape, like.stride()).copy_(like).requires_grad_()
         boxes = decode_distances([shifted], points, [8], bins=16)
-        assert torch.equal(boxes, expected)
+        # The compiler contracts other products to fused operations for rows than for planes.
+        torch.testing.assert_close(boxes, expected, rtol=1e-6, atol=1e-4)
         (other,) = torch.autograd.grad(boxes, shifted, upstream)
         torch.testing.assert_close(other, grad, rtol=1e-6, atol=1e-6)
 

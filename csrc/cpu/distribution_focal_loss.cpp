@@ -16,11 +16,7 @@ constexpr int64_t kGrain = 16;  // blocks of as many rows
 
 template <typename T>
 struct RowLanes {
-  alignas(64) T largest[kLanes], sum[kLanes], log_sum[kLanes];
-  alignas(64) T share[kLanes];
-  alignas(64) int left[kLanes];
-
-  FOCALOPS_HOST_DEVICE BetweenBins<T> target(int64_t i) const { return {left[i], share[i]}; }
+  alignas(64) T largest[kLanes], sum[kLanes], log_sum[kLanes], per_sum[kLanes];
 };
 
 template <typename T>
@@ -32,17 +28,10 @@ FOCALOPS_SIMD void logarithms(const T* x, int64_t n, T* out) {
 }
 
 template <typename T>
-FOCALOPS_SIMD void gradients_of_bin(T* x, int bin, const RowLanes<T>& rows, int64_t n) {
+FOCALOPS_SIMD void multiply(T* x, const T* factor, int64_t n) {
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
-    x[i] = rows.target(i).gradient(bin, x[i] / rows.sum[i]);
-  }
-}
-
-template <typename T, typename scalar_t>
-FOCALOPS_SIMD void store_row(const T* x, int64_t bins, scalar_t* out) {
-  for (int64_t bin = 0; bin < bins; ++bin) {
-    out[bin] = static_cast<scalar_t>(x[bin * kLanes]);
+    x[i] *= factor[i];
   }
 }
 
@@ -86,15 +75,24 @@ std::tuple<Tensor, Tensor> distribution_focal_loss_cpu(const Tensor& inputs_,
           const T right = static_cast<T>(row[between.left + 1]);
           loss[first + i] = between.loss(rows.log_sum[i] + (rows.largest[i] - left),
                                          rows.log_sum[i] + (rows.largest[i] - right));
-          rows.left[i] = between.left;
-          rows.share[i] = between.share;
+          rows.per_sum[i] = 1 / rows.sum[i] + (between.share - between.share);  // NaN of a NaN
         }
-        if (out != nullptr) {
+        if (out == nullptr) {
+          continue;
+        }
+        for (int64_t bin = 0; bin < bins; ++bin) {
+          multiply(x.data() + bin * kLanes, rows.per_sum, n);
+        }
+        // Probabilities are the gradients of all but the two bins of the target.
+        for (int64_t i = 0; i < n; ++i) {
+          scalar_t* row = out + (first + i) * bins;
+          const T* probability = x.data() + i;
           for (int64_t bin = 0; bin < bins; ++bin) {
-            gradients_of_bin(x.data() + bin * kLanes, static_cast<int>(bin), rows, n);
+            row[bin] = static_cast<scalar_t>(probability[bin * kLanes]);
           }
-          for (int64_t i = 0; i < n; ++i) {
-            store_row(x.data() + i, bins, out + (first + i) * bins);
+          const auto between = between_bins(target[first + i], static_cast<int>(bins));
+          for (const int bin : {between.left, between.left + 1}) {
+            row[bin] = static_cast<scalar_t>(between.gradient(bin, probability[bin * kLanes]));
           }
         }
       }

@@ -376,12 +376,13 @@ __global__ void __launch_bounds__(kThreads)
     if (grad == nullptr) {
       continue;
     }
+    const T per_sum = 1 / sum;
     for (int bin = lane * N; bin < bins; bin += stride) {
       auto vector = *reinterpret_cast<const Vector<scalar_t, N>*>(logits + bin);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const T e = detail::exp_nonpositive(static_cast<T>(vector.data[j]) - largest);
-        vector.data[j] = static_cast<scalar_t>(between.gradient(bin + j, e / sum));
+        vector.data[j] = static_cast<scalar_t>(between.gradient(bin + j, per_sum * e));
       }
       if constexpr (Vectorised) {
         // An ordinary store here is split into scalar ones by nvcc 13 for sm_80 and sm_90.
