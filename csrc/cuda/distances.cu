@@ -221,8 +221,9 @@ __device__ __forceinline__ void evaluate_planes(const Head<scalar_t>& head, int 
   }
 }
 
+// Of the gradient as many blocks as every architecture has without spills.
 template <bool IsGradient, typename scalar_t, typename T = compute_t<scalar_t>>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+__global__ void __launch_bounds__(kThreads, IsGradient ? 2 : kMinBlocks<T>)
     decode_distances_kernel(const __grid_constant__ Head<scalar_t> head, const T* upstream,
                             T* boxes) {
   for (int64_t item = blockIdx.x; item < head.num_items; item += gridDim.x) {
@@ -330,7 +331,7 @@ std::vector<Tensor> decode_distances_backward_cuda(const Tensor& grad_output_,
 // Where Vectorised, every row begins and ends at a multiple of 16 bytes. lanes: of a row, a power
 // of two. grad: null where it is not wanted.
 template <typename scalar_t, bool Vectorised, typename T = compute_t<scalar_t>>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // more of them spill on some architectures
     distribution_focal_loss_kernel(const scalar_t* inputs,  // [num_rows, bins]
                                    const T* targets, int64_t num_rows, int bins, int lanes,
                                    T* losses, scalar_t* grad) {
