@@ -328,10 +328,14 @@ std::vector<Tensor> decode_distances_backward_cuda(const Tensor& grad_output_,
 
 // ---- distribution_focal_loss --------------------------------------------------------------------
 
+// Blocks a multiprocessor: as many as every architecture has without spills.
+template <typename T>
+constexpr int kLossBlocks = std::is_same_v<T, double> ? 2 : 4;
+
 // Where Vectorised, every row begins and ends at a multiple of 16 bytes. lanes: of a row, a power
 // of two. grad: null where it is not wanted.
 template <typename scalar_t, bool Vectorised, typename T = compute_t<scalar_t>>
-__global__ void __launch_bounds__(kThreads, 4)  // more of them spill on some architectures
+__global__ void __launch_bounds__(kThreads, kLossBlocks<T>)
     distribution_focal_loss_kernel(const scalar_t* inputs,  // [num_rows, bins]
                                    const T* targets, int64_t num_rows, int bins, int lanes,
                                    T* losses, scalar_t* grad) {
