@@ -119,6 +119,12 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "_decode_distances_backward(Tensor grad_output, Tensor[] levels, Tensor points, float[] "
       "strides, int bins, Tensor? image_sizes) -> Tensor[] grads");
+  // As dense_box_losses, of distances: points: (N, 2); loss: 2 .. 5 the IoU family; losses: with
+  // dfl_weight times the mean distribution focal loss of the four sides.
+  m.def(
+      "dense_distance_losses(Tensor[] levels, Tensor points, Tensor gt_boxes, Tensor matches, "
+      "float[] strides, int bins, int loss, float eps, float dfl_weight, bool compute_grad, bool "
+      "compute_iou) -> (Tensor losses, Tensor iou, Tensor[] grads)");
   // inputs: (..., bins); losses: one a target; grad: of each loss by its own inputs, empty unless
   // compute_grad.
   m.def(

@@ -12,6 +12,7 @@ from focalops import reference
 from focalops._arguments import (
     as_sizes,
     check_levels,
+    check_like_levels,
     check_num_levels,
     floats,
     number,
@@ -229,28 +230,30 @@ def _reference_decode(
 # ---- fake kernels -------------------------------------------------------------------------------
 
 
-def _check_decode(
+def check_distances(
+    op: str,
+    name: str,
     levels: Sequence[Tensor],
+    points_name: str,
     points: Tensor,
     strides: Sequence[float],
     bins: int,
-    image_sizes: Tensor | None,
 ) -> None:
-    op = "decode_distances"
-    check_levels(op, "levels", levels, channels="4 * bins", multiple=4, same="bins", what="logits")
+    """Levels of distances with their points and strides."""
+    check_levels(op, name, levels, channels="4 * bins", multiple=4, same="bins", what="logits")
     first = levels[0]
-    images, channels = first.shape[:2]
+    channels = first.shape[1]
     rows = sum(level.shape[2] * level.shape[3] for level in levels)
     check(bins >= 1, lambda: f"{op}: bins must be >= 1, got {bins}")
     check(
         channels // 4 == bins,
-        lambda: f"{op}: levels must have 4 channels for each of {bins} bins, got {channels}",
+        lambda: f"{op}: {name} must have 4 channels for each of {bins} bins, got {channels}",
     )
-    _check_like_levels(op, "points", points, first)
+    check_like_levels(op, points_name, points, name, first)
     check(
         points.shape == (rows, 2),
         lambda: (
-            f"{op}: points must have shape ({rows}, 2), one for each position of the levels, "
+            f"{op}: {points_name} must have shape ({rows}, 2), one for each position of the levels, "
             f"got {tuple(points.shape)}"
         ),
     )
@@ -260,8 +263,20 @@ def _check_decode(
             f"{op}: strides must be {len(levels)} numbers, one for each level, got {len(strides)}"
         ),
     )
+
+
+def _check_decode(
+    levels: Sequence[Tensor],
+    points: Tensor,
+    strides: Sequence[float],
+    bins: int,
+    image_sizes: Tensor | None,
+) -> None:
+    op = "decode_distances"
+    check_distances(op, "levels", levels, "points", points, strides, bins)
     if image_sizes is not None:
-        _check_like_levels(op, "image_sizes", image_sizes, first)
+        images = levels[0].shape[0]
+        check_like_levels(op, "image_sizes", image_sizes, "levels", levels[0])
         check(
             image_sizes.shape == (images, 2),
             lambda: (
@@ -269,14 +284,6 @@ def _check_decode(
                 f"got {tuple(image_sizes.shape)}"
             ),
         )
-
-
-def _check_like_levels(op: str, name: str, tensor: Tensor, first: Tensor) -> None:
-    check_same_device(op, name, tensor, "levels[0]", first)
-    check(
-        tensor.dtype == compute_dtype(first.dtype),
-        lambda: f"{op}: {name} must be float32 (float64 for float64 levels), got {tensor.dtype}",
-    )
 
 
 def _check_loss(inputs: Tensor, targets: Tensor) -> None:

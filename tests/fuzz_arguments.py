@@ -306,7 +306,34 @@ def head_of_boxes() -> Arguments:
     }
 
 
+def distances_of_boxes() -> Arguments:
+    """The same head, and boxes that its points are matched to."""
+    arguments = decode_distances()
+    levels, points = arguments["levels"], arguments["points"]
+    images, most = len(levels[0]), between(1, 5)
+    matches = torch.randint(0, most, (images, len(points)))
+    matches[torch.rand(matches.shape) < 0.7] = -1
+    gt_boxes = boxes(images, most, dtype=points.dtype, proper=True)
+    return {
+        "deltas": levels,
+        "anchors": points,
+        "gt_boxes": maybe(lambda: gt_boxes, list(gt_boxes)),
+        "matches": matches,
+        "coding": "distance",
+        "strides": arguments["strides"],
+        "bins": arguments["bins"],
+        "dfl_weight": pick((0, 0.2)) if arguments["bins"] > 1 else 0,
+        "loss": pick(("iou", "giou", "diou", "ciou")),
+        "eps": pick((1e-7, 1e-3)),
+        **reduced_anchors(images),
+        "weight": maybe(lambda: torch.rand(matches.shape, dtype=points.dtype) * 3),
+        "return_iou": pick((True, False)),
+    }
+
+
 def dense_box_loss() -> Arguments:
+    if random.random() < 0.3:
+        return distances_of_boxes()
     arguments = head_of_boxes()
     matches, compute = arguments["matches"], arguments["anchors"].dtype
     return {

@@ -36,6 +36,7 @@ NUMBERS = {
     "clip",
     "crowd_threshold",
     "ctr_clamp",
+    "dfl_weight",
     "eps",
     "fg_iou_threshold",
     "gamma",
@@ -47,7 +48,7 @@ NUMBERS = {
     "score_threshold",
     "sigma",
 }
-CHOICES = {"fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
+CHOICES = {"coding", "fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
 SEQUENCES = {"image_size", "image_sizes", "level_sizes", "ranges", "strides", "weights"}
 # The others are tensors, or lists of them.
 

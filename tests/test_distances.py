@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models.detection._utils import BoxLinearCoder
 
-from focalops import decode_distances, distribution_focal_loss, encode_distances, reference
+from focalops import (
+    complete_box_iou_loss,
+    decode_distances,
+    dense_box_loss,
+    distribution_focal_loss,
+    encode_distances,
+    reference,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "distances.json").read_text())
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -402,7 +409,178 @@ def test_any_logits(logits, target):
     torch.testing.assert_close(boxes, exact, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-# ---- both ---------------------------------------------------------------------------------------
+# ---- dense_box_loss of distances ----------------------------------------------------------------
+
+KINDS = ("iou", "giou", "diou", "ciou")
+
+
+def matched_head(
+    device: str, bins: int, dtype: torch.dtype = torch.float32, layout: str = "planes", **sizes
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Levels, points, 4 boxes an image, and matches of one position in three."""
+    levels, points = head(device, bins, dtype, layout, **sizes)
+    images = levels[0].shape[0]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    corners = torch.rand(images, 4, 2) * 60
+    gt_boxes = torch.cat((corners, corners + torch.rand(images, 4, 2) * 60 + 1), dim=-1)
+    matches = torch.randint(0, 4, (images, len(points)))
+    kind = torch.rand(matches.shape)
+    matches[kind < 0.6], matches[kind < 0.1] = -1, -2
+    return levels, points.to(compute), gt_boxes.to(device, compute), matches.to(device)
+
+
+def check_dense(levels, points, gt_boxes, matches, **options):
+    """Against autograd of the reference in float64, as check_decode and check_loss; the IoU losses divide by areas that may be
+    a hundredth of the coordinates' squares."""
+    options = {"coding": "distance", "strides": STRIDES[: len(levels)], **options}
+    value = dense_box_loss(levels, points, gt_boxes, matches, **options)
+    exact_levels = [level.detach().double().requires_grad_() for level in levels]
+    in_double = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    exact = reference.dense_box_loss(
+        exact_levels, points.double(), gt_boxes.double(), matches, **in_double
+    )
+    if options.get("return_iou"):
+        (value, iou), (exact, exact_iou) = value, exact
+        torch.testing.assert_close(iou.double(), exact_iou, rtol=1e-4, atol=1e-4)
+        assert not iou.requires_grad
+    unit = torch.finfo(value.dtype).eps
+    torch.testing.assert_close(value.double(), exact, rtol=256 * unit, atol=256 * unit)
+    upstream = torch.rand_like(value) if value.dim() else torch.ones_like(value)
+    grads = torch.autograd.grad(value, levels, upstream)
+    expected = torch.autograd.grad(exact, exact_levels, upstream.double())
+    for level, grad, other in zip(levels, grads, expected, strict=True):
+        assert grad.dtype == level.dtype and grad.stride() == level.stride()
+        half = torch.finfo(level.dtype).eps if level.dtype in DTYPES[:2] else 0
+        smallest = torch.finfo(level.dtype).smallest_normal * torch.finfo(level.dtype).eps
+        most = other.abs().max().item() if other.numel() else 0
+        atol = 1024 * unit * max(most, 1e-3) + smallest
+        torch.testing.assert_close(grad.double(), other, rtol=2 * half + 1024 * unit, atol=atol)
+    return value
+
+
+@pytest.mark.parametrize("bins", [1, 5, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("loss", KINDS)
+def test_dense(loss, dtype, layout, bins, device):
+    arguments = matched_head(device, bins, dtype, layout)
+    options = {"loss": loss, "bins": bins, "dfl_weight": 0.2 if bins > 1 else 0}
+    check_dense(*arguments, **options, return_iou=True, reduction="none")
+    check_dense(*arguments, **options, normalizer=torch.tensor([3.0, 0.5], device=device))
+
+
+def test_dense_weights_and_normalizers(device):
+    arguments = matched_head(device, 16, layout="mixed")
+    weight = torch.rand(arguments[3].shape, device=device)
+    for options in (
+        {"weight": weight},
+        {"weight": weight, "reduction": "none"},
+        {"normalizer": 7, "eps": 0.1},
+        {"normalizer": torch.tensor([0.0, 7], device=device), "min_normalizer": 3},
+    ):
+        for dfl_weight in (0, 0.5):
+            check_dense(*arguments, loss="giou", bins=16, dfl_weight=dfl_weight, **options)
+
+
+def test_dense_is_the_parts(device):
+    """Decoding everything, gathering the foreground, the losses of pairs and the distribution focal loss."""
+    levels, points, gt_boxes, matches = matched_head(device, 16, layout="mixed")
+    options = {"coding": "distance", "strides": STRIDES, "bins": 16}
+    whole = dense_box_loss(
+        levels, points, gt_boxes, matches, loss="ciou", dfl_weight=0.2, **options
+    )
+    boxes = decode_distances(levels, points, STRIDES, bins=16)
+    image, row = torch.where(matches >= 0)
+    truth = gt_boxes[image, matches[image, row]]
+    sizes = torch.tensor([h * w for h, w in SIZES])
+    stride = torch.tensor(STRIDES).repeat_interleave(sizes).to(device)[row, None]
+    logits = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+    targets = encode_distances(points[row], truth) / stride
+    dfl = distribution_focal_loss(logits[image, row].view(-1, 4, 16), targets).mean(-1)
+    parts = complete_box_iou_loss(boxes[image, row], truth) + 0.2 * dfl
+    torch.testing.assert_close(whole, parts.sum(), rtol=1e-5, atol=1e-4)
+    for grad, other in zip(
+        torch.autograd.grad(whole, levels), torch.autograd.grad(parts.sum(), levels), strict=True
+    ):
+        torch.testing.assert_close(grad, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dense_any_size(device):
+    for sizes in (((33, 16), (0, 5), (17, 15)), ((1, 257), (1, 129), (1, 3))):
+        for layout in ("planes", "rows"):
+            arguments = matched_head(device, 3, layout=layout, sizes=sizes)
+            check_dense(*arguments, loss="giou", bins=3, dfl_weight=0.2)
+
+
+def test_dense_nothing(device):
+    levels, points, gt_boxes, matches = matched_head(device, 4, sizes=((2, 3), (0, 4)))
+    options = {"coding": "distance", "strides": [8, 16], "bins": 4, "loss": "giou"}
+    for boxes in (gt_boxes, gt_boxes[:, :0], list(gt_boxes[:, :0])):
+        value = dense_box_loss(levels, points, boxes, torch.full_like(matches, -1), **options)
+        grads = torch.autograd.grad(value, levels)
+        assert value == 0 and all((grad == 0).all() for grad in grads)
+    levels, points, gt_boxes, matches = matched_head(device, 4, sizes=((2, 3), (0, 4)), images=0)
+    value = dense_box_loss(levels, points, gt_boxes, matches, **options)
+    assert value == 0 and torch.autograd.grad(value, levels)[0].shape == levels[0].shape
+
+
+@pytest.mark.parametrize("bins", [1, 3])
+def test_dense_gradcheck(bins, device):
+    arguments = matched_head(device, bins, torch.float64, "mixed", sizes=((2, 2), (1, 2)))
+    levels, points, gt_boxes, matches = arguments
+    matches[:, :3] = torch.arange(3, device=device)
+
+    def f(*levels):
+        options = {"coding": "distance", "strides": [8, 16], "bins": bins}
+        options |= {"dfl_weight": 0.5 if bins > 1 else 0, "loss": "giou"}
+        return dense_box_loss(levels, points, gt_boxes, matches, normalizer=3, **options)
+
+    assert torch.autograd.gradcheck(f, levels)
+    assert torch.autograd.gradgradcheck(f, levels)
+
+
+def test_a_match_that_is_none(backend, device):
+    levels, points, gt_boxes, matches = matched_head(device, 3, sizes=((3, 5),))
+    matches[1, 7] = 4
+    options = {"coding": "distance", "strides": [8], "bins": 3, "loss": "giou", "dfl_weight": 0.2}
+    if backend == "cpu":
+        with pytest.raises(RuntimeError, match="matches must be less than the number of boxes, 4, got 4"):  # fmt: skip
+            dense_box_loss(levels, points, gt_boxes, matches, **options)
+    else:
+        value = dense_box_loss(levels, points, gt_boxes, matches, **options)
+        (grad,) = torch.autograd.grad(value, levels)
+        assert value.isnan() and grad.isnan().sum() == 12
+
+
+def test_distances_are_left_alone_with_deltas(device):
+    levels, points, gt_boxes, matches = matched_head(device, 1, sizes=((3, 5),))
+    anchors = torch.cat((points, points + 8), dim=1)
+    for name, value, right in (("strides", [8], None), ("bins", 3, 1), ("dfl_weight", 0.2, 0)):
+        said = f"^{name} must be {right} unless coding is 'distance', got"
+        with pytest.raises(ValueError, match=said):
+            dense_box_loss(levels, anchors, gt_boxes, matches, **{name: value})
+
+
+def test_dense_compiles_whole_and_loops_under_vmap(device):
+    levels, points, gt_boxes, matches = matched_head(device, 4, sizes=((3, 5), (2, 2)))
+
+    def f(*levels):
+        options = {"coding": "distance", "strides": [8, 16], "bins": 4, "loss": "ciou"}
+        return dense_box_loss(levels, points, gt_boxes, matches, dfl_weight=0.2, **options)
+
+    value = f(*levels)
+    grads = torch.autograd.grad(value, levels)
+    compiled = torch.compile(f, fullgraph=True, dynamic=True)(*levels)
+    torch.testing.assert_close(compiled, value)
+    torch.testing.assert_close(torch.autograd.grad(compiled, levels), grads)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(f(*levels), value)
+    batch = [torch.stack((level.detach(), level.detach() / 2)) for level in levels]
+    together = torch.vmap(f)(*batch)
+    torch.testing.assert_close(together[0], value.detach())
+
+
+# ---- all of them----------------------------------------------------------------------------------
 
 
 def test_opcheck(device):
@@ -414,6 +592,10 @@ def test_opcheck(device):
         plain = ([level.detach() for level in levels], *arguments[1:])
         upstream = torch.rand(2, len(points), 4, device=device)
         torch.library.opcheck(torch.ops.focalops._decode_distances_backward.default, (upstream, *plain))  # fmt: skip
+    matched = matched_head(device, 5, layout="mixed", sizes=((3, 2), (1, 1)))
+    for flags in ((True, True), (False, False)):
+        arguments = (*matched, [8.0, 16.0], 5, 3, 1e-7, 0.2, *flags)
+        torch.library.opcheck(torch.ops.focalops.dense_distance_losses.default, arguments)
     inputs, targets = rows_of(device, (5, 4), 6)
     for compute_grad in (True, False):
         arguments = (inputs, targets, compute_grad)

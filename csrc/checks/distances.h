@@ -1,49 +1,53 @@
-// decode_distances and distribution_focal_loss refuse these arguments.
+// The ops of distances refuse these arguments.
 #pragma once
 
 #include <optional>
 #include <vector>
 
+#include "dense_box_loss.h"
 #include "head.h"
 
 namespace focalops {
 
-inline HeadShape check_decode_distances(const std::vector<Tensor>& levels, const Tensor& points,
-                                        const std::vector<double>& strides, int64_t bins,
-                                        const std::optional<Tensor>& image_sizes) {
-  const char* op = "decode_distances";
-  const int64_t rows = check_levels(op, "levels", levels, "4 * bins", 4, "bins", "logits");
+// Levels of distances with their points and strides; the names are those of the Python signature.
+inline HeadShape check_distances(const char* op, const char* name,
+                                 const std::vector<Tensor>& levels, const char* points_name,
+                                 const Tensor& points, const std::vector<double>& strides,
+                                 int64_t bins) {
+  const int64_t rows = check_levels(op, name, levels, "4 * bins", 4, "bins", "logits");
   const Tensor& first = levels[0];
-  const int64_t images = first.size(0);
   if (bins < 1) {
     fail(op, ": bins must be >= 1, got ", bins);
   }
   if (first.size(1) / 4 != bins) {
-    fail(op, ": levels must have 4 channels for each of ", bins, " bins, got ", first.size(1));
+    fail(op, ": ", name, " must have 4 channels for each of ", bins, " bins, got ", first.size(1));
   }
-  const auto check_like_levels = [&](const char* name, const Tensor& tensor) {
-    check_same_device(op, name, tensor, "levels[0]", first);
-    if (tensor.scalar_type() != compute_dtype(first.scalar_type())) {
-      fail(op, ": ", name, " must be float32 (float64 for float64 levels), got ", dtype_of(tensor));
-    }
-  };
-  check_like_levels("points", points);
+  check_like_levels(op, points_name, points, name, first);
   if (points.dim() != 2 || points.size(0) != rows || points.size(1) != 2) {
-    fail(op, ": points must have shape (", rows, ", 2), one for each position of the levels, got ",
-         shape_of(points));
+    fail(op, ": ", points_name, " must have shape (", rows,
+         ", 2), one for each position of the levels, got ", shape_of(points));
   }
   if (strides.size() != levels.size()) {
     fail(op, ": strides must be ", levels.size(), " numbers, one for each level, got ",
          strides.size());
   }
+  return {first.size(0), 1, 4 * bins, rows};
+}
+
+inline HeadShape check_decode_distances(const std::vector<Tensor>& levels, const Tensor& points,
+                                        const std::vector<double>& strides, int64_t bins,
+                                        const std::optional<Tensor>& image_sizes) {
+  const char* op = "decode_distances";
+  const HeadShape shape = check_distances(op, "levels", levels, "points", points, strides, bins);
   if (image_sizes.has_value()) {
-    check_like_levels("image_sizes", *image_sizes);
-    if (image_sizes->dim() != 2 || image_sizes->size(0) != images || image_sizes->size(1) != 2) {
-      fail(op, ": image_sizes must have shape (", images,
+    check_like_levels(op, "image_sizes", *image_sizes, "levels", levels[0]);
+    if (image_sizes->dim() != 2 || image_sizes->size(0) != shape.images ||
+        image_sizes->size(1) != 2) {
+      fail(op, ": image_sizes must have shape (", shape.images,
            ", 2), height and width of each image, got ", shape_of(*image_sizes));
     }
   }
-  return {images, 1, 4 * bins, rows};
+  return shape;
 }
 
 inline HeadShape check_decode_distances_backward(const Tensor& grad_output,
@@ -58,6 +62,25 @@ inline HeadShape check_decode_distances_backward(const Tensor& grad_output,
       grad_output.size(1) != shape.rows || grad_output.size(2) != 4) {
     fail(op, ": grad_output must have the shape of the output, (", shape.images, ", ", shape.rows,
          ", 4), got ", shape_of(grad_output));
+  }
+  return shape;
+}
+
+// loss is a BoxLossKind of the IoU family.
+inline HeadShape check_dense_distance_losses(const std::vector<Tensor>& deltas,
+                                             const Tensor& points, const Tensor& gt_boxes,
+                                             const Tensor& matches,
+                                             const std::vector<double>& strides, int64_t bins,
+                                             int64_t loss, double dfl_weight) {
+  const char* op = "dense_box_loss";
+  const HeadShape shape = check_distances(op, "deltas", deltas, "anchors", points, strides, bins);
+  check_matched_boxes(op, deltas[0], gt_boxes, matches, shape.rows);
+  if (loss < 2 || loss > 5) {
+    fail(op, ": loss must lie in [2, 5], got ", loss);
+  }
+  check_non_negative(op, "dfl_weight", dfl_weight);
+  if (bins == 1 && dfl_weight != 0) {
+    fail(op, ": dfl_weight must be 0 unless there are bins, got ", dfl_weight);
   }
   return shape;
 }
