@@ -724,7 +724,11 @@ def _foreground(
     x = x.to(compute_dtype(x.dtype))
     image, row = torch.where(matches >= 0)
     truth = [boxes[match[match >= 0]] for boxes, match in zip(gt_boxes, matches, strict=True)]
-    return x[image, row], anchors[row].to(x.dtype), torch.cat([gt_boxes[0][:0], *truth]).to(x.dtype)
+    return (
+        x[image, row],
+        anchors[row].to(x.dtype),
+        torch.cat([anchors.new_zeros(0, 4), *truth]).to(x.dtype),
+    )
 
 
 def _in_their_places(values: Tensor, matches: Tensor) -> Tensor:  # [P] -> [B, N]

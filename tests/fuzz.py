@@ -409,7 +409,7 @@ class Round:
         self.check("graph kept", kept, run(chained=True) if chained else plain)
         with emulated_cuda():
             self.check(f"cuda-emulated, {layout.__name__}", run(lay_out=layout), plain)
-        takes_inplace = "inputs" in a
+        takes_inplace = "inputs" in a and name != "distribution_focal_loss"
         if name in DENSE_TARGETS:
             takes_inplace = isinstance(a["targets"], tuple)  # dense ones are refused
         if a.get("reduction") != "none" and (takes_inplace or name == "dense_focal_loss"):

@@ -371,10 +371,11 @@ def encode_distances() -> Arguments:
 
 def distribution_focal_loss() -> Arguments:
     shape, bins = tuple(between(0, 9) for _ in range(between(0, 2))), pick((2, 3, 16, 17))
-    dtype = pick((torch.float32, torch.float64))
+    inputs = (torch.randn(*shape, bins) * pick((0.1, 3, 30))).to(pick(DTYPES))
+    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     targets = torch.rand(shape, dtype=dtype) * (bins + 1) - 1
     return {
-        "inputs": (torch.randn(*shape, bins) * pick((0.1, 3, 30))).to(pick(DTYPES)),
+        "inputs": inputs,
         "targets": maybe(lambda: targets, targets.round()),
         "weight": maybe(lambda: torch.rand(shape, dtype=dtype) * 3),
         **reduced(),
