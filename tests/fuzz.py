@@ -354,7 +354,7 @@ class Round:
             return
         # 1 less an overlap is as exact as 1 is, and so is 1 less a probability in torchvision and in the logarithm of a
         # softmax; a gradient by what others depend on has their terms.
-        is_of_one = re.search("iou_loss|softmax", self.name) or "torchvision" in path
+        is_of_one = re.search("iou_loss|softmax|distribution", self.name) or "torchvision" in path
         result = max(largest_of(expected[0]), bool(is_of_one)) if expected else 0
         most = max(1e-4 * result, self.terms)
         if path == "graph kept":
