@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.assigners import SIZE, grid
+from benchmarks.assigners import SIZE, grid, random_boxes
 from benchmarks.harness import OURS, Case, Contestant
-from focalops import decode_distances, distribution_focal_loss, reference
+from focalops import decode_distances, dense_box_loss, distribution_focal_loss, reference
 
 STRIDES = [8, 16, 32]
 BINS = 16
@@ -23,6 +23,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
                 yield decode_case(images, layout, with_gradient, device, quick)
     for targets in (500,) if quick else (500, 8000):  # of the foreground of a batch
         yield loss_case(targets, device, quick)
+    yield head_case(1 if quick else 16, device)
 
 
 def decode_case(
@@ -84,13 +85,6 @@ def loss_case(targets: int, device: torch.device, quick: bool) -> Case:
     logits = torch.randn(targets, 4, BINS, device=device, requires_grad=True)
     distances = torch.rand(targets, 4, device=device) * (BINS - 1.1)
 
-    def two_cross_entropies(x: Tensor, t: Tensor) -> Tensor:
-        x, t = x.flatten(0, 1), t.flatten()
-        left = t.long()
-        share = t - left
-        of_left, of_right = (F.cross_entropy(x, y, reduction="none") for y in (left, left + 1))
-        return ((1 - share) * of_left + share * of_right).sum()
-
     def step(loss: Callable[..., Tensor]) -> Contestant:
         def run() -> list[Tensor]:
             value = loss(logits, distances)
@@ -111,6 +105,73 @@ def loss_case(targets: int, device: torch.device, quick: bool) -> Case:
     size = f"{targets:,} x 4 x {BINS} float32"
     least = 2 * logits.numel() * 4 + 2 * distances.numel() * 4
     return Case("distribution_focal_loss and gradient", size, least, contestants, close)
+
+
+def head_case(images: int, device: torch.device) -> Case:
+    """Both losses of a head; as many foreground points as an assigner finds for 20 objects, ten of each."""
+    points, level_sizes = grid(STRIDES, device)
+    levels = [
+        torch.randn(images, 4 * BINS, SIZE // s, SIZE // s, device=device, requires_grad=True)
+        for s in STRIDES
+    ]
+    gt_boxes = torch.stack([random_boxes(20, device) for _ in range(images)])
+    matches = torch.full((images, len(points)), -1, device=device)
+    foreground = torch.rand(images, len(points), device=device).topk(200).indices
+    matches.scatter_(1, foreground, torch.arange(200, device=device).expand(images, 200) // 10)
+    strides = torch.tensor(STRIDES, device=device).repeat_interleave(
+        torch.tensor(level_sizes, device=device)
+    )[:, None]
+    numbers = torch.arange(float(BINS), device=device)
+
+    def decode_first() -> Tensor:
+        """Decode all points, encode all targets, gather the foreground of both."""
+        logits = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
+        before, after = (logits.unflatten(2, (4, BINS)).softmax(3).matmul(numbers) * strides).chunk(
+            2, dim=2
+        )
+        boxes = torch.cat((points - before, points + after), dim=2)
+        truth = gt_boxes.gather(1, matches.clamp(min=0)[..., None].expand(-1, -1, 4))
+        targets = torch.cat((points - truth[..., :2], truth[..., 2:] - points), dim=2) / strides
+        is_foreground = matches >= 0
+        targets = targets[is_foreground].clamp(0, BINS - 1.01)
+        dfl = two_cross_entropies(logits[is_foreground].view(-1, 4, BINS), targets)
+        iou = reference.complete_box_iou_loss(boxes[is_foreground], truth[is_foreground])
+        return iou.sum() + 0.2 * dfl / 4
+
+    def step(loss: Callable[[], Tensor]) -> Contestant:
+        def run() -> list[Tensor]:
+            value = loss()
+            return [value.detach(), *torch.autograd.grad(value, levels)]
+
+        return run
+
+    def with_(function: Callable[..., Tensor]) -> Contestant:
+        options = {"coding": "distance", "strides": STRIDES, "bins": BINS, "dfl_weight": 0.2}
+        arguments = (levels, points, gt_boxes, matches)
+        return step(lambda: function(*arguments, loss="ciou", **options))
+
+    contestants = {
+        OURS: with_(dense_box_loss),
+        "reference": with_(reference.dense_box_loss),
+        "decode first": step(decode_first),
+    }
+    size = f"{images} x {len(points):,} x 4 x {BINS} float32, 200 foreground"
+    least = 4 * (sum(level.numel() for level in levels) + 2 * matches.numel())
+    return Case("dense_box_loss of distances and gradient", size, least, contestants, agree)
+
+
+def two_cross_entropies(x: Tensor, t: Tensor) -> Tensor:
+    x, t = x.flatten(0, 1), t.flatten()
+    left = t.long()
+    share = t - left
+    of_left, of_right = (F.cross_entropy(x, y, reduction="none") for y in (left, left + 1))
+    return ((1 - share) * of_left + share * of_right).sum()
+
+
+def agree(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    # The last bin is 0.01 of a bin further for one of them.
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
 def close(ours: list[Tensor], theirs: list[Tensor]) -> None:
