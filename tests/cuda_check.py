@@ -32,6 +32,7 @@ MEMORY_BOUND = {
     r"softmax_focal_loss_kernel<\w+, true": ("load", "store"),
     r"decode_distances_kernel<false,": ("load",),
     r"decode_distances_kernel<true,": ("load", "store"),
+    r"dense_distance_loss_kernel<true,": ("store",),
     r"distribution_focal_loss_kernel<\w+, true": ("load", "store"),
     r"scale_(rows_|planes_)?kernel<": ("load", "store"),
     # Units of one number are for maps that do not fit 16 bytes.

@@ -6,6 +6,13 @@
 #include "box_loss.h"
 #include "focal.h"
 
+// In front of a loop over the sides: what a thread keeps of each of them is in registers then.
+#ifdef __CUDA_ARCH__
+#define FOCALOPS_UNROLL _Pragma("unroll")
+#else
+#define FOCALOPS_UNROLL
+#endif
+
 namespace focalops {
 
 // The expectation of a bin under the softmax of logits that come one by one: one exponential each.
@@ -120,6 +127,7 @@ struct DistanceLoss {
     Expectation<T> expectations[4];
     T distances[4], sides[4];
     T dfl = 0;
+    FOCALOPS_UNROLL
     for (int side = 0; side < 4; ++side) {
       if (bins == 1) {
         distances[side] = load(side, 0);
@@ -145,6 +153,7 @@ struct DistanceLoss {
     if constexpr (WithGrad) {
       const Box<T> by_box = formula.gradient(box, gt_box, of_box, of_gt_box);
       const T by_side[4] = {-by_box.x1, -by_box.y1, -by_box.x2, -by_box.y2};
+      FOCALOPS_UNROLL
       for (int side = 0; side < 4; ++side) {
         const T by_distance = gradient_of_distance(side, stride, by_side[side]);
         if (bins == 1) {
