@@ -240,7 +240,7 @@ def dense_box_loss(
 
     Differentiable in the deltas and the weight. One launch reads the matches, and of the foreground anchors the deltas; where
     they require a gradient, it is written in the same pass and in the same layout. That takes the only extra memory, and with
-    ``"none"``, a weight or the IoU, ``(B, N)`` for each. Two runs give the same bits. Time O(B N).
+    ``"none"``, a weight, distances or the IoU, ``(B, N)`` for each. Two runs give the same bits. Time O(B N).
 
     >>> dense_box_loss(bbox_regression, anchors, gt_boxes, matches, loss="giou", normalizer=(matches >= 0).sum())
     >>> options = {"coding": "distance", "strides": [8, 16, 32], "bins": 16, "dfl_weight": 0.2, "weight": scores}

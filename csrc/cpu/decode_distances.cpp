@@ -1,10 +1,9 @@
 // Boxes from the distances, or the distributions of distances, of a head's levels on the CPU, where
 // the head left them.
 //
-// Positions are lanes: a loop over them adds a bin's logits to what each has of the bins before.
-// Where the layout has neighbouring positions apart, or the dtype is half precision, the logits of
-// a bin are put side by side first. Work is cut into stretches of positions of one image of one
-// level.
+// Sides are the lanes of bins.h. In planes (contiguous) those of one side of neighbouring positions
+// lie side by side; in rows (channels_last) neighbouring lanes are the four sides of a position, a
+// row of bins apart. Work is cut into stretches of lanes of one image of one level.
 #include <algorithm>
 #include <vector>
 
@@ -27,6 +26,8 @@ template <typename T>
 struct Lanes {
   std::vector<T> bins;  // logits, then their exponentials: [bins, kLanes]
   alignas(64) T largest[kLanes], sum[kLanes], weighted[kLanes], distance[kLanes], factor[kLanes];
+
+  explicit Lanes(int64_t num_bins) : bins(num_bins * kLanes) {}
 
   T* of_bin(int64_t bin) { return bins.data() + bin * kLanes; }
 };
@@ -91,8 +92,8 @@ struct Stretch {
   int64_t row_of(int64_t i) const { return row + (has_rows ? i / 4 : i); }
 };
 
-// Calls f(stretch) for each, in parallel.
-template <typename F>
+// Calls f(stretch, lanes) for each, in parallel; the lanes are a thread's own.
+template <typename T, typename F>
 void for_each_stretch(const Head& head, const F& f) {
   const auto stretches_of_image = [](const HeadLevel& level) {
     return level.has_rows ? ceil_div(4 * level.positions, kLanesOfRows)
@@ -103,6 +104,7 @@ void for_each_stretch(const Head& head, const F& f) {
     first_task.push_back(first_task.back() + head.shape.images * stretches_of_image(level));
   }
   torch::stable::parallel_for(0, first_task.back(), kGrain, [&](int64_t task, int64_t last) {
+    Lanes<T> lanes(head.bins);
     size_t l = 0;
     for (; task < last; ++task) {
       while (task >= first_task[l + 1]) {
@@ -117,11 +119,13 @@ void for_each_stretch(const Head& head, const F& f) {
         const int64_t first = part * kLanesOfRows;
         f(Stretch{l, image, std::min(kLanesOfRows, 4 * positions - first), true, 0,
                   level.first_row + first / 4, 4 * image * of_side + first * head.bins, head.bins,
-                  1});
+                  1},
+          lanes);
       } else {
         const int64_t side = part % 4, first = part / 4 * kLanes;
         f(Stretch{l, image, std::min(kLanes, positions - first), false, static_cast<int>(side),
-                  level.first_row + first, (4 * image + side) * of_side + first, 1, positions});
+                  level.first_row + first, (4 * image + side) * of_side + first, 1, positions},
+          lanes);
       }
     }
   });
@@ -131,7 +135,6 @@ void for_each_stretch(const Head& head, const F& f) {
 template <typename scalar_t, typename T = compute_t<scalar_t>>
 void find_distances(const scalar_t* logits, const Stretch& stretch, int64_t bins, Lanes<T>& lanes) {
   const int64_t n = stretch.n;
-  lanes.bins.resize(bins * kLanes);
   std::fill_n(lanes.largest, n, least_logit<T>());
   std::fill_n(lanes.sum, n, T(0));
   std::fill_n(lanes.weighted, n, T(0));
@@ -163,10 +166,9 @@ Tensor decode_distances_cpu(const std::vector<Tensor>& levels, const Tensor& poi
     const auto* point_data = static_cast<const T*>(head.points.const_data_ptr());
     const T* sizes = data_of<T>(head.image_sizes);
     T* out = data_of<T>(boxes);
-    for_each_stretch(head, [&](const Stretch& stretch) {
+    for_each_stretch<T>(head, [&](const Stretch& stretch, Lanes<T>& lanes) {
       const auto* logits =
           static_cast<const scalar_t*>(head.levels[stretch.level].tensor.const_data_ptr());
-      Lanes<T> lanes;
       find_distances(logits, stretch, bins, lanes);
       const T stride = static_cast<T>(strides[stretch.level]);
       for (int64_t i = 0; i < stretch.n; ++i) {
@@ -201,11 +203,10 @@ std::vector<Tensor> decode_distances_backward_cpu(const Tensor& grad_output_,
     const auto* point_data = static_cast<const T*>(head.points.const_data_ptr());
     const auto* upstream_data = static_cast<const T*>(grad_output.const_data_ptr());
     const T* sizes = data_of<T>(head.image_sizes);
-    for_each_stretch(head, [&](const Stretch& stretch) {
+    for_each_stretch<T>(head, [&](const Stretch& stretch, Lanes<T>& lanes) {
       const auto* logits =
           static_cast<const scalar_t*>(head.levels[stretch.level].tensor.const_data_ptr());
       scalar_t* grad = data_of<scalar_t>(grads[stretch.level]) + stretch.logit;
-      Lanes<T> lanes;
       find_distances(logits, stretch, bins, lanes);
       const T stride = static_cast<T>(strides[stretch.level]);
       for (int64_t i = 0; i < stretch.n; ++i) {
