@@ -39,16 +39,18 @@ NVCC_FLAGS = [
     "-Xptxas=-warn-spills",
 ]
 
-# Without contraction an IoU has the same bits on every SIMD width and on the GPU; the losses need no
-# such promise. Logarithms and exponentials vectorise only where errno and the floating-point flags
-# may be ignored.
+# Without contraction an IoU has the same bits on every SIMD width and on the GPU; losses and softmaxes
+# need no such promise. Logarithms and exponentials vectorise only where errno and the floating-point
+# flags may be ignored.
 CPU_FLAGS = ["-fopenmp-simd", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 LOSS_FLAGS = ["-ffp-contract=fast"]
 CPU_FLAGS_OF = {
     "csrc/cpu/focal_loss.cpp": LOSS_FLAGS,
+    "csrc/cpu/decode_distances.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_equalized_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/dense_row_losses.cpp": LOSS_FLAGS,
+    "csrc/cpu/distribution_focal_loss.cpp": LOSS_FLAGS,
     "csrc/cpu/row_losses.cpp": LOSS_FLAGS,
 }
 

@@ -111,6 +111,26 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " float[] weights, float clip, float beta, float eps, bool compute_grad, bool compute_iou)"
       " -> (Tensor losses, Tensor iou, Tensor[] grads)");
 
+  // distances. levels: up to kMaxLevels levels (B, 4 * bins, H, W); points: (N, 2); strides: one a
+  // level; image_sizes: (B, 2), height and width; boxes: (B, N, 4).
+  m.def(
+      "decode_distances(Tensor[] levels, Tensor points, float[] strides, int bins, Tensor? "
+      "image_sizes) -> Tensor boxes");
+  m.def(
+      "_decode_distances_backward(Tensor grad_output, Tensor[] levels, Tensor points, float[] "
+      "strides, int bins, Tensor? image_sizes) -> Tensor[] grads");
+  // As dense_box_losses, of distances: points: (N, 2); loss: 2 .. 5 the IoU family; losses: with
+  // dfl_weight times the mean distribution focal loss of the four sides.
+  m.def(
+      "dense_distance_losses(Tensor[] levels, Tensor points, Tensor gt_boxes, Tensor matches, "
+      "float[] strides, int bins, int loss, float eps, float dfl_weight, bool compute_grad, bool "
+      "compute_iou) -> (Tensor losses, Tensor iou, Tensor[] grads)");
+  // inputs: (..., bins); losses: one a target; grad: of each loss by its own inputs, empty unless
+  // compute_grad.
+  m.def(
+      "distribution_focal_loss(Tensor inputs, Tensor targets, bool compute_grad) -> (Tensor "
+      "losses, Tensor grad)");
+
   // fusion. features: 1 to 8 maps (B, C, H, W), weights: (n,); mode: 0 fast, 1 softmax, 2 sum, 3
   // unbounded; activation: 0 none, 1 SiLU, 2 ReLU6. grad_weights is empty where there are none.
   m.def(

@@ -24,6 +24,7 @@ from focalops.boxes import (
 from focalops.dense_equalized_focal_loss import dense_equalized_focal_loss
 from focalops.dense_focal_loss import dense_focal_loss
 from focalops.dense_row_losses import dense_quality_loss
+from focalops.distances import decode_distances, distribution_focal_loss, encode_distances
 from focalops.dynamic_assigners import assign_task_aligned
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 from focalops.fusion import fuse_features
@@ -57,6 +58,7 @@ __all__ = [
     "complete_box_iou_loss",
     "count_degenerate_boxes",
     "decode_boxes",
+    "decode_distances",
     "dense_box_loss",
     "dense_equalized_focal_loss",
     "dense_focal_loss",
@@ -64,7 +66,9 @@ __all__ = [
     "detect",
     "distance_box_iou",
     "distance_box_iou_loss",
+    "distribution_focal_loss",
     "encode_boxes",
+    "encode_distances",
     "fuse_features",
     "generalized_box_iou",
     "generalized_box_iou_loss",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from focalops._coordinates import check_like
-from focalops._ops import check, check_floating, require_tensor
+from focalops._ops import check, check_floating, check_same_device, compute_dtype, require_tensor
 
 
 def require_tensors(name: str, value: Any) -> None:
@@ -163,6 +163,17 @@ def check_image_size(op: str, name: str, level: Tensor, what: str) -> None:
     check(
         numbers < 2**31,
         lambda: f"{op}: {name} must have fewer than 2^31 {what} an image, got {numbers}",
+    )
+
+
+def check_like_levels(op: str, name: str, tensor: Tensor, levels_name: str, first: Tensor) -> None:
+    """What is computed with levels of which ``first`` is the first has the dtype that they are computed in."""
+    check_same_device(op, name, tensor, f"{levels_name}[0]", first)
+    check(
+        tensor.dtype == compute_dtype(first.dtype),
+        lambda: (
+            f"{op}: {name} must be float32 (float64 for float64 {levels_name}), got {tensor.dtype}"
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from focalops import reference
 from focalops._arguments import (
     check_are_constant,
     check_levels,
+    check_like_levels,
     check_num_levels,
     checked_normalizer,
     choice,
@@ -20,6 +21,7 @@ from focalops._arguments import (
     floats,
     number,
     require_tensors,
+    whole,
 )
 from focalops._coordinates import (
     as_coordinates,
@@ -40,6 +42,7 @@ from focalops._gradients import (
     setup_pair,
 )
 from focalops._loss_options import (
+    check_non_negative,
     check_normalizer,
     check_normalizes_a_sum,
     check_row_numbers,
@@ -58,6 +61,7 @@ from focalops._ops import (
 )
 from focalops._padding import pad_boxes
 from focalops.boxes import IOU_NAMES
+from focalops.distances import check_distances
 
 
 def box_iou_loss(
@@ -118,8 +122,10 @@ def complete_box_iou_loss(
 
 # In the order of BoxLossKind in csrc/math/box_loss.h.
 DENSE_LOSSES = ("l1", "smooth_l1", "iou", "giou", "diou", "ciou")
+FIRST_OF_PAIRS = DENSE_LOSSES.index("iou")
 NO_LOSS = -1  # of matched_iou
 
+Distances = tuple[list[float], int, float]  # strides, bins, dfl_weight
 Numbers = tuple[Sequence[float], float, float, float]  # weights, clip, beta, eps
 Head = tuple[list[Tensor], Tensor, Tensor, Tensor]  # deltas, anchors, padded gt_boxes, matches
 
@@ -141,6 +147,10 @@ def dense_box_loss(
     min_normalizer: float = ...,
     weight: Tensor | None = ...,
     return_iou: Literal[False] = ...,
+    coding: str = ...,
+    strides: Sequence[float] | None = ...,
+    bins: int = ...,
+    dfl_weight: float = ...,
 ) -> Tensor: ...
 
 
@@ -161,6 +171,10 @@ def dense_box_loss(
     min_normalizer: float = ...,
     weight: Tensor | None = ...,
     return_iou: Literal[True],
+    coding: str = ...,
+    strides: Sequence[float] | None = ...,
+    bins: int = ...,
+    dfl_weight: float = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -180,6 +194,10 @@ def dense_box_loss(
     min_normalizer: float = 1,
     weight: Tensor | None = None,
     return_iou: bool = False,
+    coding: str = "deltas",
+    strides: Sequence[float] | None = None,
+    bins: int = 1,
+    dfl_weight: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""The box loss of a head's outputs, read where the head left them: no permute, no concatenation, no dense targets.
 
@@ -206,6 +224,14 @@ def dense_box_loss(
             classification-aware regression loss (CARL) of PISA moves the scores that the weights are made of (Cao et al.,
             arXiv 1904.04821).
         return_iou: also return the IoU of each anchor's box with its match, as :func:`matched_iou` does, from the same pass.
+        coding: ``"deltas"``, or ``"distance"``: of a head that :func:`decode_distances` decodes. ``deltas`` are then levels
+            ``(B, 4 * bins, H, W)``, ``anchors`` are points ``(N, 2)``, the loss is one of pairs, and ``weights``, ``clip`` and
+            ``beta`` are not looked at.
+        strides: of distances, a number for each level.
+        bins: of distances, as in :func:`decode_distances`.
+        dfl_weight: of distances with bins: as many times the mean :func:`distribution_focal_loss` of the four sides is added to
+            the loss of an anchor; ultralytics' ratio of ``dfl`` to ``box``, 0.2. What lies beyond the bins has the last one for
+            a target.
 
     Returns:
         A 0-d tensor, float64 for float64 deltas, else float32: the sum over the images of their losses, each divided by its
@@ -214,11 +240,15 @@ def dense_box_loss(
 
     Differentiable in the deltas and the weight. One launch reads the matches, and of the foreground anchors the deltas; where
     they require a gradient, it is written in the same pass and in the same layout. That takes the only extra memory, and with
-    ``"none"``, a weight or the IoU, ``(B, N)`` for each. Two runs give the same bits. Time O(B N).
+    ``"none"``, a weight, distances or the IoU, ``(B, N)`` for each. Two runs give the same bits. Time O(B N).
 
     >>> dense_box_loss(bbox_regression, anchors, gt_boxes, matches, loss="giou", normalizer=(matches >= 0).sum())
+    >>> options = {"coding": "distance", "strides": [8, 16, 32], "bins": 16, "dfl_weight": 0.2, "weight": scores}
+    >>> dense_box_loss(bbox_logits, points, gt_boxes, matches, loss="ciou", normalizer=scores.sum(), **options)
     """
-    choice("loss", loss, DENSE_LOSSES)
+    choice("coding", coding, ("deltas", "distance"))
+    choice("loss", loss, DENSE_LOSSES if coding == "deltas" else DENSE_LOSSES[FIRST_OF_PAIRS:])
+    distances = _checked_distances(coding, strides, bins, dfl_weight)
     choice("reduction", reduction, ("none", "sum"))
     return_iou = flag("return_iou", return_iou)
     _check_are_tensors(deltas, anchors, gt_boxes, matches)
@@ -236,21 +266,30 @@ def dense_box_loss(
     divisors = divisor(normalizer, min_normalizer, dtype)
     weight = to_dtype(weight, dtype)
     if runs_reference(head[0][0]):
-        _check_dense(*head, kind, numbers, divisors[0])
+        if distances is None:
+            _check_dense(*head, kind, numbers, divisors[0])
+        else:
+            _check_distances(*head, *distances[:2], kind, distances[2], divisors[0])
         _check_weight(weight, matches, dtype)
         return _reference_dense(
             *head,
             kind,
             numbers,
             divisors,
+            distances,
             reduction=reduction,
             weight=weight,
             return_iou=return_iou,
         )
     compute_grad = torch.is_grad_enabled() and any(level.requires_grad for level in head[0])
-    if reduction == "sum" and weight is None and not return_iou:
+    if distances is not None:
+        strides, bins, dfl_weight = distances
+        arguments = (strides, bins, kind, numbers[-1], dfl_weight, compute_grad, return_iou)
+        losses, iou, _ = call(ops.dense_distance_losses, *head, *arguments)
+    elif reduction == "sum" and weight is None and not return_iou:
         return call(ops.dense_box_loss, *head, kind, *numbers, *divisors, compute_grad)[0]
-    losses, iou, _ = call(ops.dense_box_losses, *head, kind, *numbers, compute_grad, return_iou)
+    else:
+        losses, iou, _ = call(ops.dense_box_losses, *head, kind, *numbers, compute_grad, return_iou)
     _check_weight(weight, matches, dtype)
     if weight is not None:
         losses = losses * torch.where(matches < 0, 0, weight)  # which may be no number there
@@ -317,6 +356,25 @@ def _head(
     return (deltas, *boxes, matches), dtype
 
 
+def _checked_distances(coding: str, strides: Any, bins: Any, dfl_weight: Any) -> Distances | None:
+    """What else distances have; None of deltas, which have none of it."""
+    if strides is not None:
+        strides = floats("strides", strides, "numbers, one for each level")
+    bins, dfl_weight = whole("bins", bins), number("dfl_weight", dfl_weight)
+    if coding == "distance":
+        return strides or [], bins, dfl_weight
+    for name, given, left_alone in (
+        ("strides", strides, None),
+        ("bins", bins, 1),
+        ("dfl_weight", dfl_weight, 0),
+    ):
+        if given != left_alone:
+            raise ValueError(
+                f"{name} must be {left_alone} unless coding is 'distance', got {given}"
+            )
+    return None
+
+
 def _check_weight(weight: Tensor | None, matches: Tensor, dtype: torch.dtype) -> None:
     check_row_numbers("dense_box_loss", "weight", weight, "matches", matches, dtype, "deltas")
 
@@ -329,9 +387,13 @@ def _reference_dense(
     kind: int,
     numbers: Numbers,
     divisors: tuple[Tensor | None, float] = (None, 1),
+    distances: Distances | None = None,
     **options: Any,
 ) -> Any:
     weights, clip, beta, eps = numbers
+    if distances is not None:
+        names = ("strides", "bins", "dfl_weight")
+        options |= {"coding": "distance", **dict(zip(names, distances, strict=True))}
     normalizer, min_normalizer = divisors
     return reference.dense_box_loss(
         deltas,
@@ -473,16 +535,8 @@ def _check_dense(
     weights, _, beta, _ = numbers
     check_levels(op, "deltas", deltas, channels="A * 4", multiple=4, same="A", what="deltas")
     first = deltas[0]
-    dtype = compute_dtype(first.dtype)
-    images = first.shape[0]
     rows = sum(level.shape[1] // 4 * level.shape[2] * level.shape[3] for level in deltas)
-    for name, boxes in (("anchors", anchors), ("gt_boxes", gt_boxes)):
-        given = boxes.dtype
-        check_same_device(op, name, boxes, "deltas[0]", first)
-        check(
-            given == dtype,
-            lambda: f"{op}: {name} must be float32 (float64 for float64 deltas), got {given}",  # noqa: B023
-        )
+    check_like_levels(op, "anchors", anchors, "deltas", first)
     check(
         anchors.shape == (rows, 4),
         lambda: (
@@ -490,6 +544,18 @@ def _check_dense(
             f"got {tuple(anchors.shape)}"
         ),
     )
+    _check_matched_boxes(op, first, gt_boxes, matches, rows)
+    check(-1 <= loss <= 5, lambda: f"{op}: loss must lie in [-1, 5], got {loss}")
+    check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
+    check(beta >= 0, lambda: f"{op}: beta must be >= 0, got {beta:g}")
+    check_normalizer(op, "deltas[0]", first, normalizer, first.shape[0])
+
+
+def _check_matched_boxes(
+    op: str, first: Tensor, gt_boxes: Tensor, matches: Tensor, rows: int
+) -> None:
+    images = first.shape[0]
+    check_like_levels(op, "gt_boxes", gt_boxes, "deltas", first)
     check(
         gt_boxes.dim() == 3 and gt_boxes.shape[0] == images and gt_boxes.shape[2] == 4,
         lambda: (
@@ -505,10 +571,49 @@ def _check_dense(
             f"got {matches.dtype} of shape {tuple(matches.shape)}"
         ),
     )
-    check(-1 <= loss <= 5, lambda: f"{op}: loss must lie in [-1, 5], got {loss}")
-    check(len(weights) == 4, lambda: f"{op}: weights must be 4 numbers, got {len(weights)}")
-    check(beta >= 0, lambda: f"{op}: beta must be >= 0, got {beta:g}")
-    check_normalizer(op, "deltas[0]", first, normalizer, images)
+
+
+@torch.library.register_fake("focalops::dense_distance_losses")
+def _(
+    levels: list[Tensor],
+    points: Tensor,
+    gt_boxes: Tensor,
+    matches: Tensor,
+    strides: list[float],
+    bins: int,
+    loss: int,
+    eps: float,
+    dfl_weight: float,
+    compute_grad: bool,
+    compute_iou: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    _check_distances(levels, points, gt_boxes, matches, strides, bins, loss, dfl_weight)
+    losses = points.new_empty(matches.shape)
+    iou = points.new_empty(matches.shape if compute_iou else 0)
+    return losses, iou, empty_gradients(levels) if compute_grad else []
+
+
+def _check_distances(
+    levels: list[Tensor],
+    points: Tensor,
+    gt_boxes: Tensor,
+    matches: Tensor,
+    strides: Sequence[float],
+    bins: int,
+    loss: int,
+    dfl_weight: float,
+    normalizer: Tensor | None = None,
+) -> None:
+    op = "dense_box_loss"
+    check_distances(op, "deltas", levels, "anchors", points, strides, bins)
+    _check_matched_boxes(op, levels[0], gt_boxes, matches, points.shape[0])
+    check(2 <= loss <= 5, lambda: f"{op}: loss must lie in [2, 5], got {loss}")
+    check_non_negative(op, "dfl_weight", dfl_weight)
+    check(
+        bins > 1 or dfl_weight == 0,
+        lambda: f"{op}: dfl_weight must be 0 unless there are bins, got {dfl_weight:g}",
+    )
+    check_normalizer(op, "deltas[0]", levels[0], normalizer, levels[0].shape[0])
 
 
 # ---- autograd -----------------------------------------------------------------------------------
@@ -591,5 +696,42 @@ torch.library.register_autograd(
     "focalops::dense_box_losses", _backward_dense_rows, setup_context=_setup_dense_rows
 )
 
+
+def _setup_distances(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]
+) -> None:
+    levels, points, gt_boxes, matches, *ctx.options = inputs[:9]
+    _, iou, grads = output
+    ctx.save_for_backward(points, gt_boxes, matches, *levels, *grads)
+    ctx.mark_non_differentiable(iou, *grads)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_distances(
+    ctx: Any, grad_losses: Tensor | None, _: Tensor | None, __: list[Tensor | None]
+) -> tuple[Any, ...]:
+    nothing = (None,) * 10
+    points, gt_boxes, matches, *tensors = ctx.saved_tensors
+    levels = len(ctx.needs_input_grad[0])
+    logits, grads = tensors[:levels], tensors[levels:]
+    if grad_losses is None:
+        return [None] * levels, *nothing
+    if grads and not torch.is_grad_enabled():
+        return scaled_rows(grads, grad_losses), *nothing
+    strides, bins, kind, eps, dfl_weight = ctx.options
+
+    def formula(*x: Tensor) -> Tensor:
+        arguments = (x, points, gt_boxes, matches, kind, ((1.0,) * 4, 0.0, 0.0, eps))
+        distances = (strides, bins, dfl_weight)
+        return _reference_dense(*arguments, distances=distances, reduction="none")
+
+    return list(differentiable(formula, logits, grad_losses)), *nothing
+
+
+torch.library.register_autograd(
+    "focalops::dense_distance_losses", _backward_distances, setup_context=_setup_distances
+)
+
+register_vmap_as_loop("dense_distance_losses")
 register_vmap_as_loop("dense_box_loss")
 register_vmap_as_loop("dense_box_losses")

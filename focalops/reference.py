@@ -661,9 +661,23 @@ def dense_box_loss(
     min_normalizer: float = 1,
     weight: Tensor | None = None,  # [B, N]
     return_iou: bool = False,
+    coding: str = "deltas",
+    strides: Sequence[float] = (),
+    bins: int = 1,
+    dfl_weight: float = 0.0,
 ) -> Any:  # a loss, or with return_iou a loss and [B, N]
-    these, of, truth = _foreground(deltas, anchors, gt_boxes, matches)
-    if loss in ("l1", "smooth_l1"):
+    these, of, truth = _foreground(deltas, anchors, gt_boxes, matches, 4 * bins)
+    if coding == "distance":
+        these = these.unflatten(-1, (4, bins))
+        stride = torch.cat(
+            [of.new_full(x.shape[2:], s).flatten() for x, s in zip(deltas, strides, strict=True)]
+        )[torch.where(matches >= 0)[1], None]
+        boxes = _distance_boxes(these, of, stride)
+        values = _iou_loss(loss, boxes, truth, "none", eps)
+        if dfl_weight > 0:
+            targets = encode_distances(of, truth) / stride
+            values = values + dfl_weight * distribution_focal_loss(these, targets).mean(-1)
+    elif loss in ("l1", "smooth_l1"):
         target = encode_boxes(truth, of, weights)
         beta_or_0 = beta if loss == "smooth_l1" else 0
         values = F.smooth_l1_loss(these, target, reduction="none", beta=beta_or_0).sum(-1)
@@ -680,7 +694,9 @@ def dense_box_loss(
         result = result.sum()
     if not return_iou:
         return result
-    return result, matched_iou(deltas, anchors, gt_boxes, matches, weights=weights, clip=clip)
+    if coding == "deltas":
+        boxes = decode_boxes(these, of, weights, clip)
+    return result, _in_their_places(_iou("iou", boxes, truth, 0, 0), matches).detach()
 
 
 def matched_iou(
@@ -702,16 +718,101 @@ def _foreground(
     anchors: Tensor,
     gt_boxes: Sequence[Tensor] | Tensor,
     matches: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # deltas, anchors and boxes, [P, 4] each
-    x = torch.cat([head_rows(level, 4) for level in deltas], dim=1)  # [B, N, 4]
+    columns: int = 4,
+) -> tuple[Tensor, Tensor, Tensor]:  # deltas, [P, columns], anchors and boxes
+    x = torch.cat([head_rows(level, columns) for level in deltas], dim=1)  # [B, N, columns]
     x = x.to(compute_dtype(x.dtype))
     image, row = torch.where(matches >= 0)
     truth = [boxes[match[match >= 0]] for boxes, match in zip(gt_boxes, matches, strict=True)]
-    return x[image, row], anchors[row].to(x.dtype), torch.cat([anchors[:0], *truth]).to(x.dtype)
+    return (
+        x[image, row],
+        anchors[row].to(x.dtype),
+        torch.cat([anchors.new_zeros(0, 4), *truth]).to(x.dtype),
+    )
 
 
 def _in_their_places(values: Tensor, matches: Tensor) -> Tensor:  # [P] -> [B, N]
     return values.new_zeros(matches.shape).index_put((matches >= 0,), values)
+
+
+def decode_distances(
+    levels: Sequence[Tensor],  # L of [B, 4 * bins, H, W]
+    points: Tensor,  # [N, 2], N = sum of H * W
+    strides: Sequence[float],
+    *,
+    bins: int = 1,
+    image_sizes: Tensor | Sequence[Sequence[float]] | None = None,  # [B, 2]
+) -> Tensor:
+    dtype = compute_dtype(levels[0].dtype)
+    points = points.to(dtype)
+    of_levels = points.split([level.shape[2] * level.shape[3] for level in levels])
+    boxes = torch.cat(
+        [
+            _distance_boxes(
+                head_rows(level, 4 * bins).to(dtype).unflatten(-1, (4, bins)), of_level, stride
+            )
+            for level, of_level, stride in zip(levels, of_levels, strides, strict=True)
+        ],
+        dim=1,
+    )
+    if image_sizes is None:
+        return boxes
+    sizes = torch.as_tensor(image_sizes, dtype=dtype, device=boxes.device).reshape(-1, 1, 2)
+    return _clip(boxes, sizes.flip(-1).repeat(1, 1, 2))
+
+
+def _distance_boxes(
+    x: Tensor,  # [..., 4, bins]
+    points: Tensor,  # [..., 2]
+    stride: Tensor | float,
+) -> Tensor:  # [..., 4]
+    if x.shape[-1] > 1:
+        x = x.softmax(-1) @ torch.arange(x.shape[-1], dtype=x.dtype, device=x.device).unsqueeze(-1)
+    before, after = (stride * x.squeeze(-1)).chunk(2, dim=-1)
+    return torch.cat((points - before, points + after), dim=-1)
+
+
+def encode_distances(
+    points: Tensor,  # [..., 2]
+    boxes: Tensor,  # [..., 4]
+    *,
+    max_distance: float | None = None,
+) -> Tensor:
+    first, last = boxes.chunk(2, dim=-1)
+    distances = torch.cat((points - first, last - points), dim=-1)
+    return distances if max_distance is None else distances.clamp(0, max_distance)
+
+
+def distribution_focal_loss(
+    inputs: Tensor,  # [..., bins]
+    targets: Tensor,  # [...]
+    weight: Tensor | None = None,  # [...]
+    *,
+    reduction: str = "none",
+    normalizer: Tensor | float | None = None,
+    min_normalizer: float = 1,
+) -> Tensor:
+    x, bins = inputs.to(compute_dtype(inputs.dtype)), inputs.shape[-1]
+    t = targets.to(x.dtype).clamp(0, bins - 1)
+    left = t.nan_to_num().long().clamp(max=bins - 2)
+    share = t - left
+    losses = -x.log_softmax(-1)
+
+    def part(share: Tensor, bin: Tensor) -> Tensor:
+        of_bin = losses.gather(-1, bin.unsqueeze(-1)).squeeze(-1)
+        return share * torch.where(share == 0, 0, of_bin)
+
+    loss = part(1 - share, left) + part(share, left + 1)
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    if reduction == "mean":
+        return loss.sum() / max(loss.numel(), 1)
+    if normalizer is None:
+        return loss.sum()
+    divisor = torch.as_tensor(normalizer, dtype=loss.dtype, device=loss.device)
+    return loss.sum() / divisor.clamp(min=min_normalizer)
 
 
 def fuse_features(

@@ -30,6 +30,10 @@ MEMORY_BOUND = {
     r"focal_loss_kernel<": ("load", "store"),
     r"dense_(equalized_focal_loss|focal_loss|row_losses)_kernel<": ("load", "store"),
     r"softmax_focal_loss_kernel<\w+, true": ("load", "store"),
+    r"decode_distances_kernel<false,": ("load",),
+    r"decode_distances_kernel<true,": ("load", "store"),
+    r"dense_distance_loss_kernel<true,": ("store",),
+    r"distribution_focal_loss_kernel<\w+, true": ("load", "store"),
     r"scale_(rows_|planes_)?kernel<": ("load", "store"),
     # Units of one number are for maps that do not fit 16 bytes.
     r"(fuse_features|fusion_gradient|resampled_gradient)_kernel<\w+, [248],": ("load", "store"),

@@ -35,11 +35,13 @@ NAMES = sorted(MAKERS)
 DIFFERENTIATED = {
     **dict.fromkeys(MAKERS, ("inputs", "cls_logits", "deltas", "boxes1", "boxes2")),
     **dict.fromkeys(("encode_boxes", "decode_boxes"), ("boxes", "deltas", "anchors")),
+    "decode_distances": ("levels",),
     "dense_box_loss": ("deltas", "weight"),
     "dense_quality_loss": ("cls_logits", "weight"),
+    "distribution_focal_loss": ("inputs", "weight"),
     # The terms of the weights' gradient cancel where one map has all the weight: test_fuse_features.py compares it.
     "fuse_features": ("features",),
-    **dict.fromkeys(("detect", "class_index_targets"), ()),
+    **dict.fromkeys(("detect", "class_index_targets", "encode_distances"), ()),
 }
 # What is said of the numbers in a tensor.
 OF_NUMBERS = r"(targets|labels|labels\[\d+\]|matches|matches\[\d+\]|counts|scores) must (lie in|be less than the number)"
@@ -353,7 +355,7 @@ class Round:
             return
         # 1 less an overlap is as exact as 1 is, and so is 1 less a probability in torchvision and in the logarithm of a
         # softmax; a gradient by what others depend on has their terms.
-        is_of_one = re.search("iou_loss|softmax", self.name) or "torchvision" in path
+        is_of_one = re.search("iou_loss|softmax|distribution", self.name) or "torchvision" in path
         result = max(largest_of(expected[0]), bool(is_of_one)) if expected else 0
         most = max(1e-4 * result, self.terms)
         if path == "graph kept":
@@ -408,7 +410,7 @@ class Round:
         self.check("graph kept", kept, run(chained=True) if chained else plain)
         with emulated_cuda():
             self.check(f"cuda-emulated, {layout.__name__}", run(lay_out=layout), plain)
-        takes_inplace = "inputs" in a
+        takes_inplace = "inputs" in a and name != "distribution_focal_loss"
         if name in DENSE_TARGETS:
             takes_inplace = isinstance(a["targets"], tuple)  # dense ones are refused
         if a.get("reduction") != "none" and (takes_inplace or name == "dense_focal_loss"):

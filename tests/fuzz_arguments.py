@@ -306,7 +306,34 @@ def head_of_boxes() -> Arguments:
     }
 
 
+def distances_of_boxes() -> Arguments:
+    """The same head, and boxes that its points are matched to."""
+    arguments = decode_distances()
+    levels, points = arguments["levels"], arguments["points"]
+    images, most = len(levels[0]), between(1, 5)
+    matches = torch.randint(0, most, (images, len(points)))
+    matches[torch.rand(matches.shape) < 0.7] = -1
+    gt_boxes = boxes(images, most, dtype=points.dtype, proper=True)
+    return {
+        "deltas": levels,
+        "anchors": points,
+        "gt_boxes": maybe(lambda: gt_boxes, list(gt_boxes)),
+        "matches": matches,
+        "coding": "distance",
+        "strides": arguments["strides"],
+        "bins": arguments["bins"],
+        "dfl_weight": pick((0, 0.2)) if arguments["bins"] > 1 else 0,
+        "loss": pick(("iou", "giou", "diou", "ciou")),
+        "eps": pick((1e-7, 1e-3)),
+        **reduced_anchors(images),
+        "weight": maybe(lambda: torch.rand(matches.shape, dtype=points.dtype) * 3),
+        "return_iou": pick((True, False)),
+    }
+
+
 def dense_box_loss() -> Arguments:
+    if random.random() < 0.3:
+        return distances_of_boxes()
     arguments = head_of_boxes()
     matches, compute = arguments["matches"], arguments["anchors"].dtype
     return {
@@ -317,6 +344,41 @@ def dense_box_loss() -> Arguments:
         **reduced_anchors(len(matches)),
         "weight": maybe(lambda: torch.rand(matches.shape, dtype=compute) * 3),
         "return_iou": pick((True, False)),
+    }
+
+
+def decode_distances() -> Arguments:
+    images, bins, sizes, dtype = between(0, 3), pick((1, 2, 5, 16)), level_sizes(), pick(DTYPES)
+    spread = pick((0.1, 1, 5))
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "levels": [(torch.randn(images, 4 * bins, *s) * spread).to(dtype) for s in sizes],
+        "points": (torch.rand(sum(h * w for h, w in sizes), 2) * 60).to(compute),
+        "strides": [4.0 * 2**i for i in range(len(sizes))],
+        "bins": bins,
+        "image_sizes": maybe(lambda: [(between(1, 90), between(1, 90)) for _ in range(images)]),
+    }
+
+
+def encode_distances() -> Arguments:
+    batch, n = maybe(lambda: (between(0, 3),), ()), between(0, 20)
+    return {
+        "points": torch.randn(n, 2, dtype=one_dtype()) * 30,
+        "boxes": boxes(*batch, n),
+        "max_distance": pick((None, 15, 0)),
+    }
+
+
+def distribution_focal_loss() -> Arguments:
+    shape, bins = tuple(between(0, 9) for _ in range(between(0, 2))), pick((2, 3, 16, 17))
+    inputs = (torch.randn(*shape, bins) * pick((0.1, 3, 30))).to(pick(DTYPES))
+    dtype = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    targets = torch.rand(shape, dtype=dtype) * (bins + 1) - 1
+    return {
+        "inputs": inputs,
+        "targets": maybe(lambda: targets, targets.round()),
+        "weight": maybe(lambda: torch.rand(shape, dtype=dtype) * 3),
+        **reduced(),
     }
 
 
@@ -593,11 +655,14 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "class_index_targets": class_index_targets,
     "count_degenerate_boxes": count_degenerate_boxes,
     "decode_boxes": decode_boxes,
+    "decode_distances": decode_distances,
     "dense_box_loss": dense_box_loss,
     "dense_equalized_focal_loss": dense_equalized_focal_loss,
     "dense_focal_loss": dense_focal_loss,
     "detect": detect,
+    "distribution_focal_loss": distribution_focal_loss,
     "encode_boxes": encode_boxes,
+    "encode_distances": encode_distances,
     "fuse_features": fuse_features,
     "dense_quality_loss": dense_quality_loss,
     **{

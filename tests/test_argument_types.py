@@ -28,6 +28,7 @@ FLAGS = {
     "return_iou",
 }
 INTEGERS = {
+    "bins",
     "final_topk",
     "ignore_index",
     "max_detections",
@@ -43,18 +44,20 @@ NUMBERS = {
     "clip",
     "crowd_threshold",
     "ctr_clamp",
+    "dfl_weight",
     "eps",
     "fg_iou_threshold",
     "gamma",
     "iou_threshold",
     "label_smoothing",
+    "max_distance",
     "min_normalizer",
     "min_pos_iou",
     "min_side",
     "score_threshold",
     "sigma",
 }
-CHOICES = {"fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
+CHOICES = {"coding", "fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
 SEQUENCES = {"image_size", "image_sizes", "level_sizes", "ranges", "strides", "weights"}
 # The others are tensors, or lists of them.
 

@@ -19,12 +19,15 @@ from focalops import (
     class_index_targets,
     count_degenerate_boxes,
     decode_boxes,
+    decode_distances,
     dense_box_loss,
     dense_equalized_focal_loss,
     dense_focal_loss,
     dense_quality_loss,
     detect,
+    distribution_focal_loss,
     encode_boxes,
+    encode_distances,
     fuse_features,
     match_anchors,
     match_iou_matrix,
@@ -114,6 +117,10 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda d, a: decode_boxes(d, a, image_size=(80, 90)),
         lambda n: (torch.randn(n, 4), boxes(n)),
     ),
+    "decode_distances": (
+        lambda d3, d4, p: decode_distances([d3, d4], p.detach(), [8, 16], bins=3),
+        lambda n: (torch.randn(2, 12, n, 1), torch.randn(2, 12, 2, 2), torch.rand(n + 4, 2) * 60),
+    ),
     "dense_box_loss": (
         lambda d3, d4, a, g, m: dense_box_loss([d3, d4], a.detach(), g.detach(), m, loss="giou"),
         head_of_boxes,
@@ -135,6 +142,11 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
             boxes(2 * n + 8),
         ),
     ),
+    "distribution_focal_loss": (
+        lambda x, t: distribution_focal_loss(x, t.detach(), reduction="sum"),
+        lambda n: (torch.randn(n, 4, 5), torch.rand(n, 4) * 4),
+    ),
+    "encode_distances": (encode_distances, lambda n: (torch.rand(n, 2) * 60, boxes(2, n))),
     "encode_boxes": (encode_boxes, lambda n: (boxes(n), boxes(n))),
     "fuse_features": (
         lambda own, up, down, w: fuse_features([own, up, down], w, activation="silu"),
@@ -183,13 +195,14 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
 
 # Their results, or what they are made of, are as many as are kept.
 DYNAMIC = {"batched_nms", "nms", "nms_match"}
-# Matching, its targets, NMS and detection choose, and an IoU that weighs is a constant: there is nothing to differentiate.
+# Matching, targets, NMS and detection choose, and an IoU that weighs is a constant: there is nothing to differentiate.
 CHOICES = {
     "assign_fcos",
     "assign_task_aligned",
     "class_index_targets",
     "count_degenerate_boxes",
     "detect",
+    "encode_distances",
     "match_anchors",
     "match_iou_matrix",
     "matched_iou",
