@@ -138,6 +138,9 @@ def check_levels(config: NetworkConfig, anchors: AnchorConfig) -> None:
 # ---- Loss -----------------------------------------------------------------------------------------
 
 
+# By IoU with the thresholds; by ATSS; by how well their predictions do.
+Assigner = Literal["iou", "atss", "task_aligned"]
+ASSIGNERS: tuple[str, ...] = get_args(Assigner)
 MatchingRule = Literal["torchvision", "mmdet", "efficientdet"]
 
 
@@ -145,11 +148,13 @@ MatchingRule = Literal["torchvision", "mmdet", "efficientdet"]
 class MatchingConfig(Config):
     """Which anchors are foreground, background, or neither."""
 
+    assigner: Assigner = "iou"  # the others look at neither threshold
     fg_iou_threshold: float = 0.5
     bg_iou_threshold: float = 0.4
     matching_rule: MatchingRule = "torchvision"  # what boxes get whose best anchor is below it
 
     RANGES: ClassVar[Ranges] = {
+        "assigner": one_of(ASSIGNERS),
         "fg_iou_threshold": real(0, 1),
         "bg_iou_threshold": real(0, 1),
         "matching_rule": one_of(get_args(MatchingRule)),
@@ -164,7 +169,9 @@ class MatchingConfig(Config):
             )
 
 
-ClassificationLoss = Literal["focal", "focal_star", "eql", "eqlv2", "efl", "ohem", "hinge"]
+ClassificationLoss = Literal[
+    "focal", "focal_star", "quality", "eql", "eqlv2", "efl", "ohem", "hinge"
+]
 # Prime sample attention: importance-based sample reweighting of positives, of negatives, classification-aware regression loss,
 # the first and the third; noisy anchors; the unified sample weighting network, with one weight for all class losses or not.
 Weighting = Literal[
@@ -183,7 +190,7 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 class LossConfig(Config):
     classification_loss: ClassificationLoss = "focal"
     alpha: float = 0.25  # of the focal losses
-    gamma: float = 2.0  # of the focal losses; 0: cross entropy
+    gamma: float = 2.0  # of the focal losses and of quality; 0: cross entropy
     beta: float = 1.0  # of focal_star
     class_frequencies: tuple[float, ...] | None = (
         None  # of eql: the shares of images with each class; from the data set unless given
@@ -304,6 +311,14 @@ class DetectorConfig(ImageConfig, DetectionConfig, LossConfig, MatchingConfig, A
     """
 
     kind: ClassVar[str]  # the detector's row in detectors.DETECTORS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.assigner == "task_aligned" and self.classification_loss != "quality":
+            raise ValueError(
+                "classification_loss must be quality with assigner task_aligned, whose targets are scores, "
+                f"got {self.classification_loss}"
+            )
 
 
 def as_tuples(value: Any) -> Any:

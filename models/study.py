@@ -154,6 +154,26 @@ def weighting_variants(recipe: Recipe) -> list[Variant]:
     return variants
 
 
+def assigner_variants(recipe: Recipe) -> list[Variant]:
+    """ATSS' figures are of its table 1, a RetinaNet of one anchor a position with and without it; those of quality focal loss of
+    Generalized Focal Loss' table on ATSS, and TOOD's are of its whole."""
+    papers = {
+        ("iou", "focal"): 37.0,
+        ("iou", "quality"): None,
+        ("atss", "focal"): 39.3,
+        ("atss", "quality"): "39.9 (focal 39.2)",
+        ("task_aligned", "quality"): "42.5 (with its head)",
+    }
+    return [
+        Variant(
+            f"{assigner}, {loss}",
+            with_model(recipe, assigner=assigner, classification_loss=loss),
+            papers_ap,
+        )
+        for (assigner, loss), papers_ap in papers.items()
+    ]
+
+
 def scale_variants(recipe: Recipe) -> list[Variant]:
     """Images resized so much that 1 is what the recipe has; training and detection alike."""
     papers = {0.5: 30.5, 0.625: 32.5, 0.75: 34.3, 0.875: 35.1, 1.0: 35.7}  # 400 .. 800 pixels
@@ -246,6 +266,11 @@ STUDIES = {
         "PISA, Noisy Anchors; COCO. EQL, EQLv2, EFL; LVIS",
         weighting_variants,
         weighs=True,
+    ),
+    "assigner": Study(
+        "Which anchors should learn a box?",
+        "ATSS, Generalized Focal Loss, TOOD; R50, COCO",
+        assigner_variants,
     ),
     "scale": Study(
         "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants

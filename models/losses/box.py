@@ -11,7 +11,7 @@ from .matching import Matched
 
 
 def box_loss(matched: Matched, config: LossConfig) -> Tensor:
-    """The sum over the images, each divided by its normalizer."""
+    """The sum over the images, each divided by its normalizer; an anchor weighs its score, where it has one."""
     loss = dense_box_loss(
         matched.outputs.box_deltas,
         matched.anchors,
@@ -20,5 +20,6 @@ def box_loss(matched: Matched, config: LossConfig) -> Tensor:
         loss=config.box_loss,
         beta=config.box_loss_beta,
         normalizer=matched.normalizers,
+        weight=matched.scores,
     )
     return loss if config.box_loss_weight == 1 else loss * config.box_loss_weight

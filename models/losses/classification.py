@@ -8,11 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from focalops import dense_equalized_focal_loss, dense_focal_loss, nms, sigmoid_focal_loss_star
-from focalops.reference import head_rows
+from focalops import (
+    dense_equalized_focal_loss,
+    dense_focal_loss,
+    dense_quality_loss,
+    matched_iou,
+    nms,
+    sigmoid_focal_loss_star,
+)
 
 from ..config import LossConfig
-from .matching import IGNORED, Matched
+from .matching import IGNORED, Matched, rows_of
 
 OHEM_BATCH, OHEM_NMS = 128, 0.5  # the paper's best
 EFL_SCALE = 8.0  # how much gamma grows at most
@@ -33,6 +39,22 @@ def focal(matched: Matched, config: LossConfig) -> Tensor:
         config.gamma,
         normalizer=matched.normalizers,
         class_weight=matched.class_weight,
+    )
+
+
+def quality(matched: Matched, config: LossConfig) -> Tensor:
+    """Li et al., "Generalized Focal Loss", 2020: a true class learns how well its box does, by the assigner's score or, without
+    one, by the IoU of the anchor's box with its match. Of the losses here it alone has no alpha, as in the paper."""
+    scores = matched.scores
+    if scores is None:
+        boxes = [t["boxes"] for t in matched.targets]
+        scores = matched_iou(matched.outputs.box_deltas, matched.anchors, boxes, matched.matches)
+    return dense_quality_loss(
+        matched.outputs.cls_logits,
+        matched.classes,
+        scores,
+        beta=config.gamma,
+        normalizer=matched.normalizers,
     )
 
 
@@ -134,17 +156,13 @@ def image_by_image(loss: Callable[[Tensor, Tensor, Tensor, Tensor, LossConfig], 
 LOSSES: dict[str, Loss] = {
     "focal": focal,
     "focal_star": image_by_image(focal_star),
+    "quality": quality,
     "eql": focal,
     "eqlv2": eqlv2,
     "efl": efl,
     "ohem": image_by_image(ohem),
     "hinge": image_by_image(hinge),
 }
-
-
-def rows_of(levels: list[Tensor], columns: int) -> Tensor:
-    """(B, N, columns), the anchors of an image in the order level, row, column, anchor."""
-    return torch.cat([head_rows(level, columns) for level in levels], dim=1)
 
 
 def one_hot(labels: Tensor, num_classes: int) -> Tensor:  # (N,) -> (N, K), 0 where there is none

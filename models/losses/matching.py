@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from focalops import match_anchors
+from focalops import assign_atss, assign_task_aligned, decode_boxes, match_anchors
+from focalops.reference import head_rows
 
 from ..config import MatchingConfig
 from ..structures import HeadOutputs, Target
 from .balance import GradientBalance
 
+ATSS_TOPK = 9  # candidates of a box on a level, as many times as there are anchors at a position
+TASK_ALIGNED = 13, 1.0, 6.0  # TOOD's candidates of a box, alpha and beta
 IGNORED = -100  # the class of an anchor that has neither loss nor gradient
 
 
@@ -27,11 +30,18 @@ class Matched(NamedTuple):
     normalizers: Tensor  # (B,), what each image's losses are divided by
     class_weight: Tensor | None = None  # (3, K), of the focal loss
     balance: GradientBalance | None = None  # of eqlv2 and efl
+    scores: Tensor | None = None  # (B, N), the assigner's, of task_aligned
 
 
-def match(anchors: Tensor, targets: list[Target], config: MatchingConfig) -> Tensor:
-    """(N, 4) -> (B, N): of each anchor the index of its box, -1 or -2, which is also that of anchors in crowds."""
-    crowd = None
+def match(
+    outputs: HeadOutputs,
+    anchors: Tensor,  # (N, 4)
+    targets: list[Target],  # B
+    config: MatchingConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """(B, N): of each anchor the index of its box, -1 or -2, which is also that of anchors in crowds; and of an assigner that
+    has them the scores that the anchors are to learn."""
+    boxes, crowd = [t["boxes"] for t in targets], None
     if any("iscrowd" in t for t in targets):
         crowd = [
             t["iscrowd"].bool()
@@ -39,14 +49,32 @@ def match(anchors: Tensor, targets: list[Target], config: MatchingConfig) -> Ten
             else torch.zeros_like(t["labels"], dtype=torch.bool)
             for t in targets
         ]
-    return match_anchors(
-        anchors,
-        [t["boxes"] for t in targets],
-        config.fg_iou_threshold,
-        config.bg_iou_threshold,
-        rule=config.matching_rule,
+    if config.assigner == "iou":
+        thresholds = config.fg_iou_threshold, config.bg_iou_threshold
+        rule = config.matching_rule
+        return match_anchors(anchors, boxes, *thresholds, rule=rule, crowd=crowd), None
+    if config.assigner == "atss":
+        at_a_position = outputs.box_deltas[0].shape[1] // 4
+        sizes = [level[0].numel() // 4 for level in outputs.box_deltas]
+        topk = ATSS_TOPK * at_a_position
+        return assign_atss(anchors, sizes, boxes, topk, crowd=crowd), None
+    logits = rows_of(outputs.cls_logits, config.num_classes)
+    deltas = rows_of(outputs.box_deltas, 4)
+    return assign_task_aligned(
+        logits.detach().sigmoid(),
+        decode_boxes(deltas.detach().float(), anchors.expand(len(targets), -1, -1)),
+        (anchors[:, :2] + anchors[:, 2:]) / 2,
+        boxes,
+        [t["labels"] for t in targets],
+        *TASK_ALIGNED,
+        rule="tood",
         crowd=crowd,
     )
+
+
+def rows_of(levels: list[Tensor], columns: int) -> Tensor:
+    """(B, N, columns), the anchors of an image in the order level, row, column, anchor."""
+    return torch.cat([head_rows(level, columns) for level in levels], dim=1)
 
 
 def normalizers(counts: Tensor, kind: str) -> Tensor:  # (B,) -> (B,)

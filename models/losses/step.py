@@ -50,11 +50,11 @@ class LossStep(nn.Module):
         return {name: loss / len(targets) for name, loss in losses.items()}
 
     def match(self, outputs: HeadOutputs, anchors: Tensor, targets: list[Target]) -> Matched:
-        matches = match(anchors, targets, self.matching)  # (B, N)
+        matches, scores = match(outputs, anchors, targets, self.matching)  # (B, N)
         classes = class_index_targets(
             matches, [t["labels"] for t in targets], self.loss.num_classes
         )
-        counts = (matches >= 0).sum(dim=1)  # (B,)
+        counts = (matches >= 0 if scores is None else scores).sum(dim=1)  # (B,)
         divisors = normalizers(counts, self.loss.normalizer)
         weighs = self.class_weight, self.balance
-        return Matched(outputs, anchors, targets, matches, classes, divisors, *weighs)
+        return Matched(outputs, anchors, targets, matches, classes, divisors, *weighs, scores)
