@@ -136,6 +136,10 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       "assign_fcos(Tensor points, Tensor gt_boxes, Tensor? counts, Tensor? crowd,"
       " int[] level_sizes, float[] strides, float[] least, float[] most, float center_radius,"
       " int rule) -> Tensor matches");
+  // anchors: (N, 4); rule: 0 mmdet's, 1 mmyolo's.
+  m.def(
+      "assign_atss(Tensor anchors, Tensor gt_boxes, Tensor? counts, Tensor? crowd,"
+      " int[] level_sizes, int topk, int rule, bool at_least_one) -> Tensor matches");
 
   // nms. by_distance: by DIoU
   m.def(

@@ -32,3 +32,13 @@ def positives(matches: Tensor) -> list[list[int]]:
     """Of one image, as the golden cases have them: point and box of each match."""
     points = torch.where(matches >= 0)[0]
     return torch.stack((points, matches[points]), dim=1).tolist()
+
+
+def squares(
+    size: int, strides: list[int], sides: float, device: str = "cpu"
+) -> tuple[Tensor, list[int]]:
+    """Anchors of as many strides about those centers, and how many each level has."""
+    points, level_sizes = grid(size, strides, device)
+    of_level = torch.tensor(level_sizes, device=device)
+    half = torch.tensor(strides, device=device).repeat_interleave(of_level)[:, None] * (sides / 2)
+    return torch.cat((points - half, points + half), dim=1), level_sizes

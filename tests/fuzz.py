@@ -51,6 +51,7 @@ CHOICES = (
     "multiclass_nms",
     "soft_nms",
     "matrix_nms",
+    "assign_atss",
     "assign_fcos",
     "detect",
     "match_anchors",

@@ -90,4 +90,65 @@ FOCALOPS_HOST_DEVICE bool fcos_matches(const Point<T>& point, const FcosBox<T>& 
          Rule::fits(distance, level);
 }
 
+// ---- ATSS (Zhang et al., 2020)
+
+// mmdet's, which is the original but for its IoUs.
+struct MmdetAtss {
+  static constexpr double kMargin = 0.01;          // of a center inside a box
+  static constexpr bool kAllBoxesCompete = false;  // for an anchor that several claim
+
+  template <typename T>
+  static FOCALOPS_HOST_DEVICE bool reaches(T iou, T threshold) {
+    return iou >= threshold;
+  }
+};
+
+struct MmyoloAtss {
+  static constexpr double kMargin = 1e-9;
+  static constexpr bool kAllBoxesCompete = true;
+
+  template <typename T>
+  static FOCALOPS_HOST_DEVICE bool reaches(T iou, T threshold) {
+    return iou > threshold;
+  }
+};
+
+template <typename T>
+FOCALOPS_HOST_DEVICE Point<T> center_of(const Box<T>& box) {
+  return {div(add(box.x1, box.x2), T(2)), div(add(box.y1, box.y2), T(2))};
+}
+
+// From each number on the way to the root a greater argument gives no smaller one, rounded as they
+// are: the distance to the nearest place of a range is at most that to any point in it.
+template <typename T>
+FOCALOPS_HOST_DEVICE T length(T x, T y) {
+  return std::sqrt(add(mul(x, x), mul(y, y)));
+}
+
+template <typename T>
+FOCALOPS_HOST_DEVICE T distance(const Point<T>& a, const Point<T>& b) {
+  return length(sub(a.x, b.x), sub(a.y, b.y));
+}
+
+template <typename T>
+FOCALOPS_HOST_DEVICE T distance(const Point<T>& point, const Box<T>& range) {
+  return length(max_of(max_of(sub(range.x1, point.x), sub(point.x, range.x2)), T(0)),
+                max_of(max_of(sub(range.y1, point.y), sub(point.y, range.y2)), T(0)));
+}
+
+// Two empty boxes have an IoU of 0; it is >= 0 or a NaN.
+template <typename T>
+FOCALOPS_HOST_DEVICE T atss_iou(const Box<T>& a, const Box<T>& b) {
+  const T both = intersection(a, b);
+  return div(both, max_of(T(1e-6), sub(add(area(a), area(b)), both)));
+}
+
+// What the IoUs of n candidates have to reach: the sum of their mean and unbiased deviation, each
+// rounded to T. A single one reaches nothing.
+template <typename T>
+FOCALOPS_HOST_DEVICE T atss_threshold(double mean, double sum_of_squares, int64_t n) {
+  const double deviation = std::sqrt(div(sum_of_squares, static_cast<double>(n - 1)));
+  return add(static_cast<T>(mean), static_cast<T>(deviation));
+}
+
 }  // namespace focalops
