@@ -161,8 +161,16 @@ def assign_atss(
     )
     if runs_reference(anchors):
         _check_atss(*arguments)
-        options = {"rule": rule, "crowd": crowd, "at_least_one": at_least_one}
-        return reference.assign_atss(anchors, level_sizes, gt_boxes, topk, counts=counts, **options)
+        return reference.assign_atss(
+            anchors,
+            level_sizes,
+            gt_boxes,
+            topk,
+            counts=counts,
+            rule=rule,
+            crowd=crowd,
+            at_least_one=at_least_one,
+        )
     return call(ops.assign_atss, *arguments)
 
 

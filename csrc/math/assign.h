@@ -115,7 +115,7 @@ struct MmyoloAtss {
 
 template <typename T>
 FOCALOPS_HOST_DEVICE Point<T> center_of(const Box<T>& box) {
-  return {div(add(box.x1, box.x2), T(2)), div(add(box.y1, box.y2), T(2))};
+  return {mul(T(0.5), add(box.x1, box.x2)), mul(T(0.5), add(box.y1, box.y2))};
 }
 
 // From each number on the way to the root a greater argument gives no smaller one, rounded as they
