@@ -311,7 +311,7 @@ __device__ __forceinline__ void claim_anchor(const Atss<T>& atss, int64_t image,
 }
 
 template <typename Rule, Claim claim, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
     atss_claims_kernel(const __grid_constant__ Atss<T> atss) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int chunks = atss.levels.count * chunks_of_level(atss.topk);
