@@ -470,6 +470,7 @@ __global__ void __launch_bounds__(kWarpSize)
           first_rank = other_rank;
         }
       }
+      __syncwarp();  // all have read
       if (taken >= 0 && best_rank == first_rank) {
         owned[j] = 1;
         if (matches[taken] >= 0) {
