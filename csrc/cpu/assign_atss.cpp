@@ -20,8 +20,8 @@
 namespace focalops {
 namespace {
 
-constexpr int64_t kTile = 16;   // anchors
-constexpr int64_t kGroup = 16;  // tiles
+constexpr int64_t kTile = 16;      // anchors
+constexpr int64_t kGroup = kTile;  // tiles
 constexpr int64_t kGroupsPerTask = 64;
 constexpr int64_t kBoxesPerTask = 32;
 constexpr int64_t kConflictsPerTask = 16;
@@ -144,13 +144,13 @@ struct Nearest {
   int64_t most;
   T distance[kMaxAtssTopk];
   int32_t index[kMaxAtssTopk];
+  T limit;  // the square of a distance above it is greater than the worst, rounded as it may be
 
   FOCALOPS_INLINE inline void clear() {
+    limit = std::numeric_limits<T>::infinity();
     std::fill(distance, distance + most, std::numeric_limits<T>::infinity());
     std::fill(index, index + most, kNone);
   }
-
-  FOCALOPS_INLINE inline T worst() const { return distance[most - 1]; }
 
   FOCALOPS_INLINE inline void insert(T d, int32_t i) {
     const auto is_after = [&](int64_t place) FOCALOPS_INLINE {
@@ -166,27 +166,34 @@ struct Nearest {
     }
     distance[place] = d;
     index[place] = i;
+    limit = distance[most - 1] * distance[most - 1] * T(1.000001);
   }
 };
+
+// Calls f with the places of the squares that are not above the limit.
+template <typename T, typename F>
+FOCALOPS_INLINE inline void for_each_near(const T* squares, T limit, const F& f) {
+  unsigned mask = 0;
+  for (int i = 0; i < kTile; ++i) {
+    mask |= static_cast<unsigned>(squares[i] <= limit) << i;
+  }
+  for (; mask != 0; mask &= mask - 1) {
+    f(__builtin_ctz(mask));
+  }
+}
 
 template <typename T>
 FOCALOPS_INLINE inline void visit_tile(const Tile<T>& tile, int32_t first, const Point<T>& center,
                                        const int64_t* matches, Nearest<T>& nearest) {
-  T distances[kTile];
-  const T worst = nearest.worst();
-  int any = 0;
-  for (int64_t i = 0; i < kTile; ++i) {
-    distances[i] = distance(center, Point<T>{tile.x[i], tile.y[i]});
-    any |= distances[i] <= worst;
+  T squares[kTile];
+  for (int i = 0; i < kTile; ++i) {
+    squares[i] = squared_distance(center, Point<T>{tile.x[i], tile.y[i]});
   }
-  if (!any) {
-    return;
-  }
-  for (int32_t i = 0; i < kTile; ++i) {
-    if (distances[i] <= nearest.worst() && matches[first + i] != -2) {
-      nearest.insert(distances[i], first + i);
+  for_each_near(squares, nearest.limit, [&](int32_t i) FOCALOPS_INLINE {
+    if (squares[i] <= nearest.limit && matches[first + i] != -2) {
+      nearest.insert(std::sqrt(squares[i]), first + i);
     }
-  }
+  });
 }
 
 // Calls f with the place of the nearest range, and then of the others that may hold something
@@ -195,10 +202,10 @@ template <typename T, typename F>
 FOCALOPS_INLINE inline void visit_ranges(const Ranges<T>* ranges, int64_t count,
                                          const Point<T>& center, const Nearest<T>& nearest,
                                          const F& f) {
-  T distances[kGroup];
+  T squares[kGroup];
   const auto measure = [&](const Ranges<T>& of) FOCALOPS_INLINE {
-    for (int64_t i = 0; i < kGroup; ++i) {
-      distances[i] = distance(center, Box<T>{of.x1[i], of.y1[i], of.x2[i], of.y2[i]});
+    for (int i = 0; i < kGroup; ++i) {
+      squares[i] = squared_distance(center, Box<T>{of.x1[i], of.y1[i], of.x2[i], of.y2[i]});
     }
   };
   int64_t first = 0;
@@ -206,10 +213,8 @@ FOCALOPS_INLINE inline void visit_ranges(const Ranges<T>* ranges, int64_t count,
   for (int64_t begin = 0; begin < count; begin += kGroup) {
     measure(ranges[begin / kGroup]);
     for (int64_t i = 0; i < kGroup; ++i) {
-      if (distances[i] < least) {
-        least = distances[i];
-        first = begin + i;
-      }
+      first = squares[i] < least ? begin + i : first;
+      least = squares[i] < least ? squares[i] : least;
     }
   }
   f(first);
@@ -217,11 +222,11 @@ FOCALOPS_INLINE inline void visit_ranges(const Ranges<T>* ranges, int64_t count,
     if (count > kGroup) {
       measure(ranges[begin / kGroup]);
     }
-    for (int64_t i = 0; i < std::min(kGroup, count - begin); ++i) {
-      if (begin + i != first && distances[i] <= nearest.worst()) {
+    for_each_near(squares, nearest.limit, [&](int64_t i) FOCALOPS_INLINE {
+      if (begin + i != first && begin + i < count && squares[i] <= nearest.limit) {
         f(begin + i);
       }
-    }
+    });
   }
 }
 

@@ -199,8 +199,7 @@ class NearestOfLevel {
     }
     for (int begin = level_.first_tile; begin < level_.end_tile; begin += kWarpSize) {
       const int tile = begin + lane;
-      const T away =
-          tile < level_.end_tile ? distance(center_, atss_.ranges[tile]) : worst_.distance;
+      const T away = tile < level_.end_tile ? distance_to_range(tile) : worst_.distance;
       const bool is_near = tile < level_.end_tile && tile != first && away <= worst_.distance;
       for (unsigned mask = __ballot_sync(kFullWarp, is_near); mask != 0; mask &= mask - 1) {
         const int source = __ffs(mask) - 1;
@@ -213,11 +212,15 @@ class NearestOfLevel {
   }
 
  private:
+  __device__ __forceinline__ T distance_to_range(int tile) const {
+    return std::sqrt(squared_distance(center_, atss_.ranges[tile]));
+  }
+
   __device__ __forceinline__ int nearest_tile() const {
     Neighbour<T> nearest = no_neighbour<T>();
     for (int tile = level_.first_tile + static_cast<int>(threadIdx.x % kWarpSize);
          tile < level_.end_tile; tile += kWarpSize) {
-      const Neighbour<T> of{distance(center_, atss_.ranges[tile]), tile};
+      const Neighbour<T> of{distance_to_range(tile), tile};
       nearest = of.is_before(nearest) ? of : nearest;
     }
 #pragma unroll
@@ -232,7 +235,8 @@ class NearestOfLevel {
   __device__ __forceinline__ void visit(int tile) {
     const int lane = threadIdx.x % kWarpSize;
     const TileLane at = lane_of(level_, tile);
-    const Neighbour<T> other{distance(center_, center_of_lane(atss_, at)), at.anchor};
+    const T squared = squared_distance(center_, center_of_lane(atss_, at));
+    const Neighbour<T> other{std::sqrt(squared), at.anchor};
     const bool wants =
         floor_.is_before(other) && other.is_before(worst_) && !atss_.is_in_crowd(image_, tile);
     for (unsigned mask = __ballot_sync(kFullWarp, wants); mask != 0; mask &= mask - 1) {

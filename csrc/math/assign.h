@@ -118,22 +118,19 @@ FOCALOPS_HOST_DEVICE Point<T> center_of(const Box<T>& box) {
   return {mul(T(0.5), add(box.x1, box.x2)), mul(T(0.5), add(box.y1, box.y2))};
 }
 
-// From each number on the way to the root a greater argument gives no smaller one, rounded as they
-// are: the distance to the nearest place of a range is at most that to any point in it.
 template <typename T>
-FOCALOPS_HOST_DEVICE T length(T x, T y) {
-  return std::sqrt(add(mul(x, x), mul(y, y)));
+FOCALOPS_HOST_DEVICE T squared_distance(const Point<T>& a, const Point<T>& b) {
+  const T x = sub(a.x, b.x), y = sub(a.y, b.y);
+  return add(mul(x, x), mul(y, y));
 }
 
+// To the nearest place of a range. Each operation, rounded as it is, gives no less for a greater
+// argument: it is at most that to any point in the range.
 template <typename T>
-FOCALOPS_HOST_DEVICE T distance(const Point<T>& a, const Point<T>& b) {
-  return length(sub(a.x, b.x), sub(a.y, b.y));
-}
-
-template <typename T>
-FOCALOPS_HOST_DEVICE T distance(const Point<T>& point, const Box<T>& range) {
-  return length(max_of(max_of(sub(range.x1, point.x), sub(point.x, range.x2)), T(0)),
-                max_of(max_of(sub(range.y1, point.y), sub(point.y, range.y2)), T(0)));
+FOCALOPS_HOST_DEVICE T squared_distance(const Point<T>& point, const Box<T>& range) {
+  const T x = max_of(max_of(sub(range.x1, point.x), sub(point.x, range.x2)), T(0));
+  const T y = max_of(max_of(sub(range.y1, point.y), sub(point.y, range.y2)), T(0));
+  return add(mul(x, x), mul(y, y));
 }
 
 // Two empty boxes have an IoU of 0; it is >= 0 or a NaN.
