@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.models.detection import FCOS
 
 from benchmarks.harness import OURS, Case
-from focalops import assign_fcos, assign_task_aligned, reference
+from focalops import assign_atss, assign_fcos, assign_task_aligned, reference
 
 SIZE = 640
 
@@ -20,6 +20,8 @@ SIZE = 640
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     for images, objects in ((1, 20),) if quick else ((1, 20), (16, 20), (16, 300)):
         yield fcos_case(images, objects, device)
+    for images, objects in ((1, 20),) if quick else ((1, 20), (16, 20), (16, 300), (1, 4967)):
+        yield atss_case(images, objects, device)
     sizes = ((1, 20), (16, 20), (1, 300), (16, 300), (1, 4967))  # the last as in xView
     for images, objects in sizes[:1] if quick else sizes:
         yield task_aligned_case(images, objects, device)
@@ -65,6 +67,46 @@ def fcos_case(images: int, objects: int, device: torch.device) -> Case:
 
     size = f"{images} x {len(points):,} points, {objects} boxes"
     return Case("assign_fcos", size, images * len(points) * 16, contestants, agree)
+
+
+def atss_case(images: int, objects: int, device: torch.device) -> Case:
+    strides = [8, 16, 32]
+    points, level_sizes = grid(strides, device)
+    half = torch.tensor(strides).repeat_interleave(torch.tensor(level_sizes))[:, None] * 4.0
+    anchors = torch.cat((points - half.to(device), points + half.to(device)), dim=1)
+    most = 400 if objects < 1000 else 40  # of an aerial image
+    gt_boxes = [random_boxes(objects, device, most) for _ in range(images)]
+    contestants = {OURS: lambda: assign_atss(anchors, level_sizes, gt_boxes)}
+    if images * objects <= 320:
+        contestants["reference"] = lambda: reference.assign_atss(anchors, level_sizes, gt_boxes)
+    try:
+        from mmdet.models.task_modules.assigners import ATSSAssigner
+        from mmengine.structures import InstanceData
+    except ImportError:
+        pass
+    else:
+        assigner = ATSSAssigner(topk=9)
+        labels = torch.zeros(objects, dtype=torch.int64, device=device)
+
+        def with_mmdet() -> Tensor:
+            priors = InstanceData(priors=anchors)
+            return torch.stack(
+                [
+                    assigner.assign(
+                        priors, level_sizes, InstanceData(bboxes=boxes, labels=labels)
+                    ).gt_inds
+                    - 1
+                    for boxes in gt_boxes
+                ]
+            )
+
+        contestants["mmdet"] = with_mmdet
+
+    def agree(ours: Tensor, theirs: Tensor) -> None:
+        assert torch.equal(ours, theirs)
+
+    size = f"{images} x {len(anchors):,} anchors, {objects:,} boxes"
+    return Case("assign_atss", size, images * len(anchors) * 24, contestants, agree)
 
 
 def task_aligned_case(images: int, objects: int, device: torch.device) -> Case:

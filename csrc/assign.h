@@ -125,4 +125,27 @@ struct ClassScores {
   }
 };
 
+
+// ---- ATSS
+
+enum class AtssRule { kAtss, kMmyolo };
+
+constexpr int64_t kMaxAtssTopk = 128;
+
+struct AtssOptions {
+  const std::vector<int64_t>& level_sizes;  // anchors of each level
+  int64_t topk;
+  int64_t rule;  // of AtssRule
+  bool at_least_one;
+};
+
+// Calls f with the rule's formulas.
+template <typename F>
+void dispatch_atss(const AtssOptions& options, const F& f) {
+  if (options.rule == static_cast<int64_t>(AtssRule::kAtss)) {
+    return f(MmdetAtss{});
+  }
+  return f(MmyoloAtss{});
+}
+
 }  // namespace focalops

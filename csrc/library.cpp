@@ -164,6 +164,10 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " Tensor gt_labels, Tensor? counts, Tensor? crowd, int topk, float alpha, float beta,"
       " int rule, int overlap, float min_side, int final_topk, float eps)"
       " -> (Tensor matches, Tensor scores)");
+  // anchors: (N, 4); rule: 0 mmdet's, 1 mmyolo's.
+  m.def(
+      "assign_atss(Tensor anchors, Tensor gt_boxes, Tensor? counts, Tensor? crowd,"
+      " int[] level_sizes, int topk, int rule, bool at_least_one) -> Tensor matches");
 
   // nms. by_distance: by DIoU
   m.def(

@@ -4,7 +4,7 @@ from focalops._ops import refuse_scripting
 from focalops._version import __version__
 from focalops.accelerate import accelerate
 from focalops.anchors import AnchorGenerator
-from focalops.assigners import assign_fcos
+from focalops.assigners import assign_atss, assign_fcos
 from focalops.box_losses import (
     box_iou_loss,
     complete_box_iou_loss,
@@ -48,6 +48,7 @@ __all__ = [
     "AnchorGenerator",
     "__version__",
     "accelerate",
+    "assign_atss",
     "assign_fcos",
     "assign_task_aligned",
     "batched_nms",

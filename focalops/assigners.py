@@ -1,4 +1,4 @@
-"""Which ground-truth box each point of a detector without anchor boxes shall learn."""
+"""Which ground-truth box each point or anchor of a dense detector shall learn."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import MAX_LEVELS, choice, floats, number, require_tensors, whole
+from focalops._arguments import MAX_LEVELS, choice, flag, floats, number, require_tensors, whole
 from focalops._coordinates import as_coordinates, check_coordinates, coordinates_dtype
 from focalops._ops import call, check, ops, require_tensor, runs_reference
 from focalops._padding import check_gt_boxes, check_of_boxes, pad_boxes, pad_crowd
 
 FCOS_RULES = ("torchvision", "mmdet")  # as FcosRule in csrc/assign.h
+ATSS_RULES = ("atss", "mmyolo")  # as AtssRule there
+MAX_ATSS_TOPK = 128  # kMaxAtssTopk there
 
 
 def assign_fcos(
@@ -95,6 +97,83 @@ def assign_fcos(
     return call(ops.assign_fcos, *arguments)
 
 
+def assign_atss(
+    anchors: Tensor,
+    level_sizes: Sequence[int],
+    gt_boxes: Sequence[Tensor] | Tensor,
+    topk: int = 9,
+    *,
+    counts: Tensor | None = None,
+    rule: str = "atss",
+    crowd: Sequence[Tensor] | Tensor | None = None,
+    at_least_one: bool = False,
+) -> Tensor:
+    """Assigns the anchors of each image of a batch to the ground-truth boxes by adaptive training sample selection (ATSS).
+
+    A box's candidates are, on each level, the ``topk`` anchors whose centers are nearest to its own, of equally near ones the
+    first; a level with fewer gives all. Their IoUs with the box have a mean and a standard deviation (unbiased), whose sum is
+    the box's threshold: candidates that reach it and whose center lies in the box are positive, all other anchors background.
+    The rules differ in three things:
+
+    - ``"atss"``, mmdet's: the IoU may equal the threshold; the center is inside by more than 0.01; an anchor that several boxes
+      claim gets, of these, the one of the greatest IoU, of equal ones the first;
+    - ``"mmyolo"``, YOLOv6's: the IoU is above the threshold; 1e-9; of all boxes of the image, whether they claim it or not.
+
+    A box may end with nothing: where no IoU reaches the threshold, as none does of a single candidate, no center is inside,
+    or other boxes have all its anchors.
+
+    Args:
+        anchors: ``(N, 4)``, xyxy, of all levels, level by level, the same for all images.
+        level_sizes: how many anchors each level has.
+        gt_boxes: a list with ``(M_i, 4)`` for each image, or padded to ``(B, M, 4)``.
+        topk: candidates a level, 1 to 128; with A anchors at a location ``9 * A`` are the original's. Up to 32 are fastest.
+        counts: with padded boxes, ``(B,)``, int32 or int64: how many of each image's boxes there are; without it, all.
+            A count outside [0, M] is an error on the CPU; on CUDA, where looking would stop the device, the nearest.
+        rule: as above.
+        crowd: bool, a list with ``(M_i,)`` for each image or padded to ``(B, M)``: boxes around crowds. They match nothing;
+            anchors whose center is inside are -2 and no candidates.
+        at_least_one: a rule of focalops: in the end each box without an anchor, in ascending order, takes of its candidates
+            that overlap it the one of the greatest IoU that is no other box's only one, if there is one.
+
+    Returns:
+        int64 ``(B, N)``: the index of a box of the image, -1 or -2, as :func:`match_anchors` gives them.
+
+    A NaN coordinate matches nothing. All is computed in float32, float64 if an argument is; mean and deviation in float64. No
+    gradient is registered. All images are assigned at once, in O(B M L (N / 256 + topk)) where anchors that follow each other lie
+    close together, at most O(B M N topk); memory is the result and about 9 bytes an anchor, the same for all images. The host does
+    not wait for the device; with padded boxes and counts the call can be captured in a CUDA graph. Zhang et al., Bridging the Gap
+    Between Anchor-based and Anchor-free Detection, 2020; mmdet's ``ATSSAssigner``, mmyolo's ``BatchATSSAssigner``.
+
+    >>> matches = assign_atss(anchors, [h * w for h, w in sizes], [t["boxes"] for t in targets])
+    """
+    op = "assign_atss"
+    choice("rule", rule, ATSS_RULES)
+    level_sizes, topk = _sizes(level_sizes), whole("topk", topk)
+    at_least_one = flag("at_least_one", at_least_one)
+    require_tensor("anchors", anchors)
+    gt_boxes, counts, crowd = _ground_truth(op, anchors, gt_boxes, counts, crowd, "anchors")
+    dtype = coordinates_dtype(anchors, gt_boxes)
+    anchors = as_coordinates(anchors.detach(), dtype)
+    gt_boxes = as_coordinates(gt_boxes.detach(), dtype)
+    arguments = (
+        *(anchors, gt_boxes, counts, crowd, level_sizes, topk),
+        *(ATSS_RULES.index(rule), at_least_one),
+    )
+    if runs_reference(anchors):
+        _check_atss(*arguments)
+        return reference.assign_atss(
+            anchors,
+            level_sizes,
+            gt_boxes,
+            topk,
+            counts=counts,
+            rule=rule,
+            crowd=crowd,
+            at_least_one=at_least_one,
+        )
+    return call(ops.assign_atss, *arguments)
+
+
 def _sizes(level_sizes: Any) -> list[int]:
     try:
         sizes = list(level_sizes)
@@ -127,6 +206,7 @@ def _ground_truth(
     gt_boxes: Sequence[Tensor] | Tensor,
     counts: Tensor | None,
     crowd: Sequence[Tensor] | Tensor | None,
+    like_name: str = "points",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Padded."""
     require_tensors("gt_boxes", gt_boxes)
@@ -139,7 +219,7 @@ def _ground_truth(
     if not isinstance(gt_boxes, Tensor):
         if counts is not None:
             raise ValueError("counts must be None unless gt_boxes is one padded tensor")
-        gt_boxes, counts = pad_boxes(op, points, gt_boxes, "points")
+        gt_boxes, counts = pad_boxes(op, points, gt_boxes, like_name)
     return gt_boxes, counts, crowd
 
 
@@ -182,6 +262,41 @@ def _check_fcos(
     check(
         center_radius >= 0,
         lambda: f"{op}: center_radius must be >= 0, got {center_radius:g}",
+    )
+    check(0 <= rule <= 1, lambda: f"{op}: rule must lie in [0, 1], got {rule}")
+
+
+@torch.library.register_fake("focalops::assign_atss")
+def _(anchors: Tensor, gt_boxes: Tensor, *options: Any) -> Tensor:
+    _check_atss(anchors, gt_boxes, *options)
+    return anchors.new_empty((gt_boxes.shape[0], anchors.shape[0]), dtype=torch.int64)
+
+
+def _check_atss(
+    anchors: Tensor,
+    gt_boxes: Tensor,
+    counts: Tensor | None,
+    crowd: Tensor | None,
+    level_sizes: Sequence[int],
+    topk: int,
+    rule: int,
+    at_least_one: bool,
+) -> None:
+    op = "assign_atss"
+    check_coordinates(op, "anchors", anchors)
+    check(
+        anchors.dim() == 2 and anchors.shape[1] == 4,
+        lambda: f"{op}: anchors must have shape (N, 4), got {tuple(anchors.shape)}",
+    )
+    check(
+        anchors.shape[0] < 2**31,
+        lambda: f"{op}: anchors must be fewer than 2^31, got {anchors.shape[0]}",
+    )
+    _check_boxes_and_crowd(op, gt_boxes, counts, crowd, "anchors", anchors)
+    _check_level_sizes(op, level_sizes, "anchors", anchors.shape[0])
+    check(
+        1 <= topk <= MAX_ATSS_TOPK,
+        lambda: f"{op}: topk must lie in [1, {MAX_ATSS_TOPK}], got {topk}",
     )
     check(0 <= rule <= 1, lambda: f"{op}: rule must lie in [0, 1], got {rule}")
 

@@ -1190,6 +1190,97 @@ def _sides(points: Tensor, boxes: Tensor) -> Tensor:
     return torch.stack((x - x1, y - y1, x2 - x, y2 - y), dim=-1)
 
 
+def assign_atss(
+    anchors: Tensor,  # [N, 4]
+    level_sizes: Sequence[int],  # L, of the sum N
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts
+    topk: int = 9,
+    *,
+    counts: Tensor | None = None,  # [B]
+    rule: str = "atss",
+    crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
+    at_least_one: bool = False,
+) -> Tensor:
+    is_double = torch.float64 in {anchors.dtype, *(boxes.dtype for boxes in gt_boxes)}
+    anchors = anchors.to(torch.float64 if is_double else torch.float32)
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    levels = torch.arange(len(anchors), device=anchors.device).split(list(level_sizes))
+
+    def candidates(box: Tensor, in_crowd: Tensor) -> list[Tensor]:  # of each level, the nearest
+        distance = (centers - (box[:2] + box[2:]) / 2).square().sum(-1).sqrt()
+        distance = distance.masked_fill(in_crowd, math.nan)
+        nearest = [level[distance[level].sort(stable=True).indices[:topk]] for level in levels]
+        return [level[~distance[level].isnan()] for level in nearest]
+
+    def positives(box: Tensor, iou: Tensor, nearest: list[Tensor]) -> Tensor:
+        index = torch.cat(nearest)
+        of_levels = [iou[level].double() for level in nearest]
+        mean = _sum_of_lanes(of_levels) / len(index)
+        variance = _sum_of_lanes([(x - mean).square() for x in of_levels]) / (len(index) - 1)
+        threshold = mean.to(iou.dtype) + variance.sqrt().to(iou.dtype)
+        margin = _sides(centers[index], box[None]).amin(-1)[:, 0]
+        if rule == "atss":
+            return index[(iou[index] >= threshold) & (margin > 0.01)]
+        return index[(iou[index] > threshold) & (margin > 1e-9)]
+
+    def of_image(boxes: Tensor, in_crowd: Tensor) -> Tensor:  # [N]
+        nearest = [candidates(box, in_crowd) for box in boxes]
+        iou = _atss_iou(boxes, anchors)  # [M, N]
+        is_claimed = torch.zeros_like(iou, dtype=torch.bool)
+        for j, box in enumerate(boxes):
+            is_claimed[j, positives(box, iou[j], nearest[j])] = True
+        claims = is_claimed.sum(0)
+        if rule == "atss":
+            worth = iou.where(is_claimed, -1)
+        else:  # of the boxes that did not claim it, too
+            worth = iou.nan_to_num(-1).where(is_claimed | (claims > 1), -1)
+        match = worth.argmax(0).where(claims > 0, -1)  # of equal boxes the first
+        for j in range(len(boxes)) if at_least_one else ():
+            index = torch.cat(nearest[j])
+            owned = (match[:, None] == torch.arange(len(boxes), device=match.device)).sum(0)
+            is_free = (match[index] < 0) | (owned[match[index]] > 1)
+            index = index[is_free & (iou[j, index] > 0)]
+            if owned[j] == 0 and len(index):
+                match[index[iou[j, index].argmax()]] = j
+        return match
+
+    matches = []
+    for i, boxes in enumerate(gt_boxes):
+        boxes = boxes[: len(boxes) if counts is None else int(counts[i])].to(anchors.dtype)
+        is_crowd = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        if crowd is not None:
+            is_crowd = crowd[i][: len(boxes)]
+        objects = torch.where(~is_crowd)[0]
+        in_crowd = (_sides(centers, boxes[is_crowd]).amin(-1) > 0).any(1)
+        match = anchors.new_full((len(anchors),), -1, dtype=torch.int64)
+        if len(objects) and len(anchors):
+            match = of_image(boxes[objects], in_crowd)
+            match = torch.where(match < 0, match, objects[match.clamp(min=0)])
+        matches.append(match.masked_fill(in_crowd, -2))
+    if not matches:
+        return torch.empty((0, len(anchors)), dtype=torch.int64, device=anchors.device)
+    return torch.stack(matches)
+
+
+def _atss_iou(boxes: Tensor, anchors: Tensor) -> Tensor:  # [M, 4], [N, 4] -> [M, N]
+    low = torch.maximum(boxes[:, None, :2], anchors[:, :2])
+    high = torch.minimum(boxes[:, None, 2:], anchors[:, 2:])
+    both = (high - low).clamp(min=0).prod(-1)
+    of_boxes, of_anchors = ((x[:, 2:] - x[:, :2]).prod(-1) for x in (boxes, anchors))
+    return both / (of_boxes[:, None] + of_anchors - both).clamp(min=1e-6)
+
+
+def _sum_of_lanes(of_levels: list[Tensor]) -> Tensor:
+    """The sum in the order of the kernels: the ranks of a level go to 32 lanes in turn, whose sums are added in halves."""
+    lanes = of_levels[0].new_zeros(32)
+    for level in of_levels:
+        for ranks in level.split(32):
+            lanes[: len(ranks)] += ranks
+    while len(lanes) > 1:
+        lanes = lanes[: len(lanes) // 2] + lanes[len(lanes) // 2 :]
+    return lanes[0]
+
+
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, overlap: str = "iou") -> Tensor:
     idxs = torch.zeros_like(scores, dtype=torch.int64)
     return batched_nms(boxes, scores, idxs, iou_threshold, overlap=overlap)

@@ -49,3 +49,13 @@ def predictions(
             predicted.copy_(torch.where(torch.rand(len(points), 1) < 0.7, near + off, predicted))
     labels = [torch.randint(0, num_classes, (len(of_image),)) for of_image in gt_boxes]
     return scores, boxes, labels
+
+
+def squares(
+    size: int, strides: list[int], sides: float, device: str = "cpu"
+) -> tuple[Tensor, list[int]]:
+    """Anchors of as many strides about those centers, and how many each level has."""
+    points, level_sizes = grid(size, strides, device)
+    of_level = torch.tensor(level_sizes, device=device)
+    half = torch.tensor(strides, device=device).repeat_interleave(of_level)[:, None] * (sides / 2)
+    return torch.cat((points - half, points + half), dim=1), level_sizes

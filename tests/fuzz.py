@@ -53,6 +53,7 @@ CHOICES = (
     "multiclass_nms",
     "soft_nms",
     "matrix_nms",
+    "assign_atss",
     "assign_fcos",
     "assign_task_aligned",
     "detect",

@@ -476,6 +476,22 @@ def points_of_levels() -> tuple[Tensor, list[int], list[int]]:
     return points.to(pick((torch.float32, torch.float64))), [4 * 2**i for i in range(levels)], sizes
 
 
+def assign_atss() -> Arguments:
+    points, strides, sizes = points_of_levels()
+    half = torch.tensor(strides).repeat_interleave(torch.tensor(sizes))[:, None] * pick((2.5, 4))
+    gt_boxes = [boxes(between(0, 9), dtype=torch.float32) for _ in range(between(0, 3))]
+    if random.random() < 0.5:
+        gt_boxes = [b.round() for b in gt_boxes]
+    return {
+        "anchors": torch.cat((points - half, points + half), dim=1),
+        "level_sizes": sizes,
+        "topk": pick((1, 9, 9, 40)),
+        "rule": pick(("atss", "mmyolo")),
+        "at_least_one": pick((True, False)),
+        **padded_or_listed(gt_boxes),
+    }
+
+
 def assign_fcos() -> Arguments:
     points, strides, sizes = points_of_levels()
     gt_boxes = [boxes(between(0, 9), dtype=torch.float32) for _ in range(between(0, 3))]
@@ -645,6 +661,7 @@ def nms_match() -> Arguments:
 MAKERS: dict[str, Callable[[], Arguments]] = {
     "AnchorGenerator": anchor_generator,
     "accelerate": detector,
+    "assign_atss": assign_atss,
     "assign_fcos": assign_fcos,
     "assign_task_aligned": assign_task_aligned,
     "batched_nms": batched_nms,

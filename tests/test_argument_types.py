@@ -19,6 +19,7 @@ import focalops
 
 FLAGS = {
     "allow_low_quality_matches",
+    "at_least_one",
     "class_agnostic",
     "detach_weight",
     "gt_max_assign_all",

@@ -61,6 +61,11 @@ def right_arguments() -> dict[str, Arguments]:
         "matches": torch.zeros(2, 57).long() - 1,
     }
     return {
+        "assign_atss": {
+            "anchors": boxes,
+            "level_sizes": (4, 2),
+            "gt_boxes": torch.zeros(2, 3, 4),
+        },
         "assign_fcos": {
             "points": torch.zeros(6, 2),
             "strides": (8.0, 16.0),
@@ -519,6 +524,23 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("mode", always("slow"), "mode must be one of 'fast', 'softmax', 'sum', 'unbounded', got 'slow'"),
         ("activation", always("gelu"), "activation must be 'silu' or 'relu6', got 'gelu'"),
         ("padding", always("valid"), "padding must be 'same' or 'symmetric', got 'valid'"),
+    ],
+    "assign_atss": [
+        ("anchors", lambda a: a[:, :2], "anchors must have shape (N, 4), got (6, 2)"),
+        ("anchors", to_bool, "anchors must be float32 or float64, got torch.bool"),
+        ("level_sizes", always([]), "level_sizes must be 1 to 8 levels, got 0"),
+        ("level_sizes", always([4, 1]), "level_sizes must add up to the number of anchors, 6, got 5"),
+        ("level_sizes", always([8, -2]), "level_sizes must lie in [0, 6], the number of anchors, got 8"),
+        ("level_sizes", always(6), "level_sizes must be integers, one for each level, got 6"),
+        ("gt_boxes", to_bool, "gt_boxes must be torch.float32 like anchors, got torch.bool"),
+        ("gt_boxes", lambda g: [g[0], g[0, 0]], "gt_boxes[1] must have shape (M, 4), got (4,)"),
+        ("gt_boxes", elsewhere, "gt_boxes " + ELSEWHERE.format("anchors")),
+        ("topk", always(0), "topk must lie in [1, 128], got 0"),
+        ("topk", always(129), "topk must lie in [1, 128], got 129"),
+        ("counts", always(torch.ones(2)), "counts must be int32 or int64, got torch.float32"),
+        ("rule", always("mmdet"), "rule must be 'atss' or 'mmyolo', got 'mmdet'"),
+        ("crowd", always(torch.zeros(2, 3)), "crowd must be torch.bool of shape (2, 3), got torch.float32 of shape (2, 3)"),
+        ("at_least_one", always(1), "at_least_one must be True or False, got int"),
     ],
     "assign_fcos": [
         ("points", lambda p: p[:, :1], "points must have shape (N, 2), got (6, 1)"),

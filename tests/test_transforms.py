@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import focalops
 from focalops import (
+    assign_atss,
     assign_fcos,
     assign_task_aligned,
     batched_nms,
@@ -79,6 +80,10 @@ def padded(n: int) -> Inputs:
 
 # Of each op: a call, and what makes its inputs for a size.
 EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
+    "assign_atss": (
+        lambda a, g, c: assign_atss(a, [18, 2], g, 4, counts=c),
+        lambda n: (boxes(20), boxes(2, n), torch.tensor([4, 1])),
+    ),
     "assign_fcos": (
         lambda p, g, c: assign_fcos(p, [8, 16], [18, 2], g, counts=c),
         lambda n: (torch.rand(20, 2) * 60, boxes(2, n), torch.tensor([4, 1])),
@@ -197,6 +202,7 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
 DYNAMIC = {"batched_nms", "nms", "nms_match"}
 # Matching, targets, NMS and detection choose, and an IoU that weighs is a constant: there is nothing to differentiate.
 CHOICES = {
+    "assign_atss",
     "assign_fcos",
     "assign_task_aligned",
     "class_index_targets",
@@ -315,7 +321,7 @@ def test_forward_mode_is_refused_in_a_sentence(transform, op):
                 )
 
 
-@pytest.mark.parametrize("op", ["assign_fcos", "detect", "match_anchors", "nms"])
+@pytest.mark.parametrize("op", ["assign_atss", "assign_fcos", "detect", "match_anchors", "nms"])
 def test_what_chooses_takes_tangents(op):
     function, inputs = example(op, 5, "cpu")
     expected = function(*inputs)

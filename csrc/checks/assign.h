@@ -113,4 +113,25 @@ inline void check_assign_task_aligned(const Tensor& pred_scores, const Tensor& p
   }
 }
 
+inline void check_assign_atss(const Tensor& anchors, const Tensor& gt_boxes,
+                              const std::optional<Tensor>& counts,
+                              const std::optional<Tensor>& crowd, const AtssOptions& options) {
+  const char* op = "assign_atss";
+  check_coordinates(op, "anchors", anchors);
+  if (anchors.dim() != 2 || anchors.size(1) != 4) {
+    fail(op, ": anchors must have shape (N, 4), got ", shape_of(anchors));
+  }
+  if (anchors.size(0) >= int64_t{1} << 31) {
+    fail(op, ": anchors must be fewer than 2^31, got ", anchors.size(0));
+  }
+  check_boxes_and_crowd(op, gt_boxes, counts, crowd, "anchors", anchors);
+  check_level_sizes(op, options.level_sizes, "anchors", anchors.size(0));
+  if (options.topk < 1 || options.topk > kMaxAtssTopk) {
+    fail(op, ": topk must lie in [1, ", kMaxAtssTopk, "], got ", options.topk);
+  }
+  if (options.rule < 0 || options.rule > 1) {
+    fail(op, ": rule must lie in [0, 1], got ", options.rule);
+  }
+}
+
 }  // namespace focalops

@@ -74,9 +74,12 @@ int64_t resident_grid(Kernel* kernel, int block, size_t shared, int64_t work,
   return work < resident ? work : resident;
 }
 
+// Of the namespace: within a function the emulation's compiler takes it for one that must be
+// initialised.
+extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
+
 template <typename T>
 __device__ T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 

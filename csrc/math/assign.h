@@ -219,4 +219,62 @@ struct Claims {
   FOCALOPS_HOST_DEVICE uint32_t box() const { return last - 1; }
 };
 
+// ---- ATSS (Zhang et al., 2020)
+
+// mmdet's, which is the original but for its IoUs.
+struct MmdetAtss {
+  static constexpr double kMargin = 0.01;          // of a center inside a box
+  static constexpr bool kAllBoxesCompete = false;  // for an anchor that several claim
+
+  template <typename T>
+  static FOCALOPS_HOST_DEVICE bool reaches(T iou, T threshold) {
+    return iou >= threshold;
+  }
+};
+
+struct MmyoloAtss {
+  static constexpr double kMargin = 1e-9;
+  static constexpr bool kAllBoxesCompete = true;
+
+  template <typename T>
+  static FOCALOPS_HOST_DEVICE bool reaches(T iou, T threshold) {
+    return iou > threshold;
+  }
+};
+
+template <typename T>
+FOCALOPS_HOST_DEVICE Point<T> center_of(const Box<T>& box) {
+  return {mul(T(0.5), add(box.x1, box.x2)), mul(T(0.5), add(box.y1, box.y2))};
+}
+
+template <typename T>
+FOCALOPS_HOST_DEVICE T squared_distance(const Point<T>& a, const Point<T>& b) {
+  const T x = sub(a.x, b.x), y = sub(a.y, b.y);
+  return add(mul(x, x), mul(y, y));
+}
+
+// To the nearest place of a range. Each operation, rounded as it is, gives no less for a greater
+// argument: it is at most that to any point in the range.
+template <typename T>
+FOCALOPS_HOST_DEVICE T squared_distance(const Point<T>& point, const Box<T>& range) {
+  const T x = max_of(max_of(sub(range.x1, point.x), sub(point.x, range.x2)), T(0));
+  const T y = max_of(max_of(sub(range.y1, point.y), sub(point.y, range.y2)), T(0));
+  return add(mul(x, x), mul(y, y));
+}
+
+// Two empty boxes have an IoU of 0; it is >= 0 or a NaN.
+template <typename T>
+FOCALOPS_HOST_DEVICE T atss_iou(const Box<T>& a, const Box<T>& b) {
+  const T both = intersection(a, b);
+  return div(both, max_of(T(1e-6), sub(add(area(a), area(b)), both)));
+}
+
+// What the IoUs of n candidates have to reach: the sum of their mean and unbiased deviation, each
+// rounded to T. A single one reaches nothing.
+template <typename T>
+FOCALOPS_HOST_DEVICE T atss_threshold(double mean, double sum_of_squares, int64_t n) {
+  const double deviation = std::sqrt(div(sum_of_squares, static_cast<double>(n - 1)));
+  return add(static_cast<T>(mean), static_cast<T>(deviation));
+}
+
 }  // namespace focalops
