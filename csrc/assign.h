@@ -125,7 +125,6 @@ struct ClassScores {
   }
 };
 
-
 // ---- ATSS
 
 enum class AtssRule { kAtss, kMmyolo };
