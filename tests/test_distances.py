@@ -141,7 +141,7 @@ def test_decode_other_memory(device):
         # The compiler contracts other products to fused operations for rows than for planes.
         torch.testing.assert_close(boxes, expected, rtol=1e-6, atol=1e-4)
         (other,) = torch.autograd.grad(boxes, shifted, upstream)
-        torch.testing.assert_close(other, grad, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(other, grad, rtol=1e-5, atol=2e-5)  # up to 8 x 15 p
 
 
 def test_decode_nothing(device):
