@@ -7,6 +7,7 @@
 // needs no memory but its match: the IoU of the box that has it is computed again where another one
 // claims it.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -28,7 +29,7 @@ constexpr int64_t kConflictsPerTask = 16;
 constexpr int64_t kLanes = 32;     // of the sums, as a warp has
 constexpr int64_t kConflict = -3;  // several boxes claim the anchor
 
-// That of nothing is infinitely far away.
+// The ranges of 16 tiles or groups; that of nothing is infinitely far away.
 template <typename T>
 struct Ranges {
   alignas(64) T x1[kGroup], y1[kGroup], x2[kGroup], y2[kGroup];
@@ -170,15 +171,25 @@ struct Nearest {
   }
 };
 
-// Calls f with the places of the squares that are not above the limit.
+// Calls f with the places of the squares that are not above the limit, in ascending order. Flags of
+// a byte each are made by vectors, and eight at a time are looked at.
 template <typename T, typename F>
 FOCALOPS_INLINE inline void for_each_near(const T* squares, T limit, const F& f) {
-  unsigned mask = 0;
+  uint8_t flags[kTile];
   for (int i = 0; i < kTile; ++i) {
-    mask |= static_cast<unsigned>(squares[i] <= limit) << i;
+    flags[i] = squares[i] <= limit;
   }
-  for (; mask != 0; mask &= mask - 1) {
-    f(__builtin_ctz(mask));
+  for (int begin = 0; begin < kTile; begin += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + begin, sizeof eight);
+    if (eight == 0) {
+      continue;
+    }
+    for (int i = begin; i < begin + 8; ++i) {
+      if (flags[i]) {
+        f(i);
+      }
+    }
   }
 }
 

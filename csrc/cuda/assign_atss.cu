@@ -22,7 +22,9 @@ namespace {
 constexpr int kWarps = 4;  // of a block, so that 128 candidates of 8 levels fit shared memory
 constexpr int kThreads = kWarps * kWarpSize;
 
-// Of how many ranks are found at a time.
+constexpr int kFewBlocks = 1;  // a multiprocessor, at least: for more the compiler would spill
+
+// 32 ranks are found at a time.
 FOCALOPS_HOST_DEVICE int chunks_of_level(int topk) { return (topk + kWarpSize - 1) / kWarpSize; }
 
 template <typename T>
@@ -315,7 +317,7 @@ __device__ __forceinline__ void claim_anchor(const Atss<T>& atss, int64_t image,
 }
 
 template <typename Rule, Claim claim, typename T>
-__global__ void __launch_bounds__(kThreads, kMinBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kFewBlocks)
     atss_claims_kernel(const __grid_constant__ Atss<T> atss) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int chunks = atss.levels.count * chunks_of_level(atss.topk);
@@ -394,7 +396,7 @@ __device__ __forceinline__ int64_t best_box(const Atss<T>& atss, int64_t image,
 }
 
 template <Claim claim, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFewBlocks)
     atss_matches_kernel(const __grid_constant__ Atss<T> atss) {
   const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarpSize;
   const int64_t image = warp / atss.tiles;
