@@ -13,6 +13,7 @@ from focalops._padding import in_one_dtype
 from focalops._swapping import Accelerated, overridden, swap
 from focalops._ultralytics import accelerate_ultralytics, ultralytics_models
 from focalops.anchors import AnchorGenerator
+from focalops.assigners import assign_fcos
 from focalops.box_losses import dense_box_loss, generalized_box_iou_loss
 from focalops.boxes import decode_boxes
 from focalops.dense_focal_loss import dense_focal_loss
@@ -28,8 +29,8 @@ def accelerate(model: nn.Module) -> Accelerated:
 
     Of a RetinaNet the loss step (matching, focal loss, box loss), the post-processing (threshold, top-k, boxes, NMS) and, where
     both could be swapped, the copies between the heads' convolutions and them (not while somebody looks: where a head has
-    hooks, or is called from outside, its outputs are torchvision's); of FCOS the losses, without a one-hot target
-    of the logits' size, and the post-processing, all levels at once; of an SSD the post-processing, all classes at once.
+    hooks, or is called from outside, its outputs are torchvision's); of FCOS the matching, all images at once, the losses, without a
+    one-hot target of the logits' size, and the post-processing, all levels at once; of an SSD the post-processing, all classes at once.
     A RetinaNet that detects without ``torch.no_grad()`` does it torchvision's way, at its pace: its detections have gradients.
     Losses, gradients and detections stay what they were, but for the order of float32 sums and of equal scores; in a
     RetinaNet a ground-truth box that overlaps no anchor no longer makes all of them foreground. Parameters, their names and
@@ -146,6 +147,7 @@ def _accelerate_retinanet(model: Any, name: str, report: Accelerated) -> None:
 def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:
     from torchvision.models.detection import fcos
     from torchvision.models.detection._utils import BoxLinearCoder
+    from torchvision.models.detection.anchor_utils import AnchorGenerator as Peer
 
     head = model.head
     reasons = overridden(f"{name}.head", head, fcos.FCOSHead, "compute_loss")
@@ -153,6 +155,19 @@ def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:
     for method in ("encode", "decode"):
         reasons += overridden(f"{name}.head.box_coder", coder, BoxLinearCoder, method)
     swap(head, "compute_loss", _fcos_loss, f"{name}.head: the losses", reasons, report)
+
+    reasons = overridden(name, model, fcos.FCOS, "compute_loss")
+    where, generator = f"{name}.anchor_generator", model.anchor_generator
+    for method in ("forward", "grid_anchors"):  # which give every image the same
+        reasons += overridden(where, generator, Peer, method)
+    if not reasons and any(
+        len(sizes) != 1 or sizes[0] % 2 or tuple(ratios) != (1.0,)
+        for sizes, ratios in zip(generator.sizes, generator.aspect_ratios, strict=True)
+    ):
+        reasons.append(f"{where} has other anchors than one square of even size a position")
+    if not reasons and len(generator.sizes) > MAX_LEVELS:
+        reasons.append(f"{where} has more than {MAX_LEVELS} levels")
+    swap(model, "compute_loss", _fcos_matching, f"{name}: the matching", reasons, report)
 
     reasons = overridden(name, model, fcos.FCOS, "postprocess_detections")
     what = f"{name}: the post-processing"
@@ -318,6 +333,26 @@ def _are_differentiated(outputs: list[Tensor]) -> bool:
 
 def _rows(level: Tensor, columns: int) -> Tensor:  # (B, H * W * A, columns), as torchvision has it
     return head_rows(level, columns) if level.dim() == 4 else level
+
+
+def _fcos_matching(
+    model: Any,
+    targets: list[dict[str, Tensor]],
+    head_outputs: dict[str, Tensor],
+    anchors: list[Tensor],  # B of (N, 4), all the same
+    num_anchors_per_level: list[int],
+) -> dict[str, Tensor]:
+    matches = assign_fcos(
+        (anchors[0][:, :2] + anchors[0][:, 2:]) / 2,
+        [size for (size,) in model.anchor_generator.sizes],
+        num_anchors_per_level,
+        [t["boxes"] for t in targets],
+        center_radius=model.center_sampling_radius,
+    )
+    losses: dict[str, Tensor] = model.head.compute_loss(
+        targets, head_outputs, anchors, list(matches.unbind())
+    )
+    return losses
 
 
 def _fcos_loss(

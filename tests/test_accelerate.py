@@ -414,7 +414,10 @@ def test_detections_have_the_gradient_of_the_original(make: str) -> None:
 @pytest.mark.parametrize(
     ("make", "replaced"),
     [
-        (small_fcos, ["model.head: the losses", "model: the post-processing"]),
+        (
+            small_fcos,
+            ["model.head: the losses", "model: the matching", "model: the post-processing"],
+        ),
         (small_ssd, ["model: the post-processing"]),
     ],
 )
@@ -454,15 +457,17 @@ def test_fcos_and_ssd_equal_the_originals(make, replaced, monkeypatch) -> None:
 def test_what_fcos_and_ssd_override_is_kept() -> None:
     model = nn.ModuleList([small_fcos(), small_ssd()])
     model[0].head.compute_loss = lambda *arguments: {}
+    model[0].anchor_generator.sizes = ((8,), (16,), (33,), (64,), (128,))
     model[1].box_coder = None
     assert accelerate(model).kept == [
         "0.head: the losses, because 0.head.compute_loss is the instance's own",
+        "0: the matching, because 0.anchor_generator has other anchors than one square of even size a position",
         "1: the post-processing, because 1.box_coder is no BoxCoder but NoneType",
     ]
 
 
 def test_no_detector(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = "must be or hold a RetinaNet, FCOS or SSD of torchvision, got Linear"
+    message = "must be or hold a RetinaNet, FCOS or SSD of torchvision or a detector of ultralytics, got Linear"
     with pytest.raises(ValueError, match=message):
         accelerate(nn.Linear(1, 1))
     monkeypatch.setitem(sys.modules, "torchvision.models.detection", None)  # not installed
