@@ -190,12 +190,13 @@ STABLE_TORCH_LIBRARY(focalops, m) {
       " -> (Tensor indices, Tensor kept_scores, Tensor num_kept)");
 
   // detections, padded with 0, 0 and -1. cls_logits: up to kMaxLevels levels (B, A * K, H, W);
-  // box_deltas: (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width.
+  // box_deltas: (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width. With
+  // strides, one a level, box_deltas are distances (B, 4 * bins, H, W), and anchors points (N, 2).
   m.def(
       "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, Tensor? image_sizes,"
       " float[] weights, float clip, float score_threshold, int topk_per_level,"
       " float iou_threshold, int max_detections, bool class_agnostic, bool by_distance=False,"
-      " int? topk=None)"
+      " int? topk=None, float[] strides=[], int bins=1)"
       " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 
   // What detect suppresses: (B, C) candidates of each image, best first, padded with 0, -inf and
@@ -203,6 +204,6 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "_head_candidates(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors,"
       " Tensor? image_sizes, float[] weights, float clip, float score_threshold,"
-      " int topk_per_level, int? topk)"
+      " int topk_per_level, int? topk, float[] strides=[], int bins=1)"
       " -> (Tensor boxes, Tensor scores, Tensor labels)");
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,9 @@ def detect(
     method: str = "hard",
     sigma: float = 0.5,
     topk: int | None = None,
+    coding: str = "deltas",
+    strides: Sequence[float] | None = None,
+    bins: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The detections of a batch from what a dense head put out, padded to one size.
 
@@ -79,6 +83,11 @@ def detect(
             :func:`focalops.soft_nms`, by IoU alone, and it is kept while that is above ``score_threshold``.
         sigma: of the gaussian, > 0.
         topk: how many candidates of an image are kept at most, by score, of those that ``topk_per_level`` left; None: all.
+        coding: ``"deltas"``, or ``"distance"``: of a head that :func:`decode_distances` decodes. ``box_deltas`` are then levels
+            ``(B, 4 * bins, H, W)``, ``anchors`` are points ``(N, 2)``, one a position, and ``weights`` and ``clip`` are not
+            looked at. Only what is left for NMS is decoded: of a head with bins a hundredth.
+        strides: of distances, a number for each level.
+        bins: of distances, as in :func:`decode_distances`.
 
     Returns:
         ``boxes (B, D, 4)`` and ``scores (B, D)``, float32, ``labels (B, D)``, int64, each image's by descending score, then
@@ -92,6 +101,7 @@ def detect(
     than 2^31 logits.
 
     >>> boxes, scores, labels, counts = detect(cls_logits, box_deltas, anchors, image_sizes=sizes)
+    >>> found = detect(cls_logits, distances, points, coding="distance", strides=[8, 16, 32], bins=16)  # YOLOv8
     """
     require_tensors("cls_logits", cls_logits)
     require_tensors("box_deltas", box_deltas)
@@ -99,6 +109,7 @@ def detect(
     cls_logits = [level.detach() for level in cls_logits]
     box_deltas = [level.detach() for level in box_deltas]
     weights, clip = floats("weights", weights, "4 numbers"), number("clip", clip)
+    coder = (weights, clip, *_distances(coding, strides, bins))
     score_threshold = number("score_threshold", score_threshold)
     iou_threshold, sigma = number("iou_threshold", iou_threshold), number("sigma", sigma)
     topk_per_level = whole("topk_per_level", topk_per_level)
@@ -118,7 +129,7 @@ def detect(
     tensors = (cls_logits, box_deltas, anchors.detach().to(torch.float32), image_sizes)
     limits = (topk_per_level, topk)
     if runs_reference(cls_logits[0]):
-        _check(*tensors, weights, *limits, max_detections)
+        _check(*tensors, weights, *coder[2:], *limits, max_detections)
         return reference.detect(
             *tensors[:3],
             score_threshold=score_threshold,
@@ -133,10 +144,15 @@ def detect(
             topk=topk,
             method=method,
             sigma=sigma,
+            coding=coding,
+            strides=strides,
+            bins=bins,
         )
     if method != "hard":
         _check_max_detections(max_detections)
-        found = call(ops._head_candidates, *tensors, weights, clip, score_threshold, *limits)
+        found = call(
+            ops._head_candidates, *tensors, weights, clip, score_threshold, *limits, *coder[2:]
+        )
         boxes, scores, labels = found
         indices, kept_scores, counts = call(
             ops.soft_nms,
@@ -162,7 +178,27 @@ def detect(
         class_agnostic,
         is_diou,
         topk,
+        *coder[2:],
     )
+
+
+def _distances(coding: str, strides: Any, bins: Any) -> tuple[list[float], int]:
+    """As the ops have them: without strides the head has deltas."""
+    if strides is not None:
+        strides = floats("strides", strides, "numbers, one for each level")
+    bins = whole("bins", bins)
+    if choice("coding", coding, ("deltas", "distance")) == "distance":
+        if not strides:
+            raise ValueError(
+                "strides must be numbers, one for each level, with coding 'distance', got none"
+            )
+        return strides, bins
+    for name, given, left_alone in (("strides", strides, None), ("bins", bins, 1)):
+        if given != left_alone:
+            raise ValueError(
+                f"{name} must be {left_alone} unless coding is 'distance', got {given}"
+            )
+    return [], 1
 
 
 def _kept(
@@ -195,10 +231,11 @@ def _(
     class_agnostic: bool,
     by_distance: bool = False,
     topk: int | None = None,
+    strides: Sequence[float] = (),
+    bins: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check(
-        cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, topk, max_detections
-    )
+    head = (cls_logits, box_deltas, anchors, image_sizes)
+    _check(*head, weights, strides, bins, topk_per_level, topk, max_detections)
     like, padded = cls_logits[0], (cls_logits[0].shape[0], max_detections)
     return (
         like.new_empty((*padded, 4), dtype=torch.float32),
@@ -219,8 +256,11 @@ def _(
     score_threshold: float,
     topk_per_level: int,
     topk: int | None,
+    strides: Sequence[float] = (),
+    bins: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(cls_logits, box_deltas, anchors, image_sizes, weights, topk_per_level, topk)
+    head = (cls_logits, box_deltas, anchors, image_sizes)
+    _check(*head, weights, strides, bins, topk_per_level, topk)
     like = cls_logits[0]
     logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)
     most = logits if topk is None else torch.sym_min(logits, topk)
@@ -243,6 +283,8 @@ def _check(
     anchors: Tensor,
     image_sizes: Tensor | None,
     weights: list[float],
+    strides: Sequence[float],
+    bins: int,
     topk_per_level: int,
     topk: int | None,
     max_detections: int = 0,
@@ -260,17 +302,34 @@ def _check(
     for i, level in enumerate(cls_logits):
         _check_level(f"cls_logits[{i}]", level, first, "A * K", level, cls_logits[0])
     for i, level in enumerate(box_deltas):
-        _check_level(f"box_deltas[{i}]", level, first, "A * 4", cls_logits[i], box_deltas[0])
+        columns = "4 * bins" if strides else "A * 4"
+        _check_level(f"box_deltas[{i}]", level, first, columns, cls_logits[i], box_deltas[0])
     images, channels = first.shape[:2]
     per_position = box_deltas[0].shape[1]
-    num_anchors = per_position // 4
-    check(
-        num_anchors > 0 and per_position % 4 == 0 and channels % num_anchors == 0,
-        lambda: (
-            f"{op}: cls_logits and box_deltas must have A * K and A * 4 channels, "
-            f"got {channels} and {per_position}"
-        ),
-    )
+    num_anchors = 1 if strides else per_position // 4
+    if strides:
+        levels = len(cls_logits)
+        check(
+            len(strides) == levels,
+            lambda: (
+                f"{op}: strides must be {levels} numbers, one for each level, got {len(strides)}"
+            ),
+        )
+        check(1 <= bins < 2**29, lambda: f"{op}: bins must lie in [1, 2^29), got {bins}")
+        check(
+            per_position == 4 * bins,
+            lambda: (
+                f"{op}: box_deltas must have 4 channels for each of {bins} bins, got {per_position}"
+            ),
+        )
+    else:
+        check(
+            num_anchors > 0 and per_position % 4 == 0 and channels % num_anchors == 0,
+            lambda: (
+                f"{op}: cls_logits and box_deltas must have A * K and A * 4 channels, "
+                f"got {channels} and {per_position}"
+            ),
+        )
     rows = num_anchors * sum(level.shape[2] * level.shape[3] for level in cls_logits)
     check(
         rows * (channels // num_anchors) < 2**31,
@@ -284,10 +343,11 @@ def _check(
         anchors.dtype == torch.float32,
         lambda: f"{op}: anchors must be float32, got {anchors.dtype}",
     )
+    of_an_anchor = 2 if strides else 4
     check(
-        anchors.dim() == 2 and anchors.shape[0] == rows and anchors.shape[1] == 4,
+        anchors.dim() == 2 and anchors.shape[0] == rows and anchors.shape[1] == of_an_anchor,
         lambda: (
-            f"{op}: anchors must have shape ({rows}, 4), {num_anchors} at each position of the "
+            f"{op}: anchors must have shape ({rows}, {of_an_anchor}), {num_anchors} at each position of the "
             f"levels, got {tuple(anchors.shape)}"
         ),
     )

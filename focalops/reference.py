@@ -1433,30 +1433,44 @@ def detect(
     method: str = "hard",
     sigma: float = 0.5,
     topk: int | None = None,
+    coding: str = "deltas",
+    strides: Sequence[float]
+    | None = None,  # L, of distances: box_deltas [B, 4 * bins, H, W], anchors [N, 2]
+    bins: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, device = cls_logits[0].shape[0], cls_logits[0].device
     boxes = torch.zeros((batch, max_detections, 4), device=device)
     scores = torch.zeros((batch, max_detections), device=device)
     labels = torch.full((batch, max_detections), -1, dtype=torch.int64, device=device)
     counts = torch.zeros(batch, dtype=torch.int64, device=device)
-    num_anchors = box_deltas[0].shape[1] // 4
+    num_anchors = 1 if coding == "distance" else box_deltas[0].shape[1] // 4
     num_classes = cls_logits[0].shape[1] // num_anchors
+    level_strides = [1.0] * len(cls_logits) if strides is None else strides
     logits_levels = [head_rows(level, num_classes) for level in cls_logits]
-    deltas_levels = [head_rows(level, 4) for level in box_deltas]
+    deltas_levels = [head_rows(level, level.shape[1] // num_anchors) for level in box_deltas]
     anchors_levels = anchors.float().split([level.shape[1] for level in deltas_levels])
     for i in range(batch):
         size = None if image_sizes is None else [float(extent) for extent in image_sizes[i]]
         image_boxes, image_scores, image_labels = [], [], []
-        for logits, deltas, level_anchors in zip(
-            logits_levels, deltas_levels, anchors_levels, strict=True
+        for logits, deltas, level_anchors, stride in zip(
+            logits_levels, deltas_levels, anchors_levels, level_strides, strict=True
         ):
             level_scores = torch.sigmoid(logits[i].double()).float().flatten()
             candidates = torch.where(level_scores > score_threshold)[0]
             best = level_scores[candidates].sort(descending=True, stable=True).indices
             candidates = candidates[best[:topk_per_level]]
             row = candidates // num_classes
-            decoded = decode_boxes(deltas[i][row].float(), level_anchors[row], weights, clip, size)
-            image_boxes.append(decoded)
+            if coding == "deltas":
+                boxes_of_rows = decode_boxes(
+                    deltas[i][row].float(), level_anchors[row], weights, clip, size
+                )
+            else:
+                distances = deltas[i][row].float().unflatten(-1, (4, bins))
+                boxes_of_rows = _distance_boxes(distances, level_anchors[row], stride)
+                if size is not None:
+                    limit = boxes_of_rows.new_tensor([size[1], size[0]] * 2)
+                    boxes_of_rows = _clip(boxes_of_rows, limit)
+            image_boxes.append(boxes_of_rows)
             image_scores.append(level_scores[candidates])
             image_labels.append(candidates % num_classes)
         b, s, k = torch.cat(image_boxes), torch.cat(image_scores), torch.cat(image_labels)

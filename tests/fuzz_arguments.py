@@ -627,10 +627,23 @@ def detect() -> Arguments:
     if random.random() < 0.2:
         for level in cls_logits:
             level[torch.rand(level.shape) < 0.05] = pick((math.inf, -math.inf, math.nan))
-    return {
+    heads = {
         "cls_logits": [level.to(dtype) for level in cls_logits],
         "box_deltas": [(torch.randn(images, per_position * 4, *s) * 0.3).to(dtype) for s in sizes],
         "anchors": boxes(total, dtype=torch.float32, proper=True),
+    }
+    if per_position == 1 and random.random() < 0.5:
+        bins = pick((1, 3))
+        distances = [torch.randint(-200, 200, (images, 4 * bins, *s)) / 50 for s in sizes]
+        heads |= {
+            "box_deltas": [level.to(dtype) for level in distances],
+            "anchors": torch.rand(total, 2) * 60,
+            "coding": "distance",
+            "strides": [4 * 2**i for i in range(len(sizes))],
+            "bins": bins,
+        }
+    return {
+        **heads,
         "score_threshold": pick((-1.0, 0.0, 0.05, 0.5, 1.0)),
         "topk_per_level": pick((1, 7, 1000)),
         "iou_threshold": pick((0.0, 0.5, 1.0)) if is_hard else 0.5,

@@ -16,9 +16,14 @@ namespace focalops {
 struct CandidateOptions {
   std::vector<double> weights;  // with clip those of the box coder
   double clip;
+  std::vector<double> strides;  // of each level, of distances; none: the head has deltas
+  int64_t bins;                 // of each distance
   double score_threshold;
   int64_t topk_per_level;
   std::optional<int64_t> topk;  // of all levels together
+
+  bool has_distances() const { return !strides.empty(); }
+  int64_t deltas_of_an_anchor() const { return has_distances() ? 4 * bins : 4; }
 
   // How many candidates a level has at most, and how many an image has.
   int64_t most_of_level(const HeadShape& shape) const {
@@ -59,13 +64,26 @@ inline HeadShape check_candidates(const std::vector<Tensor>& cls_logits,
     }
   };
   check_levels("cls_logits", cls_logits, "A * K");
-  check_levels("box_deltas", box_deltas, "A * 4");
+  check_levels("box_deltas", box_deltas, options.has_distances() ? "4 * bins" : "A * 4");
   for (const Tensor& level : cls_logits) {
     positions += level.size(2) * level.size(3);
   }
   const int64_t images = first.size(0), channels = first.size(1);
-  const int64_t per_position = box_deltas[0].size(1), num_anchors = per_position / 4;
-  if (num_anchors == 0 || per_position % 4 != 0 || channels % num_anchors != 0) {
+  const int64_t per_position = box_deltas[0].size(1);
+  const int64_t num_anchors = options.has_distances() ? 1 : per_position / 4;
+  if (options.has_distances()) {
+    if (options.strides.size() != cls_logits.size()) {
+      fail(op, ": strides must be ", cls_logits.size(), " numbers, one for each level, got ",
+           options.strides.size());
+    }
+    if (options.bins < 1 || options.bins >= int64_t{1} << 29) {
+      fail(op, ": bins must lie in [1, 2^29), got ", options.bins);
+    }
+    if (per_position != 4 * options.bins) {
+      fail(op, ": box_deltas must have 4 channels for each of ", options.bins, " bins, got ",
+           per_position);
+    }
+  } else if (num_anchors == 0 || per_position % 4 != 0 || channels % num_anchors != 0) {
     fail(op, ": cls_logits and box_deltas must have A * K and A * 4 channels, got ", channels,
          " and ", per_position);
   }
@@ -77,8 +95,9 @@ inline HeadShape check_candidates(const std::vector<Tensor>& cls_logits,
   if (anchors.scalar_type() != ScalarType::Float) {
     fail(op, ": anchors must be float32, got ", dtype_of(anchors));
   }
-  if (anchors.dim() != 2 || anchors.size(0) != rows || anchors.size(1) != 4) {
-    fail(op, ": anchors must have shape (", rows, ", 4), ", num_anchors,
+  const int64_t of_an_anchor = options.has_distances() ? 2 : 4;
+  if (anchors.dim() != 2 || anchors.size(0) != rows || anchors.size(1) != of_an_anchor) {
+    fail(op, ": anchors must have shape (", rows, ", ", of_an_anchor, "), ", num_anchors,
          " at each position of the levels, got ", shape_of(anchors));
   }
   if (image_sizes.has_value()) {

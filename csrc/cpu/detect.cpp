@@ -250,11 +250,17 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
           ++l;
         }
         const Level& level = levels[l];
-        const int64_t deltas_of_image = int64_t{4} * level.layout.positions * shape.anchors;
-        const auto deltas = level.layout.load_deltas(
-            static_cast<const scalar_t*>(level.deltas) + image * deltas_of_image, row,
-            static_cast<uint32_t>(shape.anchors));
-        return coder.decode(deltas, load_box(anchor_boxes + int64_t{4} * row));
+        const int64_t deltas_of_image =
+            options.deltas_of_an_anchor() * level.layout.positions * shape.anchors;
+        const auto* deltas = static_cast<const scalar_t*>(level.deltas) + image * deltas_of_image;
+        if (options.has_distances()) {
+          return level.layout.load_distances(deltas, row, static_cast<int>(options.bins),
+                                             anchor_boxes + int64_t{2} * row,
+                                             static_cast<float>(options.strides[l]), coder.bounds);
+        }
+        return coder.decode(
+            level.layout.load_deltas(deltas, row, static_cast<uint32_t>(shape.anchors)),
+            load_box(anchor_boxes + int64_t{4} * row));
       };
       finish(image, keys, box_of);
     };
@@ -271,8 +277,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
     const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
     double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
-    std::optional<int64_t> topk) {
-  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
+  const CandidateOptions options{weights,         clip,           strides, bins,
+                                 score_threshold, topk_per_level, topk};
   const HeadShape shape =
       check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
   const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
@@ -300,8 +307,9 @@ std::tuple<Tensor, Tensor, Tensor> head_candidates_cpu(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
     const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    std::optional<int64_t> topk) {
-  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
+  const CandidateOptions options{weights,         clip,           strides, bins,
+                                 score_threshold, topk_per_level, topk};
   const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
   const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);
   const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {

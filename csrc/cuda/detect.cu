@@ -49,6 +49,12 @@ struct Level {
   int64_t items_of_image;
 };
 
+// Of heads whose boxes are distances; without bins they are deltas.
+struct Distances {
+  int bins;
+  float strides[kMaxLevels];
+};
+
 struct Head {
   Level levels[kMaxLevels];
   int num_levels;
@@ -357,7 +363,8 @@ struct Candidates {
 template <typename scalar_t>
 __global__ void __launch_bounds__(kThreads)
     place_kernel(const __grid_constant__ Head head, Segments segments, BoxCoder<float> coder,
-                 const float* anchors, const float* image_sizes, Candidates candidates) {
+                 const __grid_constant__ Distances distances, const float* anchors,
+                 const float* image_sizes, Candidates candidates) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t segment = i / segments.topk;
   const auto rank = static_cast<uint32_t>(i - segment * segments.topk);
@@ -391,11 +398,17 @@ __global__ void __launch_bounds__(kThreads)
   }
   const Level& level = head.levels[l];
   const uint32_t row = index_of_key(key) / head.classes;
-  const int64_t deltas_of_image = int64_t{4} * level.layout.positions * head.anchors;
+  const bool has_distances = distances.bins > 0;
+  const int64_t deltas_of_image =
+      int64_t{4} * (has_distances ? distances.bins : head.anchors) * level.layout.positions;
   const auto* deltas = static_cast<const scalar_t*>(level.deltas) + image * deltas_of_image;
   candidates.keys[image * candidates.size + place] = key;
-  candidates.boxes[image * candidates.size + place] = coder.decode(
-      level.layout.load_deltas(deltas, row, head.anchors), load_box(anchors + int64_t{4} * row));
+  candidates.boxes[image * candidates.size + place] =
+      has_distances
+          ? level.layout.load_distances(deltas, row, distances.bins, anchors + int64_t{2} * row,
+                                        distances.strides[l], coder.bounds)
+          : coder.decode(level.layout.load_deltas(deltas, row, head.anchors),
+                         load_box(anchors + int64_t{4} * row));
 }
 
 struct ImageCandidates {
@@ -548,6 +561,12 @@ void find_candidates(const Head& head, const Segments& segments, float least_log
   launch(&rank_kernel, segments.size * slices, kThreads, 0, scope.stream(), segments, slices);
 }
 
+Distances distances_of(const CandidateOptions& options) {
+  Distances distances{options.has_distances() ? static_cast<int>(options.bins) : 0, {}};
+  std::copy(options.strides.begin(), options.strides.end(), distances.strides);
+  return distances;
+}
+
 // The candidates of all images, in memory that lives as long as this.
 struct Found {
   SegmentTensors segment_tensors;
@@ -571,8 +590,8 @@ struct Found {
       find_candidates<scalar_t>(head, segments, least_logit_above(options.score_threshold), scope);
       launch(&place_kernel<scalar_t>, ceil_div(segments.size * segments.topk, kThreads), kThreads,
              0, scope.stream(), head, segments, box_coder<float>(options.weights, options.clip),
-             static_cast<const float*>(anchors.const_data_ptr()), data_of<float>(image_sizes),
-             candidates);
+             distances_of(options), static_cast<const float*>(anchors.const_data_ptr()),
+             data_of<float>(image_sizes), candidates);
     });
   }
 
@@ -593,8 +612,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
     const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
     double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
-    std::optional<int64_t> topk) {
-  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
+  const CandidateOptions options{weights,         clip,           strides, bins,
+                                 score_threshold, topk_per_level, topk};
   const HeadShape shape =
       check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
   const LaunchScope scope(cls_logits[0]);
@@ -613,8 +633,9 @@ std::tuple<Tensor, Tensor, Tensor> head_candidates_cuda(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
     const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    std::optional<int64_t> topk) {
-  const CandidateOptions options{weights, clip, score_threshold, topk_per_level, topk};
+    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
+  const CandidateOptions options{weights,         clip,           strides, bins,
+                                 score_threshold, topk_per_level, topk};
   const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
   const LaunchScope scope(cls_logits[0]);
   const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);

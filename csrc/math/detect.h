@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "box.h"
+#include "distances.h"
 
 namespace focalops {
 
@@ -116,6 +117,32 @@ struct LevelLayout {
     return {static_cast<float>(deltas[at]), static_cast<float>(deltas[at + stride]),
             static_cast<float>(deltas[at + 2 * stride]),
             static_cast<float>(deltas[at + 3 * stride])};
+  }
+
+  // The box of a position whose four distances have so many bins each, and there is one anchor.
+  template <typename T>
+  FOCALOPS_HOST_DEVICE Box<float> load_distances(const T* logits, uint32_t row, int bins,
+                                                 const float* point, float stride,
+                                                 const Box<float>& bounds) const {
+    const int64_t position = row - first_row;
+    const T* at = deltas_have_rows ? logits + position * 4 * bins : logits + position;
+    const int64_t step = deltas_have_rows ? 1 : positions;
+    float sides[4];
+    FOCALOPS_UNROLL
+    for (int side = 0; side < 4; ++side) {
+      float distance = static_cast<float>(*at);
+      if (bins > 1) {
+        Expectation<float> expectation;
+        for (int bin = 0; bin < bins; ++bin) {
+          expectation.add(static_cast<float>(at[bin * step]), static_cast<float>(bin));
+        }
+        distance = expectation.value();
+      }
+      at += bins * step;
+      sides[side] = coordinate_of_side(side, point[side % 2], stride, distance);
+    }
+    const ImageBounds<float> x{bounds.x1, bounds.x2}, y{bounds.y1, bounds.y2};
+    return {x.clip(sides[0]), y.clip(sides[1]), x.clip(sides[2]), y.clip(sides[3])};
   }
 };
 
