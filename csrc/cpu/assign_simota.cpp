@@ -20,9 +20,6 @@ constexpr int64_t kBoxesATask = 4;      // whose costs differ by their sizes
 constexpr int64_t kPiece = 64 * kTile;  // points
 constexpr int64_t kSums = 16;           // of the classes of an anchor, in one vector
 
-// In place of the sum of the classes: the anchor takes no part.
-constexpr float kOutside = -1, kInCrowd = -2;
-
 static_assert(sizeof(Claims) == sizeof(int64_t));
 
 template <typename Rule, typename T>

@@ -31,6 +31,9 @@ FOCALOPS_HOST_DEVICE float simota_overlap(const Box<float>& predicted, const Sim
 
 FOCALOPS_HOST_DEVICE float sigmoid_of(float x) { return div(1.0f, add(1.0f, exponential(-x))); }
 
+// In place of the base of an anchor that takes no part.
+constexpr float kOutside = -1, kInCrowd = -2;
+
 // A prediction as the costs need it.
 struct SimotaAnchor {
   float base;     // of the classes, as if none were the box's
@@ -42,6 +45,7 @@ template <SimotaRule Rule>
 struct Simota {
   float radius;  // in strides
 
+  static constexpr SimotaRule kRule = Rule;
   static constexpr bool kIsSoft = Rule == SimotaRule::kRtmdet;
 
   // The square around the center within which points are near it.
