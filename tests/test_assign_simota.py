@@ -247,7 +247,7 @@ def test_labels_out_of_range(backend, device):
 
 COORDINATES = st.sampled_from([-3.0, 0, 1, 1.5, 2, 4, 7, 20, 1e6, 1e30, math.inf, math.nan])
 BOXES = st.tuples(*[COORDINATES] * 4)
-LOGITS = st.sampled_from([-200.0, -3, 0, 0.5, 4, 200, math.nan])
+LOGITS = st.sampled_from([-200.0, -3.0, 0.0, 0.5, 4.0, 200.0, math.nan])
 
 
 @given(
