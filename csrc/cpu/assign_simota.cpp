@@ -108,7 +108,7 @@ FOCALOPS_SIMD void overlap_tile(const T* boxes, const T* bases, int64_t n, const
 
 template <typename Rule, typename T>
 FOCALOPS_SIMD void own_tile(const Rule& rule, const T* x, const T* y, const T* strides, int64_t n,
-                            const SimotaBox& object, bool* is_own) {
+                            const SimotaBox& object, uint8_t* is_own) {
   for (int64_t i = 0; i < n; ++i) {
     is_own[i] = rule.owns({x[i], y[i]}, strides[i], object);
   }
@@ -123,7 +123,7 @@ struct Pairs {
   int32_t anchor[kRoom + kTile];
   float overlap[kRoom + kTile], base[kRoom + kTile], logit[kRoom + kTile], quality[kRoom + kTile];
   float x[kRoom + kTile], y[kRoom + kTile], stride[kRoom + kTile], cost[kRoom + kTile];
-  bool is_own[kRoom + kTile];
+  uint8_t is_own[kRoom + kTile];
 
   bool is_full() const { return size >= kRoom; }
 };
@@ -131,12 +131,12 @@ struct Pairs {
 template <typename Rule, typename T>
 FOCALOPS_SIMD void find_costs(const Rule& rule, const SimotaBox& object, const T* bases,
                               const T* logits, const T* qualities, const T* overlaps, const T* x,
-                              const T* y, const T* strides, const bool* is_own, int64_t n,
+                              const T* y, const T* strides, const uint8_t* is_own, int64_t n,
                               T* costs) {
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     costs[i] = rule.cost({bases[i], logits[i], qualities[i]}, overlaps[i],
-                         rule.place({x[i], y[i]}, strides[i], object, is_own[i]));
+                         rule.place({x[i], y[i]}, strides[i], object, is_own[i] != 0));
   }
 }
 
@@ -221,28 +221,27 @@ struct Assignment {
     const SimotaBox& box = object(image, j);
     const int64_t k = number(image, box);
     TopK cheapest(k);
-    const auto visit = [&](bool promises) {
-      Pairs pairs;
+    Pairs pairs;
+    for (int lot = Rule::kFirstLot; lot < Rule::kLots; ++lot) {
       const auto of_tile = [&](int64_t tile) {
-        add(image, j, tile, promises, pairs);
+        add(image, j, tile, lot, pairs);
         if (pairs.is_full()) {
           offer(image, j, pairs, cheapest);
         }
       };
-      if (!promises) {
+      if (lot == 0) {
+        for_tiles<true>(box, 0, tiles.size(), of_tile);
+      } else if (lot == 1) {
+        predictions[image].for_each(box.box, of_tile);
+      } else {
         for (int64_t tile = 0; tile < tiles.size(); ++tile) {
           of_tile(tile);
         }
-      } else if (Rule::kIsSoft) {
-        predictions[image].for_each(box.box, of_tile);
-      } else {
-        for_tiles<true>(box, 0, tiles.size(), of_tile);
       }
       offer(image, j, pairs, cheapest);
-    };
-    visit(true);
-    if (!cheapest.is_full() || !(cost_of(cheapest.last()) < Rule::floor())) {
-      visit(false);
+      if (cheapest.is_full() && cost_of(cheapest.last()) < Rule::floor(lot)) {
+        break;
+      }
     }
     const Claims mine = Claims::of(static_cast<uint32_t>(j), static_cast<uint32_t>(max_boxes));
     for (const uint64_t candidate : cheapest) {
@@ -273,18 +272,18 @@ struct Assignment {
     return Rule::number(sum, static_cast<int>(candidates));
   }
 
-  // Those of a tile that are promises, or those that are not.
-  void add(int64_t image, int64_t j, int64_t tile, bool promises, Pairs& pairs) const {
+  // Those of a tile that are of the lot.
+  void add(int64_t image, int64_t j, int64_t tile, int lot, Pairs& pairs) const {
     const int64_t first = tile * kTile, n = std::min(kTile, num_points - first);
     const int64_t i = image * num_points + first;
     const SimotaBox& box = object(image, j);
     alignas(64) float overlaps[kTile];
-    alignas(64) bool is_own[kTile];
+    alignas(64) uint8_t is_own[kTile];
     overlap_tile(pred_boxes + 4 * i, ious + i, n, box, overlaps);
     own_tile(rule, tiles.x.data() + first, tiles.y.data() + first, tiles.stride.data() + first, n,
              box, is_own);
     for (int64_t m = 0; m < n; ++m) {
-      if (overlaps[m] >= 0 && Rule::is_promise(is_own[m], overlaps[m]) == promises) {
+      if (overlaps[m] >= 0 && Rule::lot(is_own[m] != 0, overlaps[m]) == lot) {
         const int64_t at = pairs.size++;
         pairs.anchor[at] = static_cast<int32_t>(first + m);
         pairs.overlap[at] = overlaps[m];
@@ -321,25 +320,24 @@ struct Assignment {
     const Box<float> prediction = predicted(image, n);
     const float of_object = quality(image, n);
     uint64_t best = 0;
-    const auto compare = [&](bool promises) {
+    for (int lot = Rule::kFirstLot; lot < Rule::kLots; ++lot) {
       for (int64_t j = 0; j < counts[image]; ++j) {
         const SimotaBox& box = object(image, j);
         const bool is_own = rule.owns(point(n), tiles.stride[n], box);
-        if (!Rule::kIsSoft && is_own != promises) {
+        if (lot == 0 && !is_own) {
           continue;
         }
         const float overlap = simota_overlap(prediction, box);
-        if (overlap >= 0 && Rule::is_promise(is_own, overlap) == promises) {
+        if (overlap >= 0 && Rule::lot(is_own, overlap) == lot) {
           const float cost =
               rule.cost({ious[i], logits.at(image, n, labels[image * max_boxes + j]), of_object},
                         overlap, rule.place(point(n), tiles.stride[n], box, is_own));
           best = cost == cost ? std::max(best, by_cost(cost, static_cast<uint32_t>(j))) : best;
         }
       }
-    };
-    compare(true);
-    if (best == 0 || !(cost_of(best) < Rule::floor())) {
-      compare(false);
+      if (best != 0 && cost_of(best) < Rule::floor(lot)) {
+        break;
+      }
     }
     return index_of(best);
   }

@@ -64,31 +64,29 @@ struct Assignment {
     return objectness.data == nullptr ? -1.0f : sigmoid_of(objectness.at(image, n, 0));
   }
 
-  // by_cost() of a pair that is a promise, or of one that is not; 0 of the others.
-  template <bool kPromises>
-  __device__ __forceinline__ Key key(int64_t image, int64_t n, const SimotaBox& box, int64_t label,
-                                     float base, uint32_t index) const {
+  // by_cost() of a pair of the lot; 0 of the others.
+  __device__ __forceinline__ Key key(int lot, int64_t image, int64_t n, const SimotaBox& box,
+                                     int64_t label, float base, uint32_t index) const {
     const Point<float> at = point(n);
     const float stride = strides[n];
     const bool is_own = rule.owns(at, stride, box);
-    if (!Simota<Rule>::kIsSoft && is_own != kPromises) {
+    if (lot == 0 && !is_own) {
       return 0;
     }
     const float overlap = simota_overlap(pred.load(image, n), box);
-    if (!(overlap >= 0) || rule.is_promise(is_own, overlap) != kPromises) {
+    if (!(overlap >= 0) || rule.lot(is_own, overlap) != lot) {
       return 0;
     }
     const float cost = rule.cost({base, logits.at(image, n, label), quality(image, n)}, overlap,
                                  rule.place(at, stride, box, is_own));
     return cost == cost ? Key{by_cost(cost, index)} : 0;
   }
-};
 
-// Whether what is cheapest, or the last of so many, leaves no room for pairs that are no promise.
-template <SimotaRule Rule>
-__device__ __forceinline__ bool suffices(Key key) {
-  return key != 0 && cost_of(key) < Simota<Rule>::floor();
-}
+  // Whether what is the worst of the lots so far leaves no room for later ones.
+  __device__ __forceinline__ bool suffices(Key worst, int lot) const {
+    return worst != 0 && cost_of(worst) < rule.floor(lot);
+  }
+};
 
 template <SimotaRule Rule>
 __global__ void __launch_bounds__(kThreads)
@@ -177,18 +175,20 @@ __device__ __forceinline__ void merge_warps(Key (*keys)[kWarpSize], TopK& top) {
   }
 }
 
-// The anchors whose pairs with the box are promises, or are not.
-template <bool kPromises, SimotaRule Rule>
-__device__ __forceinline__ void offer_anchors(const Assignment<Rule>& a, int64_t image, int64_t j,
-                                              const SimotaBox& box, int k, TopK& cheapest) {
+// The anchors whose pairs with the box are of the lot.
+template <SimotaRule Rule>
+__device__ __forceinline__ void offer_anchors(const Assignment<Rule>& a, int lot, int64_t image,
+                                              int64_t j, const SimotaBox& box, int k,
+                                              TopK& cheapest) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t label = a.label(image, j), first = image * a.num_points;
   for (int64_t begin = warp; begin < a.tiles; begin += kBoxWarps * kWarpSize) {
     const int64_t mine = begin + lane * kBoxWarps;
     bool meets = mine < a.tiles;
-    if (kPromises && meets) {
-      meets = Simota<Rule>::kIsSoft ? intersects(box.box, a.predictions[image * a.tiles + mine])
-                                    : a.rule.may_own(a.ranges[mine], a.greatest[mine], box);
+    if (lot == 0 && meets) {
+      meets = a.rule.may_own(a.ranges[mine], a.greatest[mine], box);
+    } else if (lot == 1 && meets) {
+      meets = intersects(box.box, a.predictions[image * a.tiles + mine]);
     }
     for (unsigned mask = __ballot_sync(kFullWarp, meets); mask != 0; mask &= mask - 1) {
       const int64_t n = (begin + int64_t{__ffs(mask) - 1} * kBoxWarps) * kWarpSize + lane;
@@ -196,7 +196,7 @@ __device__ __forceinline__ void offer_anchors(const Assignment<Rule>& a, int64_t
       if (n < a.num_points) {
         const float base = a.ious[first + n];
         if (!(base < 0)) {
-          key = a.template key<kPromises>(image, n, box, label, base, static_cast<uint32_t>(n));
+          key = a.key(lot, image, n, box, label, base, static_cast<uint32_t>(n));
         }
       }
       cheapest.offer(key, k);
@@ -245,18 +245,19 @@ __global__ void __launch_bounds__(kBoxThreads, 1)
     __syncthreads();
     const int k = number;
     TopK cheapest;
-    offer_anchors<true>(a, image, j, box, k, cheapest);
-    merge_warps(keys, cheapest);
-    if (warp == 0) {
-      const bool suffice = suffices<Rule>(__shfl_sync(kFullWarp, cheapest.mine(), k - 1));
-      if (lane == 0) {
-        is_done = suffice;
-      }
-    }
-    __syncthreads();
-    if (!is_done) {
-      offer_anchors<false>(a, image, j, box, k, cheapest);
+    for (int lot = a.rule.kFirstLot; lot < a.rule.kLots; ++lot) {
+      offer_anchors(a, lot, image, j, box, k, cheapest);
       merge_warps(keys, cheapest);
+      if (warp == 0) {
+        const Key worst = __shfl_sync(kFullWarp, cheapest.mine(), k - 1);
+        if (lane == 0) {
+          is_done = a.suffices(worst, lot);
+        }
+      }
+      __syncthreads();
+      if (is_done) {
+        break;
+      }
     }
     if (warp == 0 && lane < k && cheapest.mine() != 0) {
       const Claims mine =
@@ -269,16 +270,16 @@ __global__ void __launch_bounds__(kBoxThreads, 1)
   }
 }
 
-// The cheapest of the image's boxes, of those whose pairs with the anchor are promises, or are not;
-// the warp's lanes together.
-template <bool kPromises, SimotaRule Rule>
-__device__ __forceinline__ Key cheapest_box(const Assignment<Rule>& a, int64_t image, int64_t n,
-                                            float base) {
+// The cheapest of the image's boxes, of those whose pairs with the anchor are of the lot; the
+// warp's lanes together.
+template <SimotaRule Rule>
+__device__ __forceinline__ Key cheapest_box(const Assignment<Rule>& a, int lot, int64_t image,
+                                            int64_t n, float base) {
   Key best = 0;
   for (int64_t j = threadIdx.x % kWarpSize; j < a.counts[image]; j += kWarpSize) {
     if (a.is_object(image, j)) {
-      const Key key = a.template key<kPromises>(image, n, a.object(image, j), a.label(image, j),
-                                                base, static_cast<uint32_t>(j));
+      const Key key = a.key(lot, image, n, a.object(image, j), a.label(image, j), base,
+                            static_cast<uint32_t>(j));
       best = key > best ? key : best;
     }
   }
@@ -313,10 +314,11 @@ __global__ void __launch_bounds__(kThreads)
   for (unsigned mask = __ballot_sync(kFullWarp, is_contested); mask != 0; mask &= mask - 1) {
     const int from = __ffs(mask) - 1;
     const float of_anchor = __shfl_sync(kFullWarp, base, from);
-    Key best = cheapest_box<true>(a, image, first + from, of_anchor);
-    if (!suffices<Rule>(best)) {
-      const Key other = cheapest_box<false>(a, image, first + from, of_anchor);
-      best = other > best ? other : best;
+    Key best = 0;
+    for (int lot = a.rule.kFirstLot; lot < a.rule.kLots && !(lot > 0 && a.suffices(best, lot - 1));
+         ++lot) {
+      const Key key = cheapest_box(a, lot, image, first + from, of_anchor);
+      best = key > best ? key : best;
     }
     match = lane == from ? index_of(best) : match;
   }

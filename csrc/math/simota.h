@@ -82,12 +82,18 @@ struct Simota {
     return owns(intersects(range, object.box), intersects(range, near(object, stride)));
   }
 
-  // The pairs that are no promise cost at least `floor`: they are looked at only where the others
-  // do not suffice. Costs of classes are at least 0, and sums are rounded monotonically.
-  static FOCALOPS_HOST_DEVICE bool is_promise(bool is_own, float overlap) {
-    return kIsSoft ? overlap > 0 : is_own;
+  // Pairs come in three lots: those without a penalty, others that overlap, and the rest. What is
+  // in later lots costs at least `floor`: classes cost at least 0, and sums are rounded
+  // monotonically.
+  static constexpr int kLots = 3, kFirstLot = kIsSoft ? 1 : 0;
+
+  static FOCALOPS_HOST_DEVICE int lot(bool is_own, float overlap) {
+    return is_own && !kIsSoft ? 0 : overlap > 0 ? 1 : 2;
   }
-  static FOCALOPS_HOST_DEVICE float floor() { return kIsSoft ? overlap_cost(0.0f) : penalty(); }
+  static FOCALOPS_HOST_DEVICE float floor(int lot) {
+    const float of_overlap = lot == 0 ? 0.0f : overlap_cost(0.0f);
+    return kIsSoft ? of_overlap : add(of_overlap, penalty());
+  }
 
   // The cost of a class that is not the box's.
   static FOCALOPS_HOST_DEVICE float negative(float logit, float quality) {
