@@ -292,7 +292,7 @@ __device__ __forceinline__ Key cheapest_box(const Assignment<Rule>& a, int lot, 
 }
 
 template <SimotaRule Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     settle_cheapest_kernel(const __grid_constant__ Assignment<Rule> a) {
   const int64_t tile = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
