@@ -230,9 +230,12 @@ def assign_simota(
     if objectness is not None:
         require_tensor("objectness", objectness)
     if rule == "yolox" and objectness is None:
-        raise ValueError("objectness must be logits of shape (B, N) where rule is 'yolox'")
+        raise ValueError("objectness must be logits (B, N) where rule is 'yolox', got None")
     if rule == "rtmdet" and objectness is not None:
-        raise ValueError("objectness must be None where rule is 'rtmdet'")
+        raise ValueError(
+            "objectness must be None where rule is 'rtmdet', "
+            f"got a tensor of shape {tuple(objectness.shape)}"
+        )
     require_tensors("gt_labels", gt_labels)
     listed = gt_boxes
     gt_boxes, counts, crowd = _ground_truth(op, points, gt_boxes, counts, crowd)

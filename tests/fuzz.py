@@ -54,6 +54,7 @@ CHOICES = (
     "soft_nms",
     "matrix_nms",
     "assign_fcos",
+    "assign_simota",
     "assign_task_aligned",
     "detect",
     "match_anchors",

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import focalops
 from focalops import (
     assign_fcos,
+    assign_simota,
     assign_task_aligned,
     batched_nms,
     class_index_targets,
@@ -82,6 +83,13 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     "assign_fcos": (
         lambda p, g, c: assign_fcos(p, [8, 16], [18, 2], g, counts=c),
         lambda n: (torch.rand(20, 2) * 60, boxes(2, n), torch.tensor([4, 1])),
+    ),
+    "assign_simota": (
+        lambda s, b, p, g, t, c: assign_simota(s, b, p, torch.full((20,), 8.0), g, t, counts=c),
+        lambda n: (
+            *(torch.randn(2, 20, 3), boxes(2, 20), torch.rand(20, 2) * 60),
+            *(boxes(2, n), torch.randint(0, 3, (2, n)), torch.tensor([4, 1])),
+        ),
     ),
     "assign_task_aligned": (
         lambda s, b, p, g, t, c: assign_task_aligned(s, b, p, g, t, counts=c),
@@ -198,6 +206,7 @@ DYNAMIC = {"batched_nms", "nms", "nms_match"}
 # Matching, targets, NMS and detection choose, and an IoU that weighs is a constant: there is nothing to differentiate.
 CHOICES = {
     "assign_fcos",
+    "assign_simota",
     "assign_task_aligned",
     "class_index_targets",
     "count_degenerate_boxes",
