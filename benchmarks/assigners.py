@@ -12,7 +12,13 @@ from torch import Tensor
 from torchvision.models.detection import FCOS
 
 from benchmarks.harness import OURS, Case
-from focalops import assign_atss, assign_fcos, assign_task_aligned, reference
+from focalops import (
+    assign_atss,
+    assign_fcos,
+    assign_simota,
+    assign_task_aligned,
+    reference,
+)
 
 SIZE = 640
 
@@ -25,6 +31,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     sizes = ((1, 20), (16, 20), (1, 300), (16, 300), (1, 4967))  # the last as in xView
     for images, objects in sizes[:1] if quick else sizes:
         yield task_aligned_case(images, objects, device)
+    for rule in ("simota", "yolox", "rtmdet"):
+        for images, objects in sizes[:1] if quick else sizes[:3]:
+            yield simota_case(rule, images, objects, device)
 
 
 def grid(strides: list[int], device: torch.device) -> tuple[Tensor, list[int]]:
@@ -151,3 +160,32 @@ def task_aligned_case(images: int, objects: int, device: torch.device) -> Case:
     size = f"{images} x {len(points):,} points, {objects:,} boxes"
     moved = images * len(points) * 36
     return Case("assign_task_aligned", size, moved, contestants, agree)
+
+
+def simota_case(rule: str, images: int, objects: int, device: torch.device) -> Case:
+    """COCO's classes; predictions near the objects as a trained network has them."""
+    num_classes = 80
+    points, level_sizes = grid([8, 16, 32], device)
+    strides = torch.tensor([8.0, 16, 32]).repeat_interleave(torch.tensor(level_sizes)).to(device)
+    if rule == "rtmdet":
+        points = points - strides[:, None] / 2
+    gt_boxes = torch.stack([random_boxes(objects, device) for _ in range(images)])
+    gt_labels = torch.randint(0, num_classes, (images, objects), device=device)
+    centers = (gt_boxes[..., :2] + gt_boxes[..., 2:]) / 2
+    near = gt_boxes.gather(1, torch.cdist(points, centers).argmin(2)[..., None].expand(-1, -1, 4))
+    boxes = near + torch.randn_like(near) * (near[..., 2:] - near[..., :2]).repeat(1, 1, 2) * 0.15
+    logits = 2 * torch.randn(images, len(points), num_classes, device=device) - 3
+    objectness = 2 * torch.randn(images, len(points), device=device) if rule == "yolox" else None
+    arguments = (logits, boxes, points, strides, gt_boxes, gt_labels)
+    options = {"objectness": objectness, "rule": rule}
+    contestants = {OURS: lambda: assign_simota(*arguments, **options)}
+    if images * objects <= 20:
+        contestants["reference"] = lambda: reference.assign_simota(*arguments, **options)
+
+    def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+        # Logarithms of other polynomials: costs that differ by an ulp may change places.
+        assert (ours[0] != theirs[0]).float().mean() < 1e-3
+
+    size = f"{rule}, {images} x {len(points):,} points, {objects:,} boxes"
+    moved = images * len(points) * (40 + 4 * num_classes)
+    return Case("assign_simota", size, moved, contestants, agree)

@@ -6,6 +6,7 @@
 
 #include "head_levels.h"
 #include "math/assign.h"
+#include "math/simota.h"
 #include "rows.h"
 
 namespace focalops {
@@ -86,18 +87,19 @@ FOCALOPS_HOST_DEVICE IouFormula<Kind, float> task_overlap() {
 // The scores of the classes, wherever and in whatever dtype they lie: told apart at run time, since
 // few of them are read.
 struct ClassScores {
-  const void* data;
-  ScalarType dtype;
-  int64_t of_image, of_anchor, of_class;  // strides
-  int64_t num_classes;
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t of_image = 0, of_anchor = 0, of_class = 0;  // strides
+  int64_t num_classes = 1;
 
-  explicit ClassScores(const Tensor& scores)  // (B, N, K)
+  ClassScores() = default;
+  explicit ClassScores(const Tensor& scores)  // (B, N, K), or (B, N) of one class
       : data(scores.const_data_ptr()),
         dtype(scores.scalar_type()),
         of_image(scores.stride(0)),
         of_anchor(scores.stride(1)),
-        of_class(scores.stride(2)),
-        num_classes(scores.size(2)) {}
+        of_class(scores.dim() == 3 ? scores.stride(2) : 0),
+        num_classes(scores.dim() == 3 ? scores.size(2) : 1) {}
 
   FOCALOPS_HOST_DEVICE bool has(int64_t label) const { return label >= 0 && label < num_classes; }
 
@@ -116,6 +118,20 @@ struct ClassScores {
         return static_cast<float>(static_cast<const double*>(data)[i]);
       default:
         return static_cast<const float*>(data)[i];
+    }
+  }
+
+  // All classes of an anchor.
+  void read(int64_t image, int64_t anchor, float* row) const {
+    if (dtype == ScalarType::Float) {
+      const float* logits = static_cast<const float*>(data) + index(image, anchor, 0);
+      for (int64_t k = 0; k < num_classes; ++k) {
+        row[k] = logits[k * of_class];
+      }
+      return;
+    }
+    for (int64_t k = 0; k < num_classes; ++k) {
+      row[k] = at(image, anchor, k);
     }
   }
 
@@ -145,6 +161,28 @@ void dispatch_atss(const AtssOptions& options, const F& f) {
     return f(MmdetAtss{});
   }
   return f(MmyoloAtss{});
+}
+
+// ---- SimOTA
+
+struct SimotaOptions {
+  int64_t rule;  // of SimotaRule
+  double center_radius;
+  int64_t candidates;
+};
+
+// Calls f with the rule's formulas.
+template <typename F>
+void dispatch_simota(const SimotaOptions& options, const F& f) {
+  const auto radius = static_cast<float>(options.center_radius);
+  switch (static_cast<SimotaRule>(options.rule)) {
+    case SimotaRule::kSimota:
+      return f(Simota<SimotaRule::kSimota>{radius});
+    case SimotaRule::kYolox:
+      return f(Simota<SimotaRule::kYolox>{radius});
+    default:
+      return f(Simota<SimotaRule::kRtmdet>{radius});
+  }
 }
 
 }  // namespace focalops

@@ -168,6 +168,12 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   m.def(
       "assign_atss(Tensor anchors, Tensor gt_boxes, Tensor? counts, Tensor? crowd,"
       " int[] level_sizes, int topk, int rule, bool at_least_one) -> Tensor matches");
+  // As above. strides: (N,), pixels; objectness: logits (B, N); rule: 0 mmdet's, 1 YOLOX's,
+  // 2 RTMDet's. ious: (B, N).
+  m.def(
+      "assign_simota(Tensor cls_logits, Tensor pred_boxes, Tensor points, Tensor strides,"
+      " Tensor gt_boxes, Tensor gt_labels, Tensor? objectness, Tensor? counts, Tensor? crowd,"
+      " int rule, float center_radius, int candidates) -> (Tensor matches, Tensor ious)");
 
   // nms. by_distance: by DIoU
   m.def(

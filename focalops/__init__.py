@@ -25,7 +25,7 @@ from focalops.dense_equalized_focal_loss import dense_equalized_focal_loss
 from focalops.dense_focal_loss import dense_focal_loss
 from focalops.dense_row_losses import dense_quality_loss
 from focalops.distances import decode_distances, distribution_focal_loss, encode_distances
-from focalops.dynamic_assigners import assign_task_aligned
+from focalops.dynamic_assigners import assign_simota, assign_task_aligned
 from focalops.focal_loss import sigmoid_focal_loss, sigmoid_focal_loss_star, softmax_focal_loss
 from focalops.fusion import fuse_features
 from focalops.matching import (
@@ -50,6 +50,7 @@ __all__ = [
     "accelerate",
     "assign_atss",
     "assign_fcos",
+    "assign_simota",
     "assign_task_aligned",
     "batched_nms",
     "box_iou",

@@ -70,7 +70,8 @@ _IS_ABOUT_AN_ARGUMENT = re.compile(r"[a-z_]+: .*\b(must|needs)\b")
 _CHOICES = frozenset(
     f"focalops::{name}"
     for name in (
-        *("assign_atss", "assign_fcos", "assign_task_aligned", "detect", "match_anchors"),
+        *("assign_atss", "assign_fcos", "assign_simota", "assign_task_aligned"),
+        *("detect", "match_anchors"),
         *("matrix_nms", "multiclass_nms", "nms", "soft_nms"),
     )
 )

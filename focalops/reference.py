@@ -1143,6 +1143,96 @@ def assign_task_aligned(
     return torch.stack(matches), torch.stack(scores)
 
 
+def assign_simota(
+    cls_logits: Tensor,  # [B, N, K]
+    pred_boxes: Tensor,  # [B, N, 4]
+    points: Tensor,  # [N, 2]
+    strides: Tensor,  # [N]
+    gt_boxes: Sequence[Tensor] | Tensor,  # B of [M_i, 4], or [B, M, 4] with counts
+    gt_labels: Sequence[Tensor] | Tensor,  # B of [M_i], or [B, M]
+    *,
+    objectness: Tensor | None = None,  # [B, N]
+    counts: Tensor | None = None,  # [B]
+    rule: str = "simota",
+    center_radius: float | None = None,
+    candidates: int | None = None,
+    crowd: Sequence[Tensor] | Tensor | None = None,  # bool, B of [M_i], or [B, M]
+) -> tuple[Tensor, Tensor]:  # int64 [B, N], float32 [B, N]
+    of_rule: tuple[float, int, float, float] = {
+        "simota": (2.5, 10, 1e-7, 1e5),
+        "yolox": (1.5, 10, 1e-8, 1e6),
+        "rtmdet": (3.0, 13, 1e-7, 0.0),
+    }[rule]
+    radius, most, eps, penalty = of_rule
+    radius = radius if center_radius is None else center_radius
+    most = most if candidates is None else candidates
+    points, pred_boxes, strides = points.float(), pred_boxes.float(), strides.float()
+    matches, ious = [], []
+    for i, (boxes, labels) in enumerate(zip(gt_boxes, gt_labels, strict=True)):
+        count = len(boxes) if counts is None else int(counts[i])
+        boxes, labels = boxes[:count].float(), labels[:count].to(torch.int64)
+        is_crowd = torch.zeros(count, dtype=torch.bool, device=boxes.device)
+        if crowd is not None:
+            is_crowd = crowd[i][:count]
+        in_crowd = (_sides(points, boxes[is_crowd]).amin(-1) > 0).any(1)
+        has_class = (labels >= 0) & (labels < cls_logits.shape[2])
+        objects = torch.where(~is_crowd & has_class)[0]
+        boxes, labels = boxes[objects], labels[objects]
+        inside = _sides(points, boxes).amin(-1) > 0  # [N, M]
+        center = (boxes[:, :2] + boxes[:, 2:]) / 2
+        reach = radius * strides[:, None, None]
+        above, below = points[:, None] - (center - reach), (center + reach) - points[:, None]
+        near = torch.cat((above, below), dim=-1).amin(-1) > 0
+        may_match = {"simota": inside | near, "yolox": near, "rtmdet": inside}[rule]
+        valid = torch.where(may_match.any(1) & ~in_crowd)[0]
+        match = torch.full_like(in_crowd, -1, dtype=torch.int64)
+        iou = torch.zeros_like(in_crowd, dtype=torch.float32)
+        if len(valid):
+            predicted = pred_boxes[i, valid, None]
+            high = torch.min(predicted[..., 2:], boxes[:, 2:])
+            both = F.relu(high - torch.max(predicted[..., :2], boxes[:, :2])).prod(-1)
+            u = both / (box_area(predicted) + box_area(boxes) - both).clamp(min=1e-6)  # [V, M]
+            # Logarithms in float64, so that equal pairs cost the same wherever they stand.
+            x = cls_logits[i, valid, None].float()  # [V, 1, K]
+            is_class = F.one_hot(labels, cls_logits.shape[2]).bool()  # [M, K]
+            if rule == "rtmdet":
+                target = torch.where(is_class, u[..., None].double(), 0)
+                x = x.double().expand_as(target)
+                bce = F.binary_cross_entropy_with_logits(x, target, reduction="none")
+                by_class = bce * (target - x.sigmoid()) ** 2
+                distance = (points[valid, None] - center).pow(2).sum(-1).sqrt()
+                place = 10 ** (distance / strides[valid, None] - radius)
+            else:
+                p = x.sigmoid()
+                if objectness is not None:
+                    p = (p * objectness[i, valid, None, None].float().sigmoid()).sqrt()
+                negative = (-torch.log1p(-p.double())).clamp(max=100)
+                by_class = torch.where(is_class, (-p.double().log()).clamp(max=100), negative)
+                own = near if rule == "yolox" else inside & near
+                place = penalty * ~own[valid]
+            of_overlap = 3 * -(u + eps).double().log().float()
+            cost = by_class.sum(-1).float() + of_overlap + place
+            greatest = torch.where(u > 0, u, 0).sort(dim=0, descending=True).values[:most]
+            number = sum(greatest.unbind()).int().clamp(min=1, max=most)
+            # A NaN is sorted last, and of equal costs the first stays so.
+            order = cost.sort(dim=0, stable=True)
+            is_taken = torch.arange(len(valid), device=cost.device)[:, None] < number
+            claims = torch.zeros_like(is_taken).scatter(0, order.indices, is_taken)
+            claims &= ~cost.isnan()
+            cheapest = cost.sort(dim=1, stable=True).indices[:, 0]
+            claimants = claims.sum(1)
+            box = torch.where(claimants > 1, cheapest, claims.byte().argmax(1))
+            taken = torch.where(claimants > 0)[0]
+            match[valid[taken]] = objects[box[taken]]
+            iou[valid[taken]] = u[taken, box[taken]]
+        matches.append(match.masked_fill(in_crowd, -2))
+        ious.append(iou)
+    if not matches:
+        empty = points.new_empty((0, len(points)))
+        return empty.to(torch.int64), empty
+    return torch.stack(matches), torch.stack(ious)
+
+
 def _power(x: Tensor, exponent: float) -> Tensor:
     """As the kernels have it: by the root, or by products of squares."""
     if exponent == 0.5:

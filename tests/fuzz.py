@@ -55,6 +55,7 @@ CHOICES = (
     "matrix_nms",
     "assign_atss",
     "assign_fcos",
+    "assign_simota",
     "assign_task_aligned",
     "detect",
     "match_anchors",

@@ -508,6 +508,31 @@ def assign_fcos() -> Arguments:
     }
 
 
+def assign_simota() -> Arguments:
+    points, _, _ = points_of_levels()
+    points = points.to(torch.float32)
+    classes = between(1, 4)
+    gt_boxes = [boxes(between(0, 9), dtype=torch.float32) for _ in range(between(0, 3))]
+    images, rule = len(gt_boxes), pick(("simota", "yolox", "rtmdet"))
+    arguments = padded_or_listed(gt_boxes)
+    labels: Any = [torch.randint(0, classes, (len(b),)) for b in gt_boxes]
+    if isinstance(arguments["gt_boxes"], Tensor):
+        labels = torch.randint(0, classes, arguments["gt_boxes"].shape[:2])
+    has_objectness = rule == "yolox" or (rule == "simota" and random.random() < 0.5)
+    return {
+        "cls_logits": torch.randn(images, len(points), classes).to(pick(DTYPES)),
+        "pred_boxes": boxes(images * len(points), dtype=torch.float32).view(images, -1, 4),
+        "points": points,
+        "strides": 8 * torch.ones(len(points)),
+        "gt_labels": labels,
+        "objectness": torch.randn(images, len(points)) if has_objectness else None,
+        "rule": rule,
+        "center_radius": maybe(lambda: pick((0, 1.5, 10.0))),
+        "candidates": maybe(lambda: pick((1, 3, 32))),
+        **arguments,
+    }
+
+
 def assign_task_aligned() -> Arguments:
     points, _, _ = points_of_levels()
     points = points.to(torch.float32)
@@ -676,6 +701,7 @@ MAKERS: dict[str, Callable[[], Arguments]] = {
     "accelerate": detector,
     "assign_atss": assign_atss,
     "assign_fcos": assign_fcos,
+    "assign_simota": assign_simota,
     "assign_task_aligned": assign_task_aligned,
     "batched_nms": batched_nms,
     "box_iou": box_iou,

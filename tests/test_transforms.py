@@ -15,6 +15,7 @@ import focalops
 from focalops import (
     assign_atss,
     assign_fcos,
+    assign_simota,
     assign_task_aligned,
     batched_nms,
     class_index_targets,
@@ -87,6 +88,13 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
     "assign_fcos": (
         lambda p, g, c: assign_fcos(p, [8, 16], [18, 2], g, counts=c),
         lambda n: (torch.rand(20, 2) * 60, boxes(2, n), torch.tensor([4, 1])),
+    ),
+    "assign_simota": (
+        lambda s, b, p, g, t, c: assign_simota(s, b, p, torch.full((20,), 8.0), g, t, counts=c),
+        lambda n: (
+            *(torch.randn(2, 20, 3), boxes(2, 20), torch.rand(20, 2) * 60),
+            *(boxes(2, n), torch.randint(0, 3, (2, n)), torch.tensor([4, 1])),
+        ),
     ),
     "assign_task_aligned": (
         lambda s, b, p, g, t, c: assign_task_aligned(s, b, p, g, t, counts=c),
@@ -204,6 +212,7 @@ DYNAMIC = {"batched_nms", "nms", "nms_match"}
 CHOICES = {
     "assign_atss",
     "assign_fcos",
+    "assign_simota",
     "assign_task_aligned",
     "class_index_targets",
     "count_degenerate_boxes",

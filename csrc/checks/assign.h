@@ -134,4 +134,53 @@ inline void check_assign_atss(const Tensor& anchors, const Tensor& gt_boxes,
   }
 }
 
+inline void check_assign_simota(const Tensor& cls_logits, const Tensor& pred_boxes,
+                                const Tensor& points, const Tensor& strides, const Tensor& gt_boxes,
+                                const Tensor& gt_labels, const std::optional<Tensor>& objectness,
+                                const std::optional<Tensor>& counts,
+                                const std::optional<Tensor>& crowd, const SimotaOptions& options) {
+  const char* op = "assign_simota";
+  check_points(op, points);
+  if (points.scalar_type() != ScalarType::Float) {
+    fail(op, ": points must be float32, got ", dtype_of(points));
+  }
+  check_like(op, "strides", strides, "points", points);
+  if (strides.dim() != 1 || strides.size(0) != points.size(0)) {
+    fail(op, ": strides must have shape (", points.size(0), ",), one for each point, got ",
+         shape_of(strides));
+  }
+  check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points);
+  const int64_t num_images = gt_boxes.size(0), num_points = points.size(0);
+  check_of_boxes(op, "gt_labels", gt_labels, ScalarType::Long, gt_boxes, "points", points);
+  check_same_device(op, "cls_logits", cls_logits, "points", points);
+  check_floating(op, "cls_logits", cls_logits);
+  if (cls_logits.dim() != 3 || cls_logits.size(0) != num_images ||
+      cls_logits.size(1) != num_points) {
+    fail(op, ": cls_logits must have shape (", num_images, ", ", num_points, ", K), got ",
+         shape_of(cls_logits));
+  }
+  check_like(op, "pred_boxes", pred_boxes, "points", points);
+  if (pred_boxes.dim() != 3 || pred_boxes.size(0) != num_images ||
+      pred_boxes.size(1) != num_points || pred_boxes.size(2) != 4) {
+    fail(op, ": pred_boxes must have shape (", num_images, ", ", num_points, ", 4), got ",
+         shape_of(pred_boxes));
+  }
+  if (objectness.has_value()) {
+    check_same_device(op, "objectness", *objectness, "points", points);
+    check_floating(op, "objectness", *objectness);
+    if (objectness->dim() != 2 || objectness->size(0) != num_images ||
+        objectness->size(1) != num_points) {
+      fail(op, ": objectness must have shape (", num_images, ", ", num_points, "), got ",
+           shape_of(*objectness));
+    }
+  }
+  if (options.rule < 0 || options.rule > 2) {
+    fail(op, ": rule must lie in [0, 2], got ", options.rule);
+  }
+  check_non_negative(op, "center_radius", options.center_radius);
+  if (options.candidates < 1 || options.candidates > kMaxTopk) {
+    fail(op, ": candidates must lie in [1, ", kMaxTopk, "], got ", options.candidates);
+  }
+}
+
 }  // namespace focalops
