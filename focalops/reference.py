@@ -1213,7 +1213,10 @@ def assign_simota(
             of_overlap = 3 * -(u + eps).double().log().float()
             cost = by_class.sum(-1).float() + of_overlap + place
             greatest = torch.where(u > 0, u, 0).sort(dim=0, descending=True).values[:most]
-            number = sum(greatest.unbind()).int().clamp(min=1, max=most)
+            total = greatest[0]
+            for overlap in greatest[1:]:  # in this order
+                total = total + overlap
+            number = total.int().clamp(min=1, max=most)
             # A NaN is sorted last, and of equal costs the first stays so.
             order = cost.sort(dim=0, stable=True)
             is_taken = torch.arange(len(valid), device=cost.device)[:, None] < number

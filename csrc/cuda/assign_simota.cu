@@ -88,8 +88,9 @@ struct Assignment {
   }
 };
 
+// Here and below: without the one block, the compiler spills.
 template <SimotaRule Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     weigh_anchors_kernel(const __grid_constant__ Assignment<Rule> a) {
   const int64_t tile = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
