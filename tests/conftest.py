@@ -44,10 +44,10 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of each test every eighth case runs what nvcc made, from the first on; all of them with FOCALOPS_PTX=all. Under the
-    sanitizers every second case runs; all of them with FOCALOPS_SANITIZED=all."""
+    sanitizers every sixth case runs; all of them with FOCALOPS_SANITIZED=all."""
     every = {"cuda-ptx": 1 if os.environ.get("FOCALOPS_PTX") == "all" else 8}
     if os.environ.get("FOCALOPS_EMULATION") == "sanitized":
-        every["cuda-emulated"] = 1 if os.environ.get("FOCALOPS_SANITIZED") == "all" else 2
+        every["cuda-emulated"] = 1 if os.environ.get("FOCALOPS_SANITIZED") == "all" else 6
     seen: Counter[tuple[str, str]] = Counter()
     chosen, left_out = [], []
     for item in items:

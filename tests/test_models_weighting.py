@@ -318,7 +318,9 @@ def test_compiles_whole(weighting):
 
     levels = leaves(outputs)
     eager = f(levels, anchors, targets)
-    compiled = torch.compile(f, fullgraph=True)(levels, anchors, targets)
+    # What inductor makes of a graph is its own affair, and takes it half a minute: of one method.
+    backend = "inductor" if weighting == "pisa" else "aot_eager"
+    compiled = torch.compile(f, fullgraph=True, backend=backend)(levels, anchors, targets)
     grads = [torch.autograd.grad(sum(x.values()), levels) for x in (eager, compiled)]
     for name, loss in eager.items():
         torch.testing.assert_close(compiled[name], loss)
