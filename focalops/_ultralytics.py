@@ -30,8 +30,10 @@ def accelerate_ultralytics(model: Any, name: str, report: Accelerated) -> None:
             report.kept.append(f"{what}, because {reason}")
             return
         model.criterion = model.init_criterion()
-    end_to_end = [getattr(model.criterion, part, None) for part in ("one2many", "one2one")]
-    for loss in end_to_end if None not in end_to_end else [model.criterion]:
+    losses: list[Any] = [model.criterion]
+    if hasattr(model.criterion, "one2many"):  # it is end to end
+        losses = [model.criterion.one2many, model.criterion.one2one]
+    for loss in losses:
         if type(loss) is v8DetectionLoss:
             _accelerate_assigner(loss.assigner, what, name, report)
         else:
