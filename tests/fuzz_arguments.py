@@ -521,7 +521,7 @@ def assign_simota() -> Arguments:
     has_objectness = rule == "yolox" or (rule == "simota" and random.random() < 0.5)
     return {
         "cls_logits": torch.randn(images, len(points), classes).to(pick(DTYPES)),
-        "pred_boxes": boxes(images * len(points), dtype=torch.float32).view(images, -1, 4),
+        "pred_boxes": boxes(images * len(points), dtype=torch.float32).view(images, len(points), 4),
         "points": points,
         "strides": 8 * torch.ones(len(points)),
         "gt_labels": labels,
@@ -548,7 +548,7 @@ def assign_task_aligned() -> Arguments:
     of_ultralytics = {"min_side": pick((0, 4.0, 16.0)), "final_topk": maybe(lambda: between(1, 4))}
     return {
         "pred_scores": torch.rand(images, len(points), classes).to(pick(DTYPES)),
-        "pred_boxes": boxes(images * len(points), dtype=torch.float32).view(images, -1, 4),
+        "pred_boxes": boxes(images * len(points), dtype=torch.float32).view(images, len(points), 4),
         "points": points,
         "gt_labels": labels,
         "topk": pick((1, 3, 10, 32)),

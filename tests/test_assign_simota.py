@@ -112,21 +112,20 @@ def test_boxes_that_own_too_few_anchors(rule, device):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_saturated_logits(rule, device):
-    """An anchor that costs more than the penalty by its classes is no better than one of others: here every own one does."""
-    arguments, options = scene((3, 1), 48, 1500, rule, device)
-    logits, points = arguments[0], arguments[2]
-    gt_boxes = [
-        boxes.new_tensor([[2, 2, 30, 30], [20, 20, 46, 46], [9, 3, 40, 28]])
-        for boxes in arguments[4]
-    ]
-    gt_boxes[1] = gt_boxes[1][:1]
+    """The classes of all anchors of the first box cost more than the penalty: it takes another's."""
+    num_classes = 10_100 if rule == "yolox" else 1100
+    arguments, options = scene((3,), 48, num_classes, rule, device)
+    logits, _, points, _, gt_boxes, _ = arguments
+    gt_boxes[0] = points.new_tensor([[2, 2, 30, 30], [20, 20, 46, 46], [9, 3, 40, 28]])
     logits.fill_(-20.0)
-    inside = ((points > 4) & (points < 28)).all(1)
-    logits[:, inside] = 100.0
-    check_is_the_references(*arguments[:4], gt_boxes, arguments[5], **options)
-    for number in (90, -90):
-        logits.fill_(number)
-        check_is_the_references(*arguments[:4], gt_boxes, arguments[5], **options)
+    of_first = ((points > 2) & (points < 30)).all(1)
+    logits[:, of_first] = 100.0
+    if rule == "yolox":
+        options["objectness"].fill_(100.0)
+    matches, _ = check_is_the_references(*arguments, **options)
+    assert (matches[:, ~of_first] >= 0).any() and not (matches[:, of_first] >= 0).any()
+    logits.fill_(100.0)
+    check_is_the_references(*arguments, **options)
 
 
 @pytest.mark.parametrize("rule", RULES)

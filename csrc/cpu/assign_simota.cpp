@@ -3,7 +3,7 @@
 // predictions it meets, so that of the matrix of anchors and boxes only the pairs that can matter
 // are computed. All are where these do not suffice.
 //
-// 2 bytes an anchor and image beside the outputs, the ranges of the tiles. The claims lie where the
+// A byte an anchor and image beside the outputs, the ranges of the tiles. The claims lie where the
 // matches will, the sums of the classes where the overlaps will.
 #include <algorithm>
 #include <limits>
