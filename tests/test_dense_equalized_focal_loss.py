@@ -98,7 +98,7 @@ def test_weights_are_in_the_sums(layout, device):
 @pytest.mark.parametrize("classes", [40, 257, 5000])
 def test_many_classes(classes, layout, device):
     """Several slices of a plane's classes, more classes than threads, rows that are longer than a chunk."""
-    sizes = ((3, 3), (1, 2)) if classes < 5000 else ((1, 2),)
+    sizes = ((3, 3), (1, 2)) if classes < 5000 else ((1, 1),)
     levels, labels = setup(device, layout=layout, images=1, anchors=1, classes=classes, sizes=sizes)
     labels[0, 0] = classes - 1
     check(levels, labels, gammas(classes, device), 1)
@@ -256,12 +256,12 @@ def test_gradcheck(per_image, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("classes", [5, 80])
-def test_the_same_bits_with_any_number_of_threads(classes, layout, device):
+def test_the_same_bits_with_any_number_of_threads(classes, layout, backend, device):
     levels, labels = setup(device, layout=layout, classes=classes, sizes=((25, 42), *SIZES))
     gamma = gammas(classes, device)
     runs = []
     before = torch.get_num_threads()
-    for threads in (1, 2, 4):
+    for threads in (1, 2, 4) if backend == "cpu" else (1,):
         torch.set_num_threads(threads)
         for _ in range(2):
             loss, sums = dense_equalized_focal_loss(levels, labels, gamma, normalizer=3)

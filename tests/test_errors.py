@@ -483,6 +483,10 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("topk_per_level", always(0), "topk_per_level must be >= 1, got 0"),
         ("overlap", always("giou"), "overlap must be 'iou' or 'diou', got 'giou'"),
         ("max_detections", always(-1), "max_detections must be >= 0, got -1"),
+        ("coding", always("bins"), "coding must be 'deltas' or 'distance', got 'bins'"),
+        ("coding", always("distance"), "strides must be numbers, one for each level, with coding 'distance', got none"),
+        ("strides", always([8.0]), "strides must be None unless coding is 'distance', got [8.0]"),
+        ("bins", always(4), "bins must be 1 unless coding is 'distance', got 4"),
     ],
     "distribution_focal_loss": [
         ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),

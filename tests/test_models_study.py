@@ -123,6 +123,7 @@ def test_ohem_takes_the_hardest_of_each_place():
 @pytest.mark.parametrize("loss", CLASSIFICATION_LOSSES)
 def test_losses_are_differentiable(loss):
     matched = head()
+    matched = matched._replace(scores=torch.rand(matched.classes.shape))
     levels = [level.requires_grad_() for level in matched.outputs.cls_logits]
     model = dataclasses.replace(TINY, classification_loss=loss)
     classification_loss(matched, model).backward()
