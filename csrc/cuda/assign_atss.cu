@@ -549,20 +549,12 @@ Tensor assign_atss_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
   const std::optional<Tensor> crowd = contiguous(crowd_);
   const int64_t num_images = gt_boxes.size(0), max_boxes = gt_boxes.size(1),
                 num_anchors = anchors.size(0);
-  Tensor matches = torch::stable::new_empty(anchors, {num_images, num_anchors}, ScalarType::Long);
+  Tensor matches = torch::stable::new_zeros(anchors, {num_images, num_anchors}, ScalarType::Long);
   if (matches.numel() == 0) {
     return matches;
   }
   const AtssLevels levels = levels_of(options);
   const int64_t tiles = levels.of[levels.count - 1].end_tile;
-  const auto zeros = [&](const std::vector<int64_t>& shape) {
-    Tensor tensor = torch::stable::new_empty(anchors, shape, ScalarType::Int);
-    STD_CUDA_CHECK(cudaMemsetAsync(tensor.mutable_data_ptr(), 0, tensor.numel() * sizeof(int),
-                                   scope.stream()));
-    return tensor;
-  };
-  STD_CUDA_CHECK(cudaMemsetAsync(matches.mutable_data_ptr(), 0, matches.numel() * sizeof(int64_t),
-                                 scope.stream()));
   dispatch_compute(anchors.scalar_type(), [&](auto tag) {
     using T = tag_t<decltype(tag)>;
     Tensor ranges = torch::stable::new_empty(anchors, {tiles, 4});
@@ -571,10 +563,10 @@ Tensor assign_atss_cuda(const Tensor& anchors_, const Tensor& gt_boxes_,
       in_crowd = torch::stable::new_empty(anchors, {num_images, tiles}, ScalarType::Int);
     }
     if (std::is_same_v<T, double> && options.rule == static_cast<int64_t>(AtssRule::kAtss)) {
-      first_box = zeros({num_images, num_anchors});
+      first_box = torch::stable::new_zeros(anchors, {num_images, num_anchors}, ScalarType::Int);
     }
     if (at_least_one) {
-      owned = zeros({num_images, max_boxes});
+      owned = torch::stable::new_zeros(anchors, {num_images, max_boxes}, ScalarType::Int);
     }
     const Atss<T> atss{Rows<Box<T>, T>(anchors, {0, 4}),
                        num_anchors,
