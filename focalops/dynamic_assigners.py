@@ -316,30 +316,8 @@ def _check_task_aligned(
     eps: float,
 ) -> None:
     op = "assign_task_aligned"
-    _check_points(op, points)
-    check(
-        points.dtype == torch.float32, lambda: f"{op}: points must be float32, got {points.dtype}"
-    )
-    _check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points)
-    check_of_boxes(op, "gt_labels", gt_labels, torch.int64, gt_boxes, "points", points)
-    shape = (gt_boxes.shape[0], points.shape[0])
-    check_same_device(op, "pred_scores", pred_scores, "points", points)
-    check_floating(op, "pred_scores", pred_scores)
-    check(
-        pred_scores.dim() == 3 and pred_scores.shape[:2] == shape,
-        lambda: (
-            f"{op}: pred_scores must have shape ({shape[0]}, {shape[1]}, K), "
-            f"got {tuple(pred_scores.shape)}"
-        ),
-    )
-    check_like(op, "pred_boxes", pred_boxes, "points", points)
-    check(
-        pred_boxes.shape == (*shape, 4),
-        lambda: (
-            f"{op}: pred_boxes must have shape ({shape[0]}, {shape[1]}, 4), "
-            f"got {tuple(pred_boxes.shape)}"
-        ),
-    )
+    truth = (gt_boxes, gt_labels, counts, crowd)
+    _check_predictions(op, "pred_scores", pred_scores, pred_boxes, points, *truth)
     check(
         1 <= topk <= MAX_TOPK,
         lambda: f"{op}: topk must lie in [1, {MAX_TOPK}], got {topk}",
@@ -380,10 +358,8 @@ def _check_simota(
     candidates: int,
 ) -> None:
     op = "assign_simota"
-    _check_points(op, points)
-    check(
-        points.dtype == torch.float32, lambda: f"{op}: points must be float32, got {points.dtype}"
-    )
+    truth = (gt_boxes, gt_labels, counts, crowd)
+    _check_predictions(op, "cls_logits", cls_logits, pred_boxes, points, *truth)
     check_like(op, "strides", strides, "points", points)
     check(
         strides.shape == points.shape[:1],
@@ -392,26 +368,7 @@ def _check_simota(
             f"got {tuple(strides.shape)}"
         ),
     )
-    _check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points)
-    check_of_boxes(op, "gt_labels", gt_labels, torch.int64, gt_boxes, "points", points)
-    shape = (gt_boxes.shape[0], points.shape[0])
-    check_same_device(op, "cls_logits", cls_logits, "points", points)
-    check_floating(op, "cls_logits", cls_logits)
-    check(
-        cls_logits.dim() == 3 and cls_logits.shape[:2] == shape,
-        lambda: (
-            f"{op}: cls_logits must have shape ({shape[0]}, {shape[1]}, K), "
-            f"got {tuple(cls_logits.shape)}"
-        ),
-    )
-    check_like(op, "pred_boxes", pred_boxes, "points", points)
-    check(
-        pred_boxes.shape == (*shape, 4),
-        lambda: (
-            f"{op}: pred_boxes must have shape ({shape[0]}, {shape[1]}, 4), "
-            f"got {tuple(pred_boxes.shape)}"
-        ),
-    )
+    shape = cls_logits.shape[:2]
     if objectness is not None:
         check_same_device(op, "objectness", objectness, "points", points)
         check_floating(op, "objectness", objectness)
@@ -430,4 +387,41 @@ def _check_simota(
     check(
         1 <= candidates <= MAX_TOPK,
         lambda: f"{op}: candidates must lie in [1, {MAX_TOPK}], got {candidates}",
+    )
+
+
+def _check_predictions(
+    op: str,
+    of_classes: str,
+    classes: Tensor,  # its scores or logits
+    pred_boxes: Tensor,
+    points: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    counts: Tensor | None,
+    crowd: Tensor | None,
+) -> None:
+    _check_points(op, points)
+    check(
+        points.dtype == torch.float32, lambda: f"{op}: points must be float32, got {points.dtype}"
+    )
+    _check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points)
+    check_of_boxes(op, "gt_labels", gt_labels, torch.int64, gt_boxes, "points", points)
+    shape = (gt_boxes.shape[0], points.shape[0])
+    check_same_device(op, of_classes, classes, "points", points)
+    check_floating(op, of_classes, classes)
+    check(
+        classes.dim() == 3 and classes.shape[:2] == shape,
+        lambda: (
+            f"{op}: {of_classes} must have shape ({shape[0]}, {shape[1]}, K), "
+            f"got {tuple(classes.shape)}"
+        ),
+    )
+    check_like(op, "pred_boxes", pred_boxes, "points", points)
+    check(
+        pred_boxes.shape == (*shape, 4),
+        lambda: (
+            f"{op}: pred_boxes must have shape ({shape[0]}, {shape[1]}, 4), "
+            f"got {tuple(pred_boxes.shape)}"
+        ),
     )

@@ -68,12 +68,12 @@ inline void check_assign_fcos(const Tensor& points, const Tensor& gt_boxes,
   }
 }
 
-inline void check_assign_task_aligned(const Tensor& pred_scores, const Tensor& pred_boxes,
-                                      const Tensor& points, const Tensor& gt_boxes,
-                                      const Tensor& gt_labels, const std::optional<Tensor>& counts,
-                                      const std::optional<Tensor>& crowd,
-                                      const TaskAlignedOptions& options) {
-  const char* op = "assign_task_aligned";
+// `classes`, of the name `of_classes`, are the predicted scores or logits.
+inline void check_predictions(const char* op, const char* of_classes, const Tensor& classes,
+                              const Tensor& pred_boxes, const Tensor& points,
+                              const Tensor& gt_boxes, const Tensor& gt_labels,
+                              const std::optional<Tensor>& counts,
+                              const std::optional<Tensor>& crowd) {
   check_points(op, points);
   if (points.scalar_type() != ScalarType::Float) {
     fail(op, ": points must be float32, got ", dtype_of(points));
@@ -81,12 +81,11 @@ inline void check_assign_task_aligned(const Tensor& pred_scores, const Tensor& p
   check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points);
   const int64_t num_images = gt_boxes.size(0), num_points = points.size(0);
   check_of_boxes(op, "gt_labels", gt_labels, ScalarType::Long, gt_boxes, "points", points);
-  check_same_device(op, "pred_scores", pred_scores, "points", points);
-  check_floating(op, "pred_scores", pred_scores);
-  if (pred_scores.dim() != 3 || pred_scores.size(0) != num_images ||
-      pred_scores.size(1) != num_points) {
-    fail(op, ": pred_scores must have shape (", num_images, ", ", num_points, ", K), got ",
-         shape_of(pred_scores));
+  check_same_device(op, of_classes, classes, "points", points);
+  check_floating(op, of_classes, classes);
+  if (classes.dim() != 3 || classes.size(0) != num_images || classes.size(1) != num_points) {
+    fail(op, ": ", of_classes, " must have shape (", num_images, ", ", num_points, ", K), got ",
+         shape_of(classes));
   }
   check_like(op, "pred_boxes", pred_boxes, "points", points);
   if (pred_boxes.dim() != 3 || pred_boxes.size(0) != num_images ||
@@ -94,6 +93,16 @@ inline void check_assign_task_aligned(const Tensor& pred_scores, const Tensor& p
     fail(op, ": pred_boxes must have shape (", num_images, ", ", num_points, ", 4), got ",
          shape_of(pred_boxes));
   }
+}
+
+inline void check_assign_task_aligned(const Tensor& pred_scores, const Tensor& pred_boxes,
+                                      const Tensor& points, const Tensor& gt_boxes,
+                                      const Tensor& gt_labels, const std::optional<Tensor>& counts,
+                                      const std::optional<Tensor>& crowd,
+                                      const TaskAlignedOptions& options) {
+  const char* op = "assign_task_aligned";
+  check_predictions(op, "pred_scores", pred_scores, pred_boxes, points, gt_boxes, gt_labels, counts,
+                    crowd);
   if (options.topk < 1 || options.topk > kMaxTopk) {
     fail(op, ": topk must lie in [1, ", kMaxTopk, "], got ", options.topk);
   }
@@ -140,31 +149,14 @@ inline void check_assign_simota(const Tensor& cls_logits, const Tensor& pred_box
                                 const std::optional<Tensor>& counts,
                                 const std::optional<Tensor>& crowd, const SimotaOptions& options) {
   const char* op = "assign_simota";
-  check_points(op, points);
-  if (points.scalar_type() != ScalarType::Float) {
-    fail(op, ": points must be float32, got ", dtype_of(points));
-  }
+  check_predictions(op, "cls_logits", cls_logits, pred_boxes, points, gt_boxes, gt_labels, counts,
+                    crowd);
   check_like(op, "strides", strides, "points", points);
   if (strides.dim() != 1 || strides.size(0) != points.size(0)) {
     fail(op, ": strides must have shape (", points.size(0), ",), one for each point, got ",
          shape_of(strides));
   }
-  check_boxes_and_crowd(op, gt_boxes, counts, crowd, "points", points);
   const int64_t num_images = gt_boxes.size(0), num_points = points.size(0);
-  check_of_boxes(op, "gt_labels", gt_labels, ScalarType::Long, gt_boxes, "points", points);
-  check_same_device(op, "cls_logits", cls_logits, "points", points);
-  check_floating(op, "cls_logits", cls_logits);
-  if (cls_logits.dim() != 3 || cls_logits.size(0) != num_images ||
-      cls_logits.size(1) != num_points) {
-    fail(op, ": cls_logits must have shape (", num_images, ", ", num_points, ", K), got ",
-         shape_of(cls_logits));
-  }
-  check_like(op, "pred_boxes", pred_boxes, "points", points);
-  if (pred_boxes.dim() != 3 || pred_boxes.size(0) != num_images ||
-      pred_boxes.size(1) != num_points || pred_boxes.size(2) != 4) {
-    fail(op, ": pred_boxes must have shape (", num_images, ", ", num_points, ", 4), got ",
-         shape_of(pred_boxes));
-  }
   if (objectness.has_value()) {
     check_same_device(op, "objectness", *objectness, "points", points);
     check_floating(op, "objectness", *objectness);
