@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -38,7 +39,8 @@ Modules modules_of(const std::string& folder) {
 }
 
 // The names of this library's functions, by their distance from its beginning. A kernel that
-// several files have is from a header that they include.
+// several files have is from a header that they include. A kernel's shared variables, which bear
+// its name too, are thread-local here: what stands for their address may be that of any function.
 std::unordered_map<uintptr_t, std::string> function_names(const Dl_info& library) {
   std::unordered_map<uintptr_t, std::string> names;
   const std::string command =
@@ -50,7 +52,8 @@ std::unordered_map<uintptr_t, std::string> function_names(const Dl_info& library
     std::string name(line);
     const size_t begin = name.rfind(' ') + 1;
     const std::string mangled = name.substr(begin, name.find_last_not_of('\n') + 1 - begin);
-    if (mangled.find("kernel") != std::string::npos) {
+    const bool is_function = begin >= 2 && std::strchr("tTwW", name[begin - 2]) != nullptr;
+    if (is_function && mangled.find("kernel") != std::string::npos) {
       names[std::strtoull(line, nullptr, 16)] = mangled;
     }
   }
