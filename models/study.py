@@ -68,6 +68,7 @@ class Study:
     weighs: bool = (
         False  # whether it is about rare and frequent samples, and losses that take their time
     )
+    trades: bool = False  # whether it is about speed against accuracy
 
 
 def loss_variants(recipe: Recipe) -> list[Variant]:
@@ -273,7 +274,10 @@ STUDIES = {
         assigner_variants,
     ),
     "scale": Study(
-        "How large should images be?", "R50, 400 to 800 pixels, COCO test-dev", scale_variants
+        "How large should images be?",
+        "R50, 400 to 800 pixels, COCO test-dev",
+        scale_variants,
+        trades=True,
     ),
     "fusion": Study(
         "How should a pyramid's features be fused?",
@@ -538,9 +542,15 @@ def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Var
     compared = {
         name: variant.papers_ap for name, variant in papers.items() if variant.papers_ap is not None
     }
-    figure = Figure(figsize=(10, 1.6 + 0.42 * len(names)), layout="constrained", dpi=120)
+    width = 14 if study.trades else 10
+    figure = Figure(figsize=(width, 1.6 + 0.42 * len(names)), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    ours, *theirs = figure.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
+    left, *right = figure.subfigures(
+        1, 1 + study.trades, squeeze=False, width_ratios=(2, 1)[: 1 + study.trades]
+    )[0]
+    for part in right:
+        draw_speeds(part.subplots(), record)
+    ours, *theirs = left.subplots(1, 2 if compared else 1, sharey=True, squeeze=False)[0]
     for color, measure in zip(("C0", "C1", "C3", "C4", "C5"), measures, strict=True):
         if not all(measure in run for run in all_runs):
             continue
@@ -574,6 +584,18 @@ def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Var
         axes.grid(alpha=0.3)
     figure.suptitle(study.question)
     save_figure(path, figure)
+
+
+def draw_speeds(axes: Axes, record: dict[str, Any]) -> None:
+    """AP over the time of an image."""
+    for name, runs in record["runs"].items():
+        time = 1000 * statistics.median(run["seconds_an_image"] for run in runs.values())
+        mean, spread = (100 * value for value in mean_and_spread(runs, "AP"))
+        axes.errorbar(time, mean, yerr=spread, fmt="o", color="C1", capsize=3)
+        axes.annotate(name, (time, mean), xytext=(5, 4), textcoords="offset points")
+    axes.margins(x=0.2, y=0.2)
+    axes.set(xlim=(0, None), ylim=(0, None), title="here, AP over ms an image")
+    axes.grid(alpha=0.3)
 
 
 def draw_costs(
