@@ -38,6 +38,17 @@ FOCALOPS_SIMD void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n, L
   }
 }
 
+template <bool WithGrad, typename T>
+void evaluate_negatives(const T* x, T* loss, T* grad, int64_t n,
+                        const FocalLoss<T, kAnyGamma>& formula, int64_t column) {
+  if (formula.gamma == T(1.5)) {
+    const FocalLoss<T, kThreeHalves> known{formula.alpha, formula.gamma};
+    return evaluate_negatives<WithGrad, T, FocalLoss<T, kThreeHalves>>(x, loss, grad, n, known,
+                                                                       column);
+  }
+  evaluate_negatives<WithGrad, T, FocalLoss<T, kAnyGamma>>(x, loss, grad, n, formula, column);
+}
+
 // `column` is the first logit's in its row. The formula knows what follows the last class too:
 // there the first one comes again. `omp simd` would make an array in memory of the classes'
 // formulas.

@@ -25,6 +25,10 @@ struct LossAndGrad {
   T grad;
 };
 
+// What the formulas are compiled for beside gamma = 2.
+constexpr int kAnyGamma = -1;
+constexpr int kThreeHalves = -2;  // the CPU's alone: the exponential is an instruction on a GPU
+
 namespace detail {
 
 FOCALOPS_HOST_DEVICE double exp_nonpositive(double x) { return exp(x); }
@@ -40,8 +44,9 @@ FOCALOPS_HOST_DEVICE float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   return __expf(x);
 #else
-  const Exponential e = exponential_parts(x < -87.0f ? -87.0f : x);  // a NaN stays
-  return x < -87.0f ? 0.0f : e.factor * power_of_two(e.power);       // 0 below the normal numbers
+  // The power of -88 is 2^-127, which has no exponent: power_of_two gives 0. A NaN stays.
+  const Exponential e = exponential_parts(-88.0f > x ? -88.0f : x);
+  return e.factor * power_of_two(e.power);
 #endif
 }
 
@@ -49,15 +54,12 @@ FOCALOPS_HOST_DEVICE float exp_nonpositive(float x) {
 // rounding). Through log(1 + e) a small e, which is where the loss of an easy example lives, would
 // lose all its digits.
 FOCALOPS_HOST_DEVICE float log1p_unit(float e) {
-  float p = 0.005232689902186394f;
-  p = p * e - 0.02950521931052208f;
-  p = p * e + 0.07822591811418533f;
-  p = p * e - 0.13663242757320404f;
-  p = p * e + 0.19106005132198334f;
-  p = p * e - 0.2484298199415207f;
-  p = p * e + 0.3331909775733948f;
-  p = p * e - 0.4999949336051941f;
-  p = p * e + 0.9999999403953552f;
+  const float e2 = e * e, e4 = e2 * e2;
+  const float low = (0.3331909775733948f * e - 0.4999949336051941f) +
+                    e2 * (0.19106005132198334f * e - 0.2484298199415207f);
+  const float high = (0.07822591811418533f * e - 0.13663242757320404f) +
+                     e2 * (0.005232689902186394f * e - 0.02950521931052208f);
+  const float p = (high * e4 + low) * e + 0.9999999403953552f;
   return p * e;
 }
 
@@ -69,12 +71,14 @@ FOCALOPS_HOST_DEVICE float reciprocal(float x) {
 #endif
 }
 
-// q^gamma, log_q = log(q): a product for the default, gamma = 2, a compile-time constant; an
-// exponential for any other.
+// q^gamma, log_q = log(q): a product for the default, gamma = 2, a compile-time constant; a square
+// root for EfficientDet's, 1.5; an exponential for any other.
 template <int Gamma, typename T>
 FOCALOPS_HOST_DEVICE T modulate(T q, T log_q, T gamma) {
   if constexpr (Gamma == 2) {
     return q * q;
+  } else if constexpr (Gamma == kThreeHalves) {
+    return q * std::sqrt(q);
   } else {
     const T most = largest(T());
     return exp_nonpositive(gamma * (log_q < -most ? -most : log_q));  // 0 * -inf would be a NaN
@@ -94,8 +98,6 @@ struct AlphaBalance {
   FOCALOPS_HOST_DEVICE T at(T t) const { return positive * t + negative * (1 - t); }
 };
 
-constexpr int kAnyGamma = -1;
-
 // With q = sigmoid(s) = 1 - p_t and a = alpha_t:
 //     L(s)  = a q^gamma softplus(s)
 //     dL/ds = a q^gamma (gamma (1 - q) softplus(s) + q)
@@ -105,8 +107,7 @@ struct FocalLoss {
   T gamma;
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> hard(T s, T alpha_t) const {
-    const T magnitude = s < 0 ? -s : s;
-    const T e = detail::exp_nonpositive(-magnitude);
+    const T e = detail::exp_nonpositive(-std::fabs(s));
     const T r = detail::reciprocal(1 + e);
     const T l = detail::log1p_unit(e);
     const T er = e * r;
@@ -126,7 +127,7 @@ struct FocalLoss {
   // as torchvision means it. Mirrored so that |x| is the only logit: u = t and v = 1 - t for x >=
   // 0, the reverse below.
   FOCALOPS_HOST_DEVICE LossAndGrad<T> soft(T x, T t) const {
-    const T magnitude = x < 0 ? -x : x;
+    const T magnitude = std::fabs(x);
     const T u = x < 0 ? 1 - t : t;
     const T v = x < 0 ? t : 1 - t;
     const T e = detail::exp_nonpositive(-magnitude);
@@ -190,7 +191,7 @@ struct FocalLossStar {
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> hard(T s, T alpha_t) const {
     const T y = gamma * s - beta;
-    const T e = detail::exp_nonpositive(y < 0 ? y : -y);
+    const T e = detail::exp_nonpositive(-std::fabs(y));
     const T r = detail::reciprocal(1 + e);
     const T softplus = (y < 0 ? T(0) : y) + detail::log1p_unit(e), most = detail::largest(T());
     // Where alpha_t is 0 the limit of 0 * inf is 0.
@@ -224,7 +225,7 @@ struct SmoothedFocalLoss {
   T smoothing;
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> hard(T s, T alpha_t) const {
-    const T half = smoothing / 2, magnitude = s < 0 ? -s : s;
+    const T half = smoothing / 2, magnitude = std::fabs(s);
     const T e = detail::exp_nonpositive(-magnitude);
     const T r = detail::reciprocal(1 + e);
     const T l = detail::log1p_unit(e);

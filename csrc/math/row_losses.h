@@ -22,7 +22,7 @@ struct CrossEntropy {
   T spread;  // p (1 - p)
 
   FOCALOPS_HOST_DEVICE CrossEntropy(T x, T t) {
-    const T magnitude = x < 0 ? -x : x;
+    const T magnitude = std::fabs(x);
     const T v = x < 0 ? t : 1 - t;
     const T e = exp_nonpositive(-magnitude);
     const T r = reciprocal(1 + e);
@@ -35,7 +35,7 @@ struct CrossEntropy {
 
 template <typename T>
 FOCALOPS_HOST_DEVICE T log_sigmoid(T x) {
-  return (x < 0 ? x : T(0)) - log1p_unit(exp_nonpositive(x < 0 ? x : -x));
+  return (x < 0 ? x : T(0)) - log1p_unit(exp_nonpositive(-std::fabs(x)));
 }
 
 }  // namespace detail
@@ -50,7 +50,7 @@ struct QualityFocalLoss {
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> positive(T x, T score) const {
     const detail::CrossEntropy<T> cross_entropy(x, score);
-    const T d = cross_entropy.error < 0 ? -cross_entropy.error : cross_entropy.error;
+    const T d = std::fabs(cross_entropy.error);
     const T least = detail::smallest_normal(T()), most = detail::largest(T());
     const T modulation = detail::modulate<Gamma>(d, logarithm(d), focal.gamma);
     const T finite_loss = cross_entropy.loss > most ? most : cross_entropy.loss;
@@ -94,7 +94,7 @@ struct MatchabilityAwareLoss {
   T gamma;
 
   FOCALOPS_HOST_DEVICE LossAndGrad<T> negative(T x) const {
-    const T e = detail::exp_nonpositive(x < 0 ? x : -x);
+    const T e = detail::exp_nonpositive(-std::fabs(x));
     const T r = detail::reciprocal(1 + e);
     const T l = detail::log1p_unit(e);
     const T p = x < 0 ? e * r : r;

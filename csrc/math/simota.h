@@ -147,7 +147,7 @@ struct Simota {
   }
 
   static FOCALOPS_HOST_DEVICE float softplus(float x) {
-    const float magnitude = x < 0 ? -x : x;
+    const float magnitude = std::fabs(x);
     return add(x > 0 ? x : 0.0f, detail::log1p_unit(exponential(-magnitude)));
   }
 
