@@ -112,3 +112,18 @@ def test_two_streams_do_not_see_each_other(i, j):
         alone = [first(), second()]
         together = cuda_emulation.interleave(first, second)
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_a_gpu_that_the_build_has_no_kernels_for(i):
+    """The sentence is the same whether an op asks for the occupancy first or launches."""
+    library = cuda_emulation.library()
+    with cuda_emulation.emulated_cuda():
+        call = calls()[i]
+        library.focalops_emulation_set_kernel_images(False)
+        try:
+            with pytest.raises(RuntimeError, match="was not compiled for this GPU"):
+                call()
+        finally:
+            library.focalops_emulation_set_kernel_images(True)
+        call()

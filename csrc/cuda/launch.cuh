@@ -43,15 +43,8 @@ class LaunchScope {
   cudaStream_t stream_;
 };
 
-template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, cudaStream_t stream,
-            const Args&... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(block));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+// Of a call that names a kernel: the first one meets a GPU that the build has none for.
+inline void check_kernel(cudaError_t error) {
   if (error == cudaErrorNoKernelImageForDevice) {
     cudaGetLastError();
     fail(
@@ -61,14 +54,29 @@ void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, c
   STD_CUDA_CHECK(error);
 }
 
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), int64_t grid, int block, size_t shared, cudaStream_t stream,
+            const Args&... args) {
+  constexpr int64_t kMostBlocks = 0x7fffffff;
+  if (grid > kMostBlocks) {
+    fail("focalops: a launch has at most ", kMostBlocks, " blocks, and these inputs need ", grid);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  check_kernel(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
 // Kernels that stride over their work get as many blocks as run at the same time, but no more than
 // there is work for.
 template <typename Kernel>
 int64_t resident_grid(Kernel* kernel, int block, size_t shared, int64_t work,
                       const LaunchScope& scope) {
   int blocks_per_multiprocessor = 0;
-  STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
-                                                               block, shared));
+  check_kernel(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_multiprocessor, kernel,
+                                                             block, shared));
   const int64_t resident = int64_t{1} * scope.multiprocessors() *
                            (blocks_per_multiprocessor > 0 ? blocks_per_multiprocessor : 1);
   return work < resident ? work : resident;

@@ -538,6 +538,8 @@ cudaError_t allow_dynamic_shared(Kernel kernel, int bytes) {
   return cudaSuccess;
 }
 
+bool has_kernel_images = true;
+
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
@@ -627,6 +629,8 @@ EXPORT void focalops_emulation_set_order(int order, unsigned seed) {
 EXPORT void focalops_emulation_set_extent(int multiprocessors, uint64_t last_blocks) {
   emulation::extent = {multiprocessors, last_blocks};
 }
+
+EXPORT void focalops_emulation_set_kernel_images(bool has) { emulation::has_kernel_images = has; }
 
 // `count` threads that each begin and end a stream take turns in between, from the first on.
 EXPORT void focalops_emulation_expect_streams(int count) {

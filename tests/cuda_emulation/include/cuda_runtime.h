@@ -106,6 +106,9 @@ void launch(const cudaLaunchConfig_t& config, Kernel kernel, const std::vector<A
 cudaError_t allow_dynamic_shared(Kernel kernel, int bytes);
 cudaError_t device_attribute(int* value, cudaDeviceAttr attribute);
 
+// Whether the build has kernels for the GPU.
+extern bool has_kernel_images;
+
 // Reports it with kernel, block and thread, as an exception of launch().
 [[noreturn]] void fail(const std::string& what);
 
@@ -149,6 +152,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Args&&... args) {
   static_assert((std::is_trivially_copyable_v<Params> && ...),
                 "kernel parameters are copied as bytes");
+  if (!emulation::has_kernel_images) {
+    return cudaErrorNoKernelImageForDevice;
+  }
   const dim3 grid = config->gridDim, block = config->blockDim;
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
@@ -177,6 +183,9 @@ cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute, int bytes) {
 
 template <typename T>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, T*, int, size_t) {
+  if (!emulation::has_kernel_images) {
+    return cudaErrorNoKernelImageForDevice;
+  }
   *blocks = 2;
   return cudaSuccess;
 }
