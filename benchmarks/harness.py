@@ -59,9 +59,9 @@ class Row:
         return self.timings[rival].median_ms / self.timings[OURS].median_ms
 
 
-def run_case(case: Case, device: torch.device, copy_gb_per_s: float) -> Row:
-    row = Row(case.op, case.size, case.least_bytes / 1e6)
-    contestants = dict(case.contestants)
+def agreeing(case: Case) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The contestants, whose results agree with ours, and why another one cannot take part."""
+    contestants, failures = dict(case.contestants), {}
     ours = contestants[OURS]()
     for name, run in case.contestants.items():
         if name == OURS:
@@ -69,12 +69,17 @@ def run_case(case: Case, device: torch.device, copy_gb_per_s: float) -> Row:
         try:
             theirs = run()
         except torch.OutOfMemoryError:
-            row.failures[name] = "out of memory"
+            failures[name] = "out of memory"
             del contestants[name]
             continue
         case.agree(ours, theirs)
         del theirs
-    del ours
+    return contestants, failures
+
+
+def run_case(case: Case, device: torch.device, copy_gb_per_s: float) -> Row:
+    contestants, failures = agreeing(case)
+    row = Row(case.op, case.size, case.least_bytes / 1e6, failures=failures)
     peaks = {name: peak_extra_bytes(run, device) for name, run in contestants.items()}
     for name, seconds in take_turns(contestants, device).items():
         p20, median, p80 = quantiles(seconds)

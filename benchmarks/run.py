@@ -20,6 +20,7 @@ from benchmarks import (
     matching,
     nms,
 )
+from benchmarks.busy import run_busy
 from benchmarks.harness import OURS, Case, copy_gb_per_s, run_all, run_case, write_record
 from focalops.info import describe
 
@@ -46,6 +47,12 @@ def main() -> None:
         "--out", type=Path, metavar="FILE", help="write the record as JSON, and a picture beside it"
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile")
+    parser.add_argument(
+        "--busy",
+        type=int,
+        metavar="NUMBER",
+        help="time each op alone and beside that many processes that keep the cores busy; no memory, no picture",
+    )
     arguments = parser.parse_args()
     for op in arguments.ops:
         if op not in OPS:
@@ -53,10 +60,13 @@ def main() -> None:
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU, and torch sees none")
-    record = run_all(cases(arguments.ops or list(OPS), device, arguments.quick), device)
+    if arguments.busy is not None and arguments.busy < 1:
+        parser.error(f"--busy must be at least 1, got {arguments.busy}")
+    wanted = cases(arguments.ops or list(OPS), device, arguments.quick)
+    record = run_busy(wanted, device, arguments.busy) if arguments.busy else run_all(wanted, device)
     if arguments.out:
         write_record(record, arguments.out)
-        if not arguments.ops or "focal_loss" in arguments.ops:
+        if not arguments.busy and (not arguments.ops or "focal_loss" in arguments.ops):
             focal_loss.draw(record, arguments.out.with_suffix(".png"))
 
 
