@@ -477,7 +477,7 @@ def to_table(study: Study, record: dict[str, Any], papers: dict[str, Variant]) -
         f"**{study.question}** {record['device']}, torch {record['torch']}, {record['date']}, commit "
         f"{record['commit']}: {recipe['steps']} steps of {recipe['batch_size']} images of "
         f"{record['train']}, {seeds} seeds, evaluated on {record['val']}; {minutes:.0f} minutes of "
-        f"training. Mean ± standard deviation, in %. The paper: {study.paper}.{of_thirds}{of_times * study.weighs}",
+        f"training. Mean ± standard deviation, in %; the time of an image is that of the quickest run. The paper: {study.paper}.{of_thirds}{of_times * study.weighs}",
         "",
         f"| | {' | '.join(columns)} |",
         "|---|" + "--:|" * len(columns),
@@ -496,7 +496,7 @@ def to_table(study: Study, record: dict[str, Any], papers: dict[str, Variant]) -
             of_seeds = f" ± {100 * spread:.1f}" if len(known) > 1 else ""
             cells.append(f"{100 * mean:.1f}{of_seeds}")
         times = [run["seconds_an_image"] for run in runs.values() if not run["diverged"]]
-        cells.append(seconds(statistics.mean(times)) if times else "")
+        cells.append(seconds(min(times)) if times else "")
         if study.costs:
             cells += cost_cells(cost_of(runs))
         if study.weighs:
@@ -589,7 +589,7 @@ def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Var
 def draw_speeds(axes: Axes, record: dict[str, Any]) -> None:
     """AP over the time of an image."""
     for name, runs in record["runs"].items():
-        time = 1000 * statistics.median(run["seconds_an_image"] for run in runs.values())
+        time = 1000 * min(run["seconds_an_image"] for run in runs.values())
         mean, spread = (100 * value for value in mean_and_spread(runs, "AP"))
         axes.errorbar(time, mean, yerr=spread, fmt="o", color="C1", capsize=3)
         axes.annotate(name, (time, mean), xytext=(5, 4), textcoords="offset points")
