@@ -37,6 +37,8 @@ def test_is_the_references(rule, counts, dtype, device):
             points.to(dtype), STRIDES, level_sizes, gt_boxes, **options
         )
         assert (matches >= 0).any() or max(counts) < 2
+        by_column = points.flip(1).to(dtype)
+        check_is_the_references(by_column, STRIDES, level_sizes, gt_boxes, **options)
 
 
 @pytest.mark.parametrize("level_sizes", [[0], [1], [31, 0, 2], [257], [255, 256, 129], [1] * 8], ids=str)  # fmt: skip
