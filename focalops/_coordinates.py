@@ -18,7 +18,7 @@ def coordinates_dtype(a: Tensor, b: Tensor) -> torch.dtype:
 
 def as_coordinates(boxes: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype that they are computed in. What holds no coordinates stays, for the op to refuse."""
-    return boxes if boxes.dtype == torch.bool else boxes.to(dtype)
+    return boxes if boxes.dtype in (dtype, torch.bool) else boxes.to(dtype)
 
 
 def clip_to_images(boxes: Tensor, sizes: Tensor) -> Tensor:  # (B, ..., 4), (B, 2) -> (B, ..., 4)

@@ -16,21 +16,29 @@ from focalops._ops import check, check_same_device
 
 def pad_boxes(
     op: str, anchors: Tensor, gt_boxes: Sequence[Tensor], like_name: str = "anchors"
-) -> tuple[Tensor, Tensor]:
-    """Padded boxes, in a dtype that holds those of all images, and their counts."""
+) -> tuple[Tensor, Tensor | None]:
+    """Padded boxes, in a dtype that holds those of all images, and their counts; None where all have as many."""
     for i, boxes in enumerate(gt_boxes):
         if boxes.dim() != 2 or boxes.shape[1] != 4:
             raise ValueError(f"gt_boxes[{i}] must have shape (M, 4), got {tuple(boxes.shape)}")
         check_same_device(op, f"gt_boxes[{i}]", boxes, like_name, anchors)
     if len(gt_boxes) == 0:
         return anchors.new_empty((0, 0, 4)), anchors.new_empty(0, dtype=torch.int64)
-    counts = torch.tensor([len(boxes) for boxes in gt_boxes])
-    return pad_sequence(in_one_dtype(gt_boxes), batch_first=True), on_device(counts, anchors.device)
+    gt_boxes = in_one_dtype(gt_boxes)
+    counts = [boxes.shape[0] for boxes in gt_boxes]
+    # A compiled graph is not made anew where images that had as many boxes have no longer.
+    if not torch.compiler.is_compiling() and counts.count(counts[0]) == len(counts):
+        return torch.stack(gt_boxes), None
+    padded = pad_sequence(gt_boxes, batch_first=True)
+    return padded, on_device(torch.tensor(counts), anchors.device)
 
 
 def in_one_dtype(tensors: Sequence[Tensor]) -> list[Tensor]:
     """pad_sequence takes the first tensor's, to which it would round those of the others."""
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) == 1:
+        return list(tensors)
+    dtype = functools.reduce(torch.promote_types, dtypes)
     return [tensor.to(dtype) for tensor in tensors]
 
 

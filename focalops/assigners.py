@@ -140,8 +140,8 @@ def assign_atss(
 
     A NaN coordinate matches nothing. All is computed in float32, float64 if an argument is; mean and deviation in float64. No
     gradient is registered. All images are assigned at once, in O(B M L (N / 256 + topk)) where anchors that follow each other lie
-    close together, at most O(B M N topk); memory is the result and about 9 bytes an anchor, the same for all images. The host does
-    not wait for the device; with padded boxes and counts the call can be captured in a CUDA graph. Zhang et al., Bridging the Gap
+    close together, at most O(B M N topk); on the CPU in O(N + B M L topk) where the centers of each level are those of a grid, row by
+    row. Memory is the result and about 9 bytes an anchor, the same for all images. The host does not wait for the device; with padded boxes and counts the call can be captured in a CUDA graph. Zhang et al., Bridging the Gap
     Between Anchor-based and Anchor-free Detection, 2020; mmdet's ``ATSSAssigner``, mmyolo's ``BatchATSSAssigner``.
 
     >>> matches = assign_atss(anchors, [h * w for h, w in sizes], [t["boxes"] for t in targets])

@@ -53,6 +53,71 @@ def test_any_number_of_anchors(level_sizes, device):
         check_is_the_references(anchors, level_sizes, gt_boxes, rule=rule, at_least_one=True)
 
 
+def crossings(x: list[float], y: list[float], of_crossing: int = 1, half: float = 8) -> Tensor:
+    """Anchors about the crossings of columns and rows, row by row, of growing sides."""
+    rows, columns = torch.meshgrid(torch.tensor(y), torch.tensor(x), indexing="ij")
+    centers = torch.stack((columns, rows), dim=-1).reshape(-1, 1, 2)
+    halves = half * torch.arange(1, of_crossing + 1)[:, None]
+    return torch.cat((centers - halves, centers + halves), dim=-1).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("of_crossing", [1, 2, 9])
+@pytest.mark.parametrize("topk", [1, 9, 20, 128])
+def test_grids_of_any_proportions(of_crossing, topk, device):
+    """A few columns and rows around a box hold its candidates only where both are as far apart."""
+    even, squeezed, squares_of = [8.0 * i for i in range(24)], [i / 4 for i in range(40)], [float(i * i) for i in range(14)]  # fmt: skip
+    grids = [(even, even), (even, squeezed), (squeezed, even), (squares_of, even), ([0.0], even), (even, [3.0])]  # fmt: skip
+    boxes = random_boxes(12, 190)
+    boxes = torch.cat((boxes, boxes + 300, boxes - 300, boxes * 1e4, boxes.round()))
+    for x, y in grids:
+        anchors = crossings(x, y, of_crossing)
+        level_sizes = [len(anchors), len(anchors) // 2 // of_crossing * of_crossing]
+        anchors = torch.cat((anchors, anchors[: level_sizes[1]])).to(device)
+        check_is_the_references(anchors, level_sizes, [boxes.to(device)], topk)
+
+
+@pytest.mark.parametrize("of_crossing", [1, 3])
+def test_crowds_around_a_box(of_crossing, device):
+    """Its candidates are then far from it, or none."""
+    anchors = crossings([8.0 * i for i in range(16)], [8.0 * i for i in range(16)], of_crossing)
+    boxes = torch.tensor([[30.0, 30, 90, 90], [50, 50, 70, 70], [0, 0, 9, 9]])
+    for crowd in ([41.0, 41, 79, 79], [33, -8, 87, 150], [-9, -9, 999, 999]):
+        of_image = torch.cat((boxes, torch.tensor([crowd]))).to(device)
+        is_crowd = torch.tensor([False, False, False, True], device=device)
+        options = {"crowd": [is_crowd], "at_least_one": True}
+        check_is_the_references(anchors.to(device), [len(anchors)], [of_image], **options)
+
+
+@pytest.mark.parametrize("changed", ["nothing", "a center", "order", "a row", "not a number"])
+def test_nearly_grids(changed, device):
+    """One anchor that is not where the grid would have it is found all the same."""
+    x = [8.0 * i for i in range(25)]
+    anchors = crossings(x, x)
+    if changed == "a center":
+        anchors[-7] = torch.tensor([20.0, 20, 36, 36])
+    elif changed == "order":
+        anchors = anchors[torch.randperm(len(anchors))]
+    elif changed == "a row":
+        anchors = torch.cat((anchors[:25], anchors[:25], anchors[50:], anchors[25:50]))
+    elif changed == "not a number":
+        anchors[-7] = math.nan
+    boxes = torch.cat((random_boxes(40, 200), torch.tensor([[10.0, 10, 46, 46]])))
+    for topk in (1, 9, 30):
+        check_is_the_references(anchors.to(device), [len(anchors)], [boxes.to(device)], topk)
+
+
+@pytest.mark.parametrize("is_grid", [True, False])
+def test_boxes_infinitely_far_away(is_grid, device):
+    """All anchors are equally near to them, and those of them that exist are the candidates."""
+    x = [8.0 * i for i in range(25)]
+    anchors = crossings(x, x).to(device)
+    anchors = anchors if is_grid else anchors.flip(0)
+    corners = torch.tensor([-math.inf, -1e38, 0, 1e38, math.inf, math.nan])
+    boxes = torch.cartesian_prod(corners, corners, corners, corners).to(device)
+    for topk in (3, 128):
+        check_is_the_references(anchors, [len(anchors)], [boxes[::7]], topk)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("least, most", [(1, 12), (5, 40), (100, 900)])
 def test_crowded_images(rule, least, most, device):
@@ -209,6 +274,20 @@ def test_any_boxes(anchors, boxes, rule, topk, crowd, at_least_one):
         crowd=[torch.tensor(crowd[: len(boxes)], dtype=torch.bool)] if sum(crowd) > 6 else None,
         at_least_one=at_least_one,
     )
+
+
+LINES = st.lists(st.integers(-6, 6), min_size=1, max_size=9, unique=True).map(sorted)
+CORNERS = st.tuples(*[st.integers(-20, 20)] * 2, *[st.integers(0, 12)] * 2)
+
+
+@given(
+    LINES, LINES, st.integers(1, 3), st.integers(1, 12), st.lists(CORNERS, min_size=1, max_size=8)
+)
+def test_any_grid(x, y, of_crossing, topk, corners):
+    """With distances that are equal far from each other, of which the first anchor counts."""
+    anchors = crossings([float(i) for i in x], [float(i) for i in y], of_crossing, half=1)
+    boxes = torch.tensor([(i, j, i + w, j + h) for i, j, w, h in corners]) / 2
+    check_is_the_references(anchors, [len(anchors)], [boxes], topk, at_least_one=True)
 
 
 def test_opcheck_and_compiles_whole(device):

@@ -37,6 +37,8 @@ def test_is_the_references(rule, counts, dtype, device):
             points.to(dtype), STRIDES, level_sizes, gt_boxes, **options
         )
         assert (matches >= 0).any() or max(counts) < 2
+        by_column = points.flip(1).to(dtype)
+        check_is_the_references(by_column, STRIDES, level_sizes, gt_boxes, **options)
 
 
 @pytest.mark.parametrize("level_sizes", [[0], [1], [31, 0, 2], [257], [255, 256, 129], [1] * 8], ids=str)  # fmt: skip
@@ -97,6 +99,20 @@ def test_ranges(rule, device):
     assert torch.equal(matches, assign_fcos(points, STRIDES, level_sizes, gt_boxes, rule=rule))
     other = [(0, 20), (10, 60), (100, 30)]
     check_is_the_references(points, STRIDES, level_sizes, gt_boxes, rule=rule, ranges=other)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_boxes_at_the_ends_of_a_range(rule, device):
+    """Half of the longer side is the least that a point in a box can have, and all of it nearly the most."""
+    along = torch.arange(80) / 4
+    points = torch.cartesian_prod(along, along).flip(1).to(device)
+    boxes = torch.tensor([[2.0, 2, 18, 6], [2, 2, 6, 18], [4, 4, 20, 20], [2, 2, 13, 12]])
+    found = 0
+    for limits in ((0, 8), (8, 8), (8, 15.75), (15.75, 16), (15.75, 15.75), (16, 20), (5.5, 5.5), (0, 5.5)):  # fmt: skip
+        options = {"rule": rule, "center_radius": None, "ranges": [limits]}
+        arguments = (points, [8], [len(points)], [boxes[i : i + 1].to(device) for i in range(4)])
+        found += (check_is_the_references(*arguments, **options) >= 0).any().item()
+    assert found == (2 if rule == "torchvision" else 7)
 
 
 @pytest.mark.parametrize("rule", RULES)

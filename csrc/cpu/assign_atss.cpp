@@ -1,322 +1,116 @@
 // ATSS' assignment on the CPU, in parallel over images and their boxes.
 //
-// The anchors' centers are laid out coordinate by coordinate in tiles of 16, and 16 tiles are a
-// group. Neighbouring anchors lie close together: a box looks at the group and the tile whose range
-// is nearest to its center first, and then only at those that are nearer than its worst candidate.
 // Claims are written down and applied image by image in the order of the boxes, so that an anchor
 // needs no memory but its match: the IoU of the box that has it is computed again where another one
 // claims it.
 #include <algorithm>
-#include <cstring>
-#include <limits>
-#include <memory>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "../checks/assign.h"
 #include "../math/assign.h"
+#include "anchor_grid.h"
 #include "ground_truth.h"
+#include "nearest_anchors.h"
 #include "simd.h"
 
 namespace focalops {
 namespace {
 
-constexpr int64_t kTile = 16;      // anchors
-constexpr int64_t kGroup = kTile;  // tiles
-constexpr int64_t kGroupsPerTask = 64;
+constexpr int64_t kMatchesPerTask = 1 << 15;
 constexpr int64_t kBoxesPerTask = 32;
 constexpr int64_t kConflictsPerTask = 16;
 constexpr int64_t kLanes = 32;     // of the sums, as a warp has
 constexpr int64_t kConflict = -3;  // several boxes claim the anchor
 
-// The ranges of 16 tiles or groups; that of nothing is infinitely far away.
 template <typename T>
-struct Ranges {
-  alignas(64) T x1[kGroup], y1[kGroup], x2[kGroup], y2[kGroup];
-
-  void set(int64_t i, const Box<T>& range) {
-    x1[i] = range.x1;
-    y1[i] = range.y1;
-    x2[i] = range.x2;
-    y2[i] = range.y2;
-  }
-};
-
-template <typename T>
-constexpr Box<T> kNoRange{std::numeric_limits<T>::infinity(), std::numeric_limits<T>::infinity(),
-                          -std::numeric_limits<T>::infinity(), -std::numeric_limits<T>::infinity()};
-
-template <typename T>
-struct Tile {
-  alignas(64) T x[kTile], y[kTile];  // of the centers; past the end NaN, which is near nothing
-};
-
-template <typename T>
-struct Group {
-  Tile<T> tiles[kGroup];
-  Ranges<T> ranges;  // of the tiles
-  Box<T> range;
-  int64_t begin, end;  // its anchors
-};
-
-template <typename T>
-struct Level {
-  const Group<T>* groups;
-  int64_t num_groups;
-  std::vector<Ranges<T>> ranges;  // of the groups
-};
-
-// A loop over the anchors of a whole tile is vectorised.
-template <typename T>
-FOCALOPS_SIMD void load_tile(const T* anchors, int64_t n, Tile<T>& tile, Box<T>& range) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Point<T> center = center_of(load_box(anchors + 4 * i));
-    tile.x[i] = center.x;
-    tile.y[i] = center.y;
-  }
-  for (int64_t i = std::max<int64_t>(n, 0); i < kTile; ++i) {
-    tile.x[i] = tile.y[i] = std::numeric_limits<T>::quiet_NaN();
-  }
-  range = kNoRange<T>;
-  for (int64_t i = 0; i < kTile; ++i) {  // a NaN is in no range
-    range = {min_of(tile.x[i], range.x1), min_of(tile.y[i], range.y1), max_of(tile.x[i], range.x2),
-             max_of(tile.y[i], range.y2)};
-  }
-}
-
-template <typename T>
-void load_group(const T* anchors, Group<T>& group) {
-  group.range = kNoRange<T>;
-  for (int64_t t = 0; t < kGroup; ++t) {
-    const int64_t begin = group.begin + t * kTile;
-    Box<T> range;
-    load_tile(anchors + 4 * begin, std::min(kTile, group.end - begin), group.tiles[t], range);
-    group.ranges.set(t, range);
-    group.range = {min_of(range.x1, group.range.x1), min_of(range.y1, group.range.y1),
-                   max_of(range.x2, group.range.x2), max_of(range.y2, group.range.y2)};
-  }
-}
+using Level = std::variant<AnchorGrid<T>, AnchorTiles<T>>;
 
 // The anchors of all levels, the same for all images.
 template <typename T>
-struct Pyramid {
-  std::unique_ptr<Group<T>[]> groups;  // 9 bytes an anchor of float
-  int64_t num_groups = 0;
+std::vector<Level<T>> levels_of(const T* anchors, const std::vector<int64_t>& level_sizes) {
   std::vector<Level<T>> levels;
-
-  Pyramid(const T* anchors, const std::vector<int64_t>& level_sizes) {
-    for (const int64_t size : level_sizes) {
-      const int64_t in_level = (size + kGroup * kTile - 1) / (kGroup * kTile);
-      levels.push_back({nullptr, in_level, {}});
-      num_groups += in_level;
+  int64_t begin = 0;
+  for (const int64_t size : level_sizes) {
+    std::optional<AnchorGrid<T>> grid = AnchorGrid<T>::find(anchors, begin, begin + size);
+    if (grid.has_value()) {
+      levels.push_back(std::move(*grid));
+    } else {
+      levels.push_back(AnchorTiles<T>(anchors, begin, begin + size));
     }
-    groups.reset(new Group<T>[num_groups]);
-    Group<T>* group = groups.get();
-    int64_t begin = 0;
-    for (size_t i = 0; i < levels.size(); ++i) {
-      levels[i].groups = group;
-      const int64_t end = begin + level_sizes[i];
-      for (; begin < end; begin = group++->end) {
-        group->begin = begin;
-        group->end = std::min(begin + kGroup * kTile, end);
-      }
-    }
-    torch::stable::parallel_for(0, num_groups, kGroupsPerTask, [&](int64_t first, int64_t last) {
-      for (int64_t g = first; g < last; ++g) {
-        load_group(anchors, groups[g]);
-      }
-    });
-    for (Level<T>& level : levels) {
-      level.ranges.resize((level.num_groups + kGroup - 1) / kGroup);
-      for (int64_t g = 0; g < kGroup * static_cast<int64_t>(level.ranges.size()); ++g) {
-        level.ranges[g / kGroup].set(g % kGroup,
-                                     g < level.num_groups ? level.groups[g].range : kNoRange<T>);
-      }
-    }
+    begin += size;
   }
-};
+  return levels;
+}
 
-// The nearest anchors of a level so far, by (distance, index); where there are fewer, infinitely
-// distant ones follow that are none.
 template <typename T>
-struct Nearest {
-  static constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
-
-  int64_t most;
-  T distance[kMaxAtssTopk];
-  int32_t index[kMaxAtssTopk];
-  T limit;  // the square of a distance above it is greater than the worst, rounded as it may be
-
-  FOCALOPS_INLINE inline void clear() {
-    limit = std::numeric_limits<T>::infinity();
-    std::fill(distance, distance + most, std::numeric_limits<T>::infinity());
-    std::fill(index, index + most, kNone);
+FOCALOPS_SIMD void measure(const T* anchors, int64_t n, const Box<T>& box, T margin, T* ious,
+                           uint8_t* holds) {
+  FOCALOPS_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
+    const Box<T> anchor = load_box(anchors + 4 * i);
+    ious[i] = atss_iou(box, anchor);
+    holds[i] = is_inside(center_of(anchor), box, margin);
   }
+}
 
-  FOCALOPS_INLINE inline void insert(T d, int32_t i) {
-    const auto is_after = [&](int64_t place) FOCALOPS_INLINE {
-      return distance[place] > d || (distance[place] == d && index[place] > i);
-    };
-    int64_t place = most - 1;
-    if (!is_after(place)) {
-      return;
-    }
-    for (; place > 0 && is_after(place - 1); --place) {
-      distance[place] = distance[place - 1];
-      index[place] = index[place - 1];
-    }
-    distance[place] = d;
-    index[place] = i;
-    limit = distance[most - 1] * distance[most - 1] * T(1.000001);
-  }
-};
-
-// Calls f with the places of the squares that are not above the limit, in ascending order. Flags of
-// a byte each are made by vectors, and eight at a time are looked at.
+// The sum of f over values, so many of each level, in the order that a warp adds them up: it has
+// the same bits there.
 template <typename T, typename F>
-FOCALOPS_INLINE inline void for_each_near(const T* squares, T limit, const F& f) {
-  uint8_t flags[kTile];
-  for (int i = 0; i < kTile; ++i) {
-    flags[i] = squares[i] <= limit;
-  }
-  for (int begin = 0; begin < kTile; begin += 8) {
-    uint64_t eight;
-    std::memcpy(&eight, flags + begin, sizeof eight);
-    if (eight == 0) {
-      continue;
+double sum_by_lanes(const T* values, const std::vector<int64_t>& of_level, const F& f) {
+  double lanes[kLanes] = {};
+  for (const int64_t n : of_level) {
+    for (int64_t rank = 0; rank < n; ++rank) {
+      lanes[rank % kLanes] += f(static_cast<double>(values[rank]));
     }
-    for (int i = begin; i < begin + 8; ++i) {
-      if (flags[i]) {
-        f(i);
-      }
+    values += n;
+  }
+  for (int64_t n = kLanes / 2; n > 0; n /= 2) {
+    for (int64_t i = 0; i < n; ++i) {
+      lanes[i] += lanes[i + n];
     }
   }
+  return lanes[0];
 }
 
-template <typename T>
-FOCALOPS_INLINE inline void visit_tile(const Tile<T>& tile, int32_t first, const Point<T>& center,
-                                       const int64_t* matches, Nearest<T>& nearest) {
-  T squares[kTile];
-  for (int i = 0; i < kTile; ++i) {
-    squares[i] = squared_distance(center, Point<T>{tile.x[i], tile.y[i]});
-  }
-  for_each_near(squares, nearest.limit, [&](int32_t i) FOCALOPS_INLINE {
-    if (squares[i] <= nearest.limit && matches[first + i] != -2) {
-      nearest.insert(std::sqrt(squares[i]), first + i);
-    }
-  });
-}
-
-// Calls f with the place of the nearest range, and then of the others that may hold something
-// nearer than the worst of the list.
-template <typename T, typename F>
-FOCALOPS_INLINE inline void visit_ranges(const Ranges<T>* ranges, int64_t count,
-                                         const Point<T>& center, const Nearest<T>& nearest,
-                                         const F& f) {
-  T squares[kGroup];
-  const auto measure = [&](const Ranges<T>& of) FOCALOPS_INLINE {
-    for (int i = 0; i < kGroup; ++i) {
-      squares[i] = squared_distance(center, Box<T>{of.x1[i], of.y1[i], of.x2[i], of.y2[i]});
-    }
-  };
-  int64_t first = 0;
-  T least = std::numeric_limits<T>::infinity();
-  for (int64_t begin = 0; begin < count; begin += kGroup) {
-    measure(ranges[begin / kGroup]);
-    for (int64_t i = 0; i < kGroup; ++i) {
-      first = squares[i] < least ? begin + i : first;
-      least = squares[i] < least ? squares[i] : least;
-    }
-  }
-  f(first);
-  for (int64_t begin = 0; begin < count; begin += kGroup) {
-    if (count > kGroup) {
-      measure(ranges[begin / kGroup]);
-    }
-    for_each_near(squares, nearest.limit, [&](int64_t i) FOCALOPS_INLINE {
-      if (begin + i != first && begin + i < count && squares[i] <= nearest.limit) {
-        f(begin + i);
-      }
-    });
-  }
-}
-
-// The candidates of a level. matches: -2 where an anchor is none.
-template <typename T>
-FOCALOPS_SIMD void find_nearest(const Level<T>& level, const Point<T>& center,
-                                const int64_t* matches, Nearest<T>& nearest) {
-  nearest.clear();
-  if (level.num_groups == 0) {
-    return;
-  }
-  visit_ranges(
-      level.ranges.data(), level.num_groups, center, nearest, [&](int64_t g) FOCALOPS_INLINE {
-        const Group<T>& group = level.groups[g];
-        const int64_t tiles = (group.end - group.begin + kTile - 1) / kTile;
-        visit_ranges(&group.ranges, tiles, center, nearest, [&](int64_t t) FOCALOPS_INLINE {
-          visit_tile(group.tiles[t], static_cast<int32_t>(group.begin + t * kTile), center, matches,
-                     nearest);
-        });
-      });
-}
-
-// Adds up in the order that a warp does, so that a sum has the same bits there.
-class LaneSum {
- public:
-  void add(int64_t rank, double value) { lanes_[rank % kLanes] += value; }
-
-  double total() const {
-    double lanes[kLanes];
-    std::copy(lanes_, lanes_ + kLanes, lanes);
-    for (int64_t n = kLanes / 2; n > 0; n /= 2) {
-      for (int64_t i = 0; i < n; ++i) {
-        lanes[i] += lanes[i + n];
-      }
-    }
-    return lanes[0];
-  }
-
- private:
-  double lanes_[kLanes] = {};
-};
-
-// A box's candidates on all levels, level by level.
+// A box's candidates, level by level.
 template <typename T>
 struct Candidates {
-  struct Candidate {
-    T iou;
-    int32_t anchor;
-    int32_t rank;  // in its level
-  };
-  std::vector<Candidate> all;
+  static constexpr int64_t kMost = kMaxLevels * kMaxAtssTopk;
+
+  int64_t size = 0;
+  int32_t anchor[kMost];
+  T coordinates[4 * kMost];  // of the anchors
+  T iou[kMost];
+  uint8_t holds[kMost];  // whether the box holds its center
+  std::vector<int64_t> of_level;
   Nearest<T> nearest;
 
-  void find(const Pyramid<T>& pyramid, const T* anchors, int64_t topk, const Box<T>& box,
-            const int64_t* matches) {
-    all.clear();
+  void find(const std::vector<Level<T>>& levels, const T* anchors, int64_t topk, const Box<T>& box,
+            T margin, const int64_t* ignored) {
+    size = 0;
+    of_level.clear();
     nearest.most = topk;
-    for (const Level<T>& level : pyramid.levels) {
-      find_nearest(level, center_of(box), matches, nearest);
-      for (int64_t rank = 0; rank < topk && nearest.index[rank] != nearest.kNone; ++rank) {
-        const int32_t anchor = nearest.index[rank];
-        all.push_back({atss_iou(box, load_box(anchors + 4 * int64_t{anchor})), anchor,
-                       static_cast<int32_t>(rank)});
-      }
+    for (const Level<T>& any : levels) {
+      of_level.push_back(std::visit(
+          [&](const auto& level) { return find_nearest(level, center_of(box), ignored, nearest); },
+          any));
+      std::copy(nearest.index, nearest.index + of_level.back(), anchor + size);
+      size += of_level.back();
     }
+    for (int64_t i = 0; i < size; ++i) {
+      std::copy_n(anchors + 4 * int64_t{anchor[i]}, 4, coordinates + 4 * i);
+    }
+    measure(coordinates, size, box, margin, iou, holds);
   }
 
   T threshold() const {
-    const auto n = static_cast<int64_t>(all.size());
-    LaneSum sum, squares;
-    for (const Candidate& candidate : all) {
-      sum.add(candidate.rank, candidate.iou);
-    }
-    const double mean = sum.total() / static_cast<double>(n);
-    for (const Candidate& candidate : all) {
-      const double deviation = candidate.iou - mean;
-      squares.add(candidate.rank, deviation * deviation);
-    }
-    return atss_threshold<T>(mean, squares.total(), n);
+    const double mean =
+        sum_by_lanes(iou, of_level, [](double x) { return x; }) / static_cast<double>(size);
+    const double squares =
+        sum_by_lanes(iou, of_level, [&](double x) { return (x - mean) * (x - mean); });
+    return atss_threshold<T>(mean, squares, size);
   }
 };
 
@@ -328,7 +122,8 @@ struct Claim {
 template <typename T>
 struct Image {
   const T* anchors;  // [N, 4]
-  const T* boxes;    // [M, 4]
+  int64_t num_anchors;
+  const T* boxes;  // [M, 4]
   int64_t count;
   const bool* crowd;  // [M], null: none is
   int64_t* matches;   // [N]
@@ -336,33 +131,30 @@ struct Image {
   Box<T> box(int64_t j) const { return load_box(boxes + 4 * j); }
   Box<T> anchor(int64_t i) const { return load_box(anchors + 4 * i); }
   bool is_object(int64_t j) const { return crowd == nullptr || !crowd[j]; }
+  const int64_t* ignored() const { return crowd == nullptr ? nullptr : matches; }
 
-  // Before any anchor is a candidate.
-  void clear(const Group<T>& group) const {
-    std::fill(matches + group.begin, matches + group.end, -1);
+  // What the crowds hold becomes no candidate.
+  void ignore_crowds(const Level<T>& any) const {
     for (int64_t j = 0; crowd != nullptr && j < count; ++j) {
-      if (crowd[j] && intersects(box(j), group.range)) {
-        for (int64_t i = group.begin; i < group.end; ++i) {
-          matches[i] = is_inside(center_of(anchor(i)), box(j), T(0)) ? -2 : matches[i];
-        }
+      if (crowd[j]) {
+        std::visit([&](const auto& level) { level.ignore_inside(box(j), matches); }, any);
       }
     }
   }
 
   template <typename Rule>
-  void claim(int64_t begin, int64_t end, const Pyramid<T>& pyramid, int64_t topk,
+  void claim(int64_t begin, int64_t end, const std::vector<Level<T>>& levels, int64_t topk,
              std::vector<Claim>& claims) const {
     Candidates<T> candidates;
     for (int64_t j = begin; j < end; ++j) {
       if (!is_object(j)) {
         continue;
       }
-      candidates.find(pyramid, anchors, topk, box(j), matches);
+      candidates.find(levels, anchors, topk, box(j), T(Rule::kMargin), ignored());
       const T threshold = candidates.threshold();
-      for (const auto& candidate : candidates.all) {
-        if (Rule::reaches(candidate.iou, threshold) &&
-            is_inside(center_of(anchor(candidate.anchor)), box(j), T(Rule::kMargin))) {
-          claims.push_back({static_cast<int32_t>(j), candidate.anchor});
+      for (int64_t i = 0; i < candidates.size; ++i) {
+        if (Rule::reaches(candidates.iou[i], threshold) && candidates.holds[i]) {
+          claims.push_back({static_cast<int32_t>(j), candidates.anchor[i]});
         }
       }
     }
@@ -398,14 +190,11 @@ struct Image {
     return match;
   }
 
-  void give_one_to_each(const Pyramid<T>& pyramid, int64_t topk) const {
+  void give_one_to_each(const std::vector<Level<T>>& levels, int64_t topk) const {
     std::vector<int64_t> owned(count);
-    for (int64_t i = 0; i < pyramid.num_groups; ++i) {
-      const Group<T>& group = pyramid.groups[i];
-      for (int64_t a = group.begin; a < group.end; ++a) {
-        if (matches[a] >= 0) {
-          ++owned[matches[a]];
-        }
+    for (int64_t i = 0; i < num_anchors; ++i) {
+      if (matches[i] >= 0) {
+        ++owned[matches[i]];
       }
     }
     Candidates<T> candidates;
@@ -413,13 +202,13 @@ struct Image {
       if (owned[j] > 0 || !is_object(j)) {
         continue;
       }
-      candidates.find(pyramid, anchors, topk, box(j), matches);
+      candidates.find(levels, anchors, topk, box(j), T(0), ignored());
       T best = 0;
       int64_t* taken = nullptr;
-      for (const auto& candidate : candidates.all) {
-        int64_t& match = matches[candidate.anchor];
-        if (candidate.iou > best && (match < 0 || owned[match] > 1)) {
-          best = candidate.iou;
+      for (int64_t i = 0; i < candidates.size; ++i) {
+        int64_t& match = matches[candidates.anchor[i]];
+        if (candidates.iou[i] > best && (match < 0 || owned[match] > 1)) {
+          best = candidates.iou[i];
           taken = &match;
         }
       }
@@ -435,15 +224,15 @@ struct Image {
 };
 
 template <typename Rule, typename T>
-void assign_images(const std::vector<Image<T>>& images, const Pyramid<T>& pyramid,
+void assign_images(const std::vector<Image<T>>& images, const std::vector<Level<T>>& levels,
                    const AtssOptions& options) {
   const auto num_images = static_cast<int64_t>(images.size());
-  torch::stable::parallel_for(
-      0, num_images * pyramid.num_groups, kGroupsPerTask, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          images[i / pyramid.num_groups].clear(pyramid.groups[i % pyramid.num_groups]);
-        }
-      });
+  const auto num_levels = static_cast<int64_t>(levels.size());
+  torch::stable::parallel_for(0, num_images * num_levels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      images[i / num_levels].ignore_crowds(levels[i % num_levels]);
+    }
+  });
 
   struct Task {
     int64_t image, begin, end;  // boxes
@@ -459,7 +248,7 @@ void assign_images(const std::vector<Image<T>>& images, const Pyramid<T>& pyrami
   torch::stable::parallel_for(0, num_tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       Task& task = tasks[i];
-      images[task.image].template claim<Rule>(task.begin, task.end, pyramid, options.topk,
+      images[task.image].template claim<Rule>(task.begin, task.end, levels, options.topk,
                                               task.claims);
     }
   });
@@ -484,7 +273,7 @@ void assign_images(const std::vector<Image<T>>& images, const Pyramid<T>& pyrami
   if (options.at_least_one) {
     torch::stable::parallel_for(0, num_images, 1, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        images[b].give_one_to_each(pyramid, options.topk);
+        images[b].give_one_to_each(levels, options.topk);
       }
     });
   }
@@ -509,15 +298,18 @@ Tensor assign_atss_cpu(const Tensor& anchors_, const Tensor& gt_boxes_,
     const auto* box_data = static_cast<const T*>(gt_boxes.const_data_ptr());
     const auto* crowd_data = data_of<bool>(crowd);
     auto* match_data = data_of<int64_t>(matches);
+    torch::stable::parallel_for(
+        0, num_images * num_anchors, kMatchesPerTask,
+        [&](int64_t begin, int64_t end) { std::fill(match_data + begin, match_data + end, -1); });
     std::vector<Image<T>> images;
     for (int64_t b = 0; b < num_images; ++b) {
-      images.push_back({anchor_data, box_data + 4 * b * max_boxes, counts[b],
+      images.push_back({anchor_data, num_anchors, box_data + 4 * b * max_boxes, counts[b],
                         crowd_data == nullptr ? nullptr : crowd_data + b * max_boxes,
                         match_data + b * num_anchors});
     }
-    const Pyramid<T> pyramid(anchor_data, level_sizes);
+    const std::vector<Level<T>> levels = levels_of(anchor_data, level_sizes);
     dispatch_atss(options, [&](auto rule_tag) {
-      assign_images<decltype(rule_tag)>(images, pyramid, options);
+      assign_images<decltype(rule_tag)>(images, levels, options);
     });
   });
   return matches;

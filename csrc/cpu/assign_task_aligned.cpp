@@ -1,7 +1,7 @@
 // Task-aligned assignment on the CPU, in parallel over images and groups of boxes. A box visits the
 // tiles of consecutive points whose range it meets, so that of the matrix of anchors and boxes only
-// the pairs that can match are ever computed. Boxes claim anchors by atomic maxima, which leave the
-// same bits in any order.
+// the pairs that can match are ever computed. Boxes claim anchors by maxima, which leave the same
+// bits in any order; they are atomic where threads meet in an image.
 //
 // 16 bytes an anchor and image beside the outputs: the greatest overlap with its box, and the angle
 // of the prediction. The claims lie where the matches will.
@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kBoxesATask = 4;  // whose costs differ by their sizes
 constexpr int64_t kPiece = 4096;    // anchors
+// So many images, whose costs differ too, are parallel enough: then no two threads meet in one.
+constexpr int64_t kImagesAThread = 4;
 
 static_assert(sizeof(Claims) == sizeof(int64_t));
 
@@ -47,39 +49,46 @@ FOCALOPS_SIMD void find_angles(const T* boxes, int64_t n, T* angles) {
   }
 }
 
-// Anchors that overlap a box, as many as are looked at together: their scores, which lie apart, are
-// fetched meanwhile.
+// Anchors that a box may take, as many as are looked at together, packed for the vectors: their
+// scores, which lie apart, are fetched meanwhile.
 struct Candidates {
   static constexpr int64_t kRoom = 256;
 
   int64_t size = 0;
   int32_t anchor[kRoom + kTile];
+  float box[4 * (kRoom + kTile)], angle[kRoom + kTile];  // of the predictions
   float overlap[kRoom + kTile], power[kRoom + kTile];
 
   bool is_full() const { return size >= kRoom; }
 
   // Without branches, of which half would be foretold wrongly.
-  void add(int64_t first, int64_t n, const float* overlaps) {
+  void add(int64_t first, int64_t n, const uint8_t* flags) {
+    int64_t end = size;
     for (int64_t i = 0; i < n; ++i) {
-      anchor[size] = static_cast<int32_t>(first + i);
-      overlap[size] = overlaps[i];
-      size += overlaps[i] > 0;
+      anchor[end] = static_cast<int32_t>(first + i);
+      end += flags[i];
     }
+    size = end;
   }
 };
 
-// The overlaps of the predictions of n <= kTile points with a box, 0 where the point is not within
-// the region.
+// Which points of a tile lie within the region.
+template <typename T>
+FOCALOPS_SIMD void find_inside(const T* x, const T* y, const Box<T>& region, T margin,
+                               uint8_t* flags) {
+  for (int64_t i = 0; i < kTile; ++i) {
+    flags[i] = is_inside({x[i], y[i]}, region, margin);
+  }
+}
+
 template <typename Formula, typename T>
-FOCALOPS_SIMD void overlap_tile(const Formula& formula, const T* x, const T* y, const T* boxes,
-                                const T* angles, int64_t n, const Box<T>& region, T margin,
-                                const Box<T>& box, const IouTerms<T>& terms, T* overlaps) {
+FOCALOPS_SIMD void find_overlaps(const Formula& formula, const T* boxes, const T* angles, int64_t n,
+                                 const Box<T>& box, const IouTerms<T>& terms, T* overlaps) {
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     const Box<T> predicted = load_box(boxes + 4 * i);
     const T value = formula.value(predicted, box, {area(predicted), angles[i]}, terms);
-    const bool counts = is_inside({x[i], y[i]}, region, margin) & (value > 0);
-    overlaps[i] = counts ? value : T(0);
+    overlaps[i] = value > 0 ? value : T(0);
   }
 }
 
@@ -87,6 +96,32 @@ template <typename T>
 FOCALOPS_SIMD void raise(const Power& power, const T* values, int64_t n, T* powers) {
   power.raise(values, n, powers);
 }
+
+FOCALOPS_SIMD bool are_zero(const int64_t* words, int64_t n) {
+  int64_t any = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    any |= words[i];
+  }
+  return any == 0;
+}
+
+// The anchors that boxes have, a list for each piece of an image's anchors.
+struct Matched {
+  int64_t pieces;  // of an image
+  std::vector<std::vector<int32_t>> anchors;
+
+  Matched(int64_t num_images, int64_t num_points)
+      : pieces((num_points + kPiece - 1) / kPiece), anchors(num_images * pieces) {}
+
+  template <typename F>
+  void for_each(int64_t image, const F& f) const {
+    for (int64_t piece = image * pieces; piece < (image + 1) * pieces; ++piece) {
+      for (const int32_t n : anchors[piece]) {
+        f(int64_t{n});
+      }
+    }
+  }
+};
 
 // What all images share, and the tensors of all of them.
 template <IouKind Kind>
@@ -106,6 +141,7 @@ struct Assignment {
   uint64_t* best;    // [B, N], overlap and box; then the overlap with the match
   int64_t* matches;  // [B, N], the claims before
   float* targets;    // [B, N], the metric before
+  bool threads_share_images;
 
   Box<float> box(int64_t image, int64_t j) const {
     return load_box(gt_boxes + 4 * (image * max_boxes + j));
@@ -120,6 +156,15 @@ struct Assignment {
   }
   Claims* claims(int64_t image) const {
     return reinterpret_cast<Claims*>(matches + image * num_points);
+  }
+  // Atomics wait for all that was stored before: for the lines of other anchors, too.
+  template <typename T>
+  void raise_to(T* at, T value) const {
+    if (threads_share_images) {
+      atomic_max(at, value);
+    } else {
+      *at = std::max(*at, value);
+    }
   }
 
   float overlap(int64_t image, int64_t n, int64_t j) const {
@@ -136,7 +181,6 @@ struct Assignment {
   // The box's best anchors become its claims.
   void claim(int64_t image, int64_t j, const Ranges& ranges) const {
     const Box<float> object = box(image, j), region = rule.region(object);
-    const IouTerms<float> terms = iou_terms<Kind>(object);
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     const Box<float> everywhere{-kInfinity, -kInfinity, kInfinity, kInfinity};
     const Box<float>& within = rule.inside_last ? everywhere : region;
@@ -144,12 +188,10 @@ struct Assignment {
     Candidates candidates;
     ranges.for_each(region, [&](int64_t tile) {
       const int64_t first = tile * kTile, n = std::min(kTile, num_points - first);
-      const int64_t i = image * num_points + first;
-      alignas(64) float overlaps[kTile];
-      overlap_tile(task_overlap<Kind>(), points.x.data() + first, points.y.data() + first,
-                   pred_boxes + 4 * i, angles + i, n, within, rule.margin, object, terms, overlaps);
+      uint8_t flags[kTile];
+      find_inside(points.x.data() + first, points.y.data() + first, within, rule.margin, flags);
       const int64_t known = candidates.size;
-      candidates.add(first, n, overlaps);
+      candidates.add(first, n, flags);
       for (int64_t c = known; c < candidates.size; ++c) {
         scores.prefetch(image, candidates.anchor[c], labels[image * max_boxes + j]);
       }
@@ -166,25 +208,36 @@ struct Assignment {
         continue;
       }
       Claims& claimed = claims(image)[n];
-      atomic_max(&claimed.last, mine.last);
-      atomic_max(&claimed.first, mine.first);
+      raise_to(&claimed.last, mine.last);
+      raise_to(&claimed.first, mine.first);
       if (rule.rivals == Rivals::kTakers) {
-        atomic_max(best + image * num_points + n, ranked(overlap(image, n, j), box_index));
+        raise_to(best + image * num_points + n, ranked(overlap(image, n, j), box_index));
       }
     }
   }
 
   void offer(int64_t image, int64_t j, Candidates& candidates, TopK& top) const {
-    const int64_t label = labels[image * max_boxes + j];
+    const int64_t label = labels[image * max_boxes + j], first = image * num_points;
+    const Box<float> object = box(image, j);
+    for (int64_t c = 0; c < candidates.size; ++c) {
+      const int64_t i = first + candidates.anchor[c];
+      std::copy_n(pred_boxes + 4 * i, 4, candidates.box + 4 * c);
+      candidates.angle[c] = angles[i];
+    }
+    find_overlaps(task_overlap<Kind>(), candidates.box, candidates.angle, candidates.size, object,
+                  iou_terms<Kind>(object), candidates.overlap);
     raise(rule.of_overlap, candidates.overlap, candidates.size, candidates.power);
     for (int64_t c = 0; c < candidates.size; ++c) {
       const int64_t n = candidates.anchor[c];
+      if (!(candidates.overlap[c] > 0)) {
+        continue;
+      }
       if (!crowds[image].empty() && in_crowd(image, n)) {
         continue;
       }
       if (rule.rivals == Rivals::kHolders) {
-        atomic_max(best + image * num_points + n,
-                   ranked(candidates.overlap[c], static_cast<uint32_t>(j)));
+        raise_to(best + image * num_points + n,
+                 ranked(candidates.overlap[c], static_cast<uint32_t>(j)));
       }
       const float value = mul(rule.of_score(scores.at(image, n, label)), candidates.power[c]);
       if (value > 0) {
@@ -212,36 +265,42 @@ struct Assignment {
     return winner;
   }
 
-  void resolve(int64_t image, int64_t begin, int64_t end) const {
+  // The claims of points begin .. end become matches, of which a list is made.
+  void resolve(int64_t image, int64_t begin, int64_t end, std::vector<int32_t>& matched) const {
     const bool has_crowds = !crowds[image].empty();
-    for (int64_t n = begin; n < end; ++n) {
-      const int64_t i = image * num_points + n;
-      const Claims claimed = claims(image)[n];
-      targets[i] = 0;
-      if (!claimed.any()) {
-        matches[i] = has_crowds && in_crowd(image, n) ? -2 : -1;
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int64_t last = std::min(first + kTile, end);
+      int64_t* of_image = matches + image * num_points;
+      if (!has_crowds && are_zero(of_image + first, last - first)) {
+        std::fill(of_image + first, of_image + last, -1);
         continue;
       }
-      const int64_t match = winner(image, n, claimed);
-      const bool is_known = index_of(best[i]) == static_cast<uint32_t>(match);
-      const float overlap_of_match = is_known ? value_of(best[i]) : overlap(image, n, match);
-      matches[i] = match;
-      targets[i] = metric(image, n, match, overlap_of_match);
-      std::memcpy(best + i, &overlap_of_match, sizeof overlap_of_match);
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t i = image * num_points + n;
+        const Claims claimed = claims(image)[n];
+        if (!claimed.any()) {
+          matches[i] = has_crowds && in_crowd(image, n) ? -2 : -1;
+          continue;
+        }
+        const int64_t match = winner(image, n, claimed);
+        const bool is_known = index_of(best[i]) == static_cast<uint32_t>(match);
+        const float overlap_of_match = is_known ? value_of(best[i]) : overlap(image, n, match);
+        matches[i] = match;
+        targets[i] = metric(image, n, match, overlap_of_match);
+        std::memcpy(best + i, &overlap_of_match, sizeof overlap_of_match);
+        matched.push_back(static_cast<int32_t>(n));
+      }
     }
   }
 
   // Of the anchors that a box has it keeps the best.
-  void keep_best(int64_t image) const {
+  void keep_best(int64_t image, const Matched& matched) const {
     std::vector<TopK> top(counts[image], TopK(final_topk));
     int64_t* match = matches + image * num_points;
-    const float* metrics = targets + image * num_points;
-    for (int64_t n = 0; n < num_points; ++n) {
-      if (match[n] >= 0) {
-        top[match[n]].offer(ranked(metrics[n], static_cast<uint32_t>(n)));
-        match[n] = -1;
-      }
-    }
+    matched.for_each(image, [&](int64_t n) {
+      top[match[n]].offer(ranked(targets[image * num_points + n], static_cast<uint32_t>(n)));
+      match[n] = -1;
+    });
     for (int64_t j = 0; j < counts[image]; ++j) {
       for (const uint64_t kept : top[j]) {
         match[index_of(kept)] = j;
@@ -249,23 +308,23 @@ struct Assignment {
     }
   }
 
-  void find_targets(int64_t image) const {
+  void find_targets(int64_t image, const Matched& matched) const {
     const int64_t* match = matches + image * num_points;
     float* of_anchors = targets + image * num_points;
     std::vector<float> most_metric(counts[image], 0), most_overlap(counts[image], 0);
-    for (int64_t n = 0; n < num_points; ++n) {
+    matched.for_each(image, [&](int64_t n) {
       if (match[n] >= 0) {
         float value;
         std::memcpy(&value, best + image * num_points + n, sizeof value);
         most_metric[match[n]] = max_of(of_anchors[n], most_metric[match[n]]);
         most_overlap[match[n]] = max_of(value, most_overlap[match[n]]);
       }
-    }
-    for (int64_t n = 0; n < num_points; ++n) {
+    });
+    matched.for_each(image, [&](int64_t n) {
       of_anchors[n] =
           match[n] < 0 ? 0.0f
                        : rule.target(of_anchors[n], most_metric[match[n]], most_overlap[match[n]]);
-    }
+    });
   }
 };
 
@@ -285,8 +344,10 @@ void run(const Assignment<Kind>& all, int64_t num_images) {
                         n / kTile, load_box(all.pred_boxes + 4 * (image * all.num_points + n)));
                   }
                 });
+  const int64_t boxes_a_task =
+      all.threads_share_images ? kBoxesATask : std::max(all.max_boxes, kBoxesATask);
   parallel_over(
-      num_images, all.max_boxes, kBoxesATask, [&](int64_t image, int64_t begin, int64_t end) {
+      num_images, all.max_boxes, boxes_a_task, [&](int64_t image, int64_t begin, int64_t end) {
         const Ranges& ranges = all.rule.inside_last ? predictions[image] : all.points.ranges;
         for (int64_t j = begin; j < std::min(end, all.counts[image]); ++j) {
           if (!all.is_crowd(image, j)) {
@@ -294,13 +355,15 @@ void run(const Assignment<Kind>& all, int64_t num_images) {
           }
         }
       });
-  parallel_over(num_images, all.num_points, kPiece,
-                [&](int64_t image, int64_t begin, int64_t end) { all.resolve(image, begin, end); });
+  Matched matched(num_images, all.num_points);
+  parallel_over(num_images, all.num_points, kPiece, [&](int64_t image, int64_t begin, int64_t end) {
+    all.resolve(image, begin, end, matched.anchors[image * matched.pieces + begin / kPiece]);
+  });
   parallel_over(num_images, 1, 1, [&](int64_t image, int64_t, int64_t) {
     if (all.final_topk > 0) {
-      all.keep_best(image);
+      all.keep_best(image, matched);
     }
-    all.find_targets(image);
+    all.find_targets(image, matched);
   });
 }
 
@@ -335,9 +398,11 @@ std::tuple<Tensor, Tensor> assign_task_aligned_cpu(
   const std::optional<Tensor> crowd = contiguous(crowd_);
   const int64_t num_images = gt_boxes.size(0), num_points = points.size(0);
   Tensor matches = torch::stable::new_zeros(points, {num_images, num_points}, ScalarType::Long);
-  Tensor targets = torch::stable::new_empty(points, {num_images, num_points});
+  Tensor targets = torch::stable::new_zeros(points, {num_images, num_points});
   Tensor best = torch::stable::new_zeros(points, {num_images, num_points}, ScalarType::Long);
-  Tensor angles = torch::stable::new_zeros(points, {num_images, num_points});
+  Tensor angles = overlap == static_cast<int64_t>(IouKind::kComplete)
+                      ? torch::stable::new_empty(points, {num_images, num_points})
+                      : torch::stable::new_zeros(points, {num_images, num_points});
   dispatch_task_overlap(overlap, [&](auto kind) {
     Assignment<decltype(kind)::value> all{
         options.formula(),
@@ -356,7 +421,8 @@ std::tuple<Tensor, Tensor> assign_task_aligned_cpu(
         data_of<float>(angles),
         reinterpret_cast<uint64_t*>(data_of<int64_t>(best)),
         data_of<int64_t>(matches),
-        data_of<float>(targets)};
+        data_of<float>(targets),
+        num_images < kImagesAThread * torch::stable::get_num_threads()};
     find_crowds(all);
     run(all, num_images);
   });

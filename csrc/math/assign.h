@@ -49,6 +49,14 @@ struct TorchvisionFcos {
     return (x < reach) & (-x < reach) & (y < reach) & (-y < reach);
   }
 
+  // Whether a point in the range can be: rounded as they are, differences keep their order.
+  template <typename T>
+  static FOCALOPS_HOST_DEVICE bool may_be_near(const Box<T>& range, const Point<T>& center,
+                                               T reach) {
+    return (sub(range.x1, center.x) < reach) & (sub(center.x, range.x2) < reach) &
+           (sub(range.y1, center.y) < reach) & (sub(center.y, range.y2) < reach);
+  }
+
   template <typename T>
   static FOCALOPS_HOST_DEVICE bool fits(T distance, const FcosLevel<T>& level) {
     return (distance > level.least) & (distance < level.most);
@@ -69,6 +77,13 @@ struct MmdetFcos {
   }
 
   template <typename T>
+  static FOCALOPS_HOST_DEVICE bool may_be_near(const Box<T>& range, const Point<T>& center,
+                                               T reach) {
+    return (range.x2 > sub(center.x, reach)) & (range.y2 > sub(center.y, reach)) &
+           (range.x1 < add(center.x, reach)) & (range.y1 < add(center.y, reach));
+  }
+
+  template <typename T>
   static FOCALOPS_HOST_DEVICE bool fits(T distance, const FcosLevel<T>& level) {
     return (distance >= level.least) & (distance <= level.most);
   }
@@ -78,6 +93,15 @@ template <typename Rule, typename T>
 FOCALOPS_HOST_DEVICE FcosBox<T> fcos_box(const Box<T>& box) {
   const Point<T> center{div(add(box.x1, box.x2), T(2)), div(add(box.y1, box.y2), T(2))};
   return {box, center, Rule::worth(area(box))};
+}
+
+// Whether the level's range may hold the greatest distance from a point inside the box to a side,
+// which is at most the longer side and at least half of it, but for the rounding.
+template <typename T>
+FOCALOPS_HOST_DEVICE bool may_fit(const Box<T>& box, const FcosLevel<T>& level) {
+  const T longer = max_of(sub(box.x2, box.x1), sub(box.y2, box.y1));
+  const T finite = min_of(longer, T(3e38));  // the difference of two numbers may be none
+  return (longer >= level.least) & (mul(finite, T(0.4999)) <= level.most);
 }
 
 template <typename Rule, typename T>
