@@ -198,18 +198,22 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   // detections, padded with 0, 0 and -1. cls_logits: up to kMaxLevels levels (B, A * K, H, W);
   // box_deltas: (B, A * 4, H, W); anchors: (N, 4); image_sizes: (B, 2), height and width. With
   // strides, one a level, box_deltas are distances (B, 4 * bins, H, W), and anchors points (N, 2).
+  // score_factors: (B, A, H, W), by which scores are multiplied, or none; takes_root: of the
+  // product.
   m.def(
       "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, Tensor? image_sizes,"
-      " float[] weights, float clip, float score_threshold, int topk_per_level,"
+      " Tensor[] score_factors, float[] weights, float clip, float score_threshold,"
+      " int topk_per_level,"
       " float iou_threshold, int max_detections, bool class_agnostic, bool by_distance=False,"
-      " int? topk=None, float[] strides=[], int bins=1)"
+      " int? topk=None, float[] strides=[], int bins=1, bool takes_root=False)"
       " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 
   // What detect suppresses: (B, C) candidates of each image, best first, padded with 0, -inf and
   // -1.
   m.def(
       "_head_candidates(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors,"
-      " Tensor? image_sizes, float[] weights, float clip, float score_threshold,"
-      " int topk_per_level, int? topk, float[] strides=[], int bins=1)"
+      " Tensor? image_sizes, Tensor[] score_factors, float[] weights, float clip,"
+      " float score_threshold, int topk_per_level, int? topk, float[] strides=[], int bins=1,"
+      " bool takes_root=False)"
       " -> (Tensor boxes, Tensor scores, Tensor labels)");
 }

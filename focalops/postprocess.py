@@ -54,12 +54,14 @@ def detect(
     coding: str = "deltas",
     strides: Sequence[float] | None = None,
     bins: int = 1,
+    score_factors: Sequence[Tensor] | None = None,
+    combine: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The detections of a batch from what a dense head put out, padded to one size.
 
     Scores above a threshold, the best of them in each level, their boxes, NMS inside each class: the post-processing of
-    torchvision's RetinaNet, or with ``topk`` and ``method`` that of EfficientDet, for all images and levels at once. The logits
-    are read once where the head left them, and nothing waits for the device: the form for compiled graphs, CUDA graphs and
+    torchvision's RetinaNet, with ``topk`` and ``method`` that of EfficientDet, or with ``score_factors`` that of FCOS and YOLOX,
+    for all images and levels at once. The logits are read once where the head left them, and nothing waits for the device: the form for compiled graphs, CUDA graphs and
     deployment.
 
     Args:
@@ -88,12 +90,18 @@ def detect(
             looked at. Only what is left for NMS is decoded: of a head with bins a hundredth.
         strides: of distances, a number for each level.
         bins: of distances, as in :func:`decode_distances`.
+        score_factors: of a head that also scores its anchors, as many levels ``(B, A, H, W)``, of the dtype of the logits: the
+            logits of YOLOX's objectness or FCOS's centerness, each level in its own layout. They are a part of every score, that
+            of the threshold, of ``topk_per_level`` and ``topk`` and of NMS. (mmdet's FCOS compares the class alone with its threshold
+            and multiplies after its top-k.)
+        combine: how a score is made of both: ``"product"``, ``sigmoid(logit) * sigmoid(factor)``, as in YOLOX; ``"sqrt"``, its
+            root, as in torchvision's FCOS.
 
     Returns:
         ``boxes (B, D, 4)`` and ``scores (B, D)``, float32, ``labels (B, D)``, int64, each image's by descending score, then
         padding: 0, 0 and -1; and ``counts (B,)``, int64, the number of detections of each image. Of equal scores the lower
         level, row, column, anchor, class comes first, also where a cut lies between them: two runs give the same bits. A NaN
-        logit or box is never a detection. Unless ``"hard"`` the scores are those that have become, and of equal ones the box
+        logit, factor or box is never a detection. Unless ``"hard"`` the scores are those that have become, and of equal ones the box
         comes first that did so before they decayed. Nothing is differentiated.
 
     Time O(logits), and O(B D^2) for NMS, O(B D C) for soft NMS of C candidates an image; where more candidates pass than a few
@@ -102,12 +110,18 @@ def detect(
 
     >>> boxes, scores, labels, counts = detect(cls_logits, box_deltas, anchors, image_sizes=sizes)
     >>> found = detect(cls_logits, distances, points, coding="distance", strides=[8, 16, 32], bins=16)  # YOLOv8
+    >>> found = detect(*head, coding="distance", strides=strides, score_factors=centerness, combine="sqrt")  # FCOS
     """
     require_tensors("cls_logits", cls_logits)
     require_tensors("box_deltas", box_deltas)
     require_tensor("anchors", anchors)
     cls_logits = [level.detach() for level in cls_logits]
     box_deltas = [level.detach() for level in box_deltas]
+    if score_factors is not None:
+        require_tensors("score_factors", score_factors)
+        check_num_levels("detect", "score_factors", score_factors)
+    factors = [] if score_factors is None else [level.detach() for level in score_factors]
+    takes_root = choice("combine", combine, ("product", "sqrt")) == "sqrt"
     weights, clip = floats("weights", weights, "4 numbers"), number("clip", clip)
     coder = (weights, clip, *_distances(coding, strides, bins))
     score_threshold = number("score_threshold", score_threshold)
@@ -126,10 +140,10 @@ def detect(
     elif image_sizes is not None:
         image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
     check_num_levels("detect", "cls_logits", cls_logits)
-    tensors = (cls_logits, box_deltas, anchors.detach().to(torch.float32), image_sizes)
+    tensors = (cls_logits, box_deltas, anchors.detach().to(torch.float32), image_sizes, factors)
     limits = (topk_per_level, topk)
     if runs_reference(cls_logits[0]):
-        _check(*tensors, weights, *coder[2:], *limits, max_detections)
+        _check(*tensors, weights, *coder[2:], *limits, takes_root, max_detections)
         return reference.detect(
             *tensors[:3],
             score_threshold=score_threshold,
@@ -147,13 +161,15 @@ def detect(
             coding=coding,
             strides=strides,
             bins=bins,
+            score_factors=factors or None,
+            combine=combine,
         )
     if method != "hard":
         _check_max_detections(max_detections)
-        found = call(
-            ops._head_candidates, *tensors, weights, clip, score_threshold, *limits, *coder[2:]
+        boxes, scores, labels = call(
+            *(ops._head_candidates, *tensors, weights, clip, score_threshold),
+            *(*limits, *coder[2:], takes_root),
         )
-        boxes, scores, labels = found
         indices, kept_scores, counts = call(
             ops.soft_nms,
             boxes,
@@ -179,6 +195,7 @@ def detect(
         is_diou,
         topk,
         *coder[2:],
+        takes_root,
     )
 
 
@@ -222,6 +239,7 @@ def _(
     box_deltas: list[Tensor],
     anchors: Tensor,
     image_sizes: Tensor | None,
+    score_factors: list[Tensor],
     weights: list[float],
     clip: float,
     score_threshold: float,
@@ -233,9 +251,11 @@ def _(
     topk: int | None = None,
     strides: Sequence[float] = (),
     bins: int = 1,
+    takes_root: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = (cls_logits, box_deltas, anchors, image_sizes)
-    _check(*head, weights, strides, bins, topk_per_level, topk, max_detections)
+    head = (cls_logits, box_deltas, anchors, image_sizes, score_factors)
+    limits = (topk_per_level, topk)
+    _check(*head, weights, strides, bins, *limits, takes_root, max_detections)
     like, padded = cls_logits[0], (cls_logits[0].shape[0], max_detections)
     return (
         like.new_empty((*padded, 4), dtype=torch.float32),
@@ -251,6 +271,7 @@ def _(
     box_deltas: list[Tensor],
     anchors: Tensor,
     image_sizes: Tensor | None,
+    score_factors: list[Tensor],
     weights: list[float],
     clip: float,
     score_threshold: float,
@@ -258,9 +279,10 @@ def _(
     topk: int | None,
     strides: Sequence[float] = (),
     bins: int = 1,
+    takes_root: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = (cls_logits, box_deltas, anchors, image_sizes)
-    _check(*head, weights, strides, bins, topk_per_level, topk)
+    head = (cls_logits, box_deltas, anchors, image_sizes, score_factors)
+    _check(*head, weights, strides, bins, topk_per_level, topk, takes_root)
     like = cls_logits[0]
     logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)
     most = logits if topk is None else torch.sym_min(logits, topk)
@@ -282,11 +304,13 @@ def _check(
     box_deltas: list[Tensor],
     anchors: Tensor,
     image_sizes: Tensor | None,
+    score_factors: list[Tensor],
     weights: list[float],
     strides: Sequence[float],
     bins: int,
     topk_per_level: int,
     topk: int | None,
+    takes_root: bool,
     max_detections: int = 0,
 ) -> None:
     op = "detect"
@@ -304,6 +328,21 @@ def _check(
     for i, level in enumerate(box_deltas):
         columns = "4 * bins" if strides else "A * 4"
         _check_level(f"box_deltas[{i}]", level, first, columns, cls_logits[i], box_deltas[0])
+    if score_factors:
+        levels = len(cls_logits)
+        check(
+            len(score_factors) == levels,
+            lambda: (
+                f"{op}: score_factors must be {levels} levels like cls_logits, got {len(score_factors)}"
+            ),
+        )
+        for i, level in enumerate(score_factors):
+            _check_level(f"score_factors[{i}]", level, first, "A", cls_logits[i], score_factors[0])
+    else:
+        check(
+            not takes_root,
+            lambda: f"{op}: combine must be 'product' unless there are score_factors, got 'sqrt'",
+        )
     images, channels = first.shape[:2]
     per_position = box_deltas[0].shape[1]
     num_anchors = 1 if strides else per_position // 4
@@ -328,6 +367,15 @@ def _check(
             lambda: (
                 f"{op}: cls_logits and box_deltas must have A * K and A * 4 channels, "
                 f"got {channels} and {per_position}"
+            ),
+        )
+    if score_factors:
+        of_a_position = score_factors[0].shape[1]
+        check(
+            of_a_position == num_anchors,
+            lambda: (
+                f"{op}: score_factors must have a channel for each of {num_anchors} anchors, "
+                f"got {of_a_position}"
             ),
         )
     rows = num_anchors * sum(level.shape[2] * level.shape[3] for level in cls_logits)

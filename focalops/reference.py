@@ -1530,6 +1530,8 @@ def detect(
     strides: Sequence[float]
     | None = None,  # L, of distances: box_deltas [B, 4 * bins, H, W], anchors [N, 2]
     bins: int = 1,
+    score_factors: Sequence[Tensor] | None = None,  # L of [B, A, H, W]
+    combine: str = "product",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, device = cls_logits[0].shape[0], cls_logits[0].device
     boxes = torch.zeros((batch, max_detections, 4), device=device)
@@ -1539,16 +1541,26 @@ def detect(
     num_anchors = 1 if coding == "distance" else box_deltas[0].shape[1] // 4
     num_classes = cls_logits[0].shape[1] // num_anchors
     level_strides = [1.0] * len(cls_logits) if strides is None else strides
-    logits_levels = [head_rows(level, num_classes) for level in cls_logits]
+    scores_levels = [
+        torch.sigmoid(head_rows(level, num_classes).double()).float() for level in cls_logits
+    ]
+    if score_factors is not None:
+        factors_levels = [
+            torch.sigmoid(head_rows(level, 1).double()).float() for level in score_factors
+        ]
+        products = [s * f for s, f in zip(scores_levels, factors_levels, strict=True)]
+        if combine == "sqrt":  # rounded once: equal products have equal roots
+            products = [p.double().sqrt().float() for p in products]
+        scores_levels = products
     deltas_levels = [head_rows(level, level.shape[1] // num_anchors) for level in box_deltas]
     anchors_levels = anchors.float().split([level.shape[1] for level in deltas_levels])
     for i in range(batch):
         size = None if image_sizes is None else [float(extent) for extent in image_sizes[i]]
         image_boxes, image_scores, image_labels = [], [], []
-        for logits, deltas, level_anchors, stride in zip(
-            logits_levels, deltas_levels, anchors_levels, level_strides, strict=True
+        for rows, deltas, level_anchors, stride in zip(
+            scores_levels, deltas_levels, anchors_levels, level_strides, strict=True
         ):
-            level_scores = torch.sigmoid(logits[i].double()).float().flatten()
+            level_scores = rows[i].flatten()
             candidates = torch.where(level_scores > score_threshold)[0]
             best = level_scores[candidates].sort(descending=True, stable=True).indices
             candidates = candidates[best[:topk_per_level]]

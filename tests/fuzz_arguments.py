@@ -667,6 +667,13 @@ def detect() -> Arguments:
             "strides": [4 * 2**i for i in range(len(sizes))],
             "bins": bins,
         }
+    if random.random() < 0.5:
+        # On the grid their products are equal or 2e-6 apart, relatively.
+        factors = torch.tensor([-math.inf, -3.9, 0, 0, math.inf, math.inf, math.nan])
+        heads["score_factors"] = [
+            factors[torch.randint(0, 7, (images, per_position, *s))].to(dtype) for s in sizes
+        ]
+        heads["combine"] = pick(("product", "sqrt"))
     return {
         **heads,
         "score_threshold": pick((-1.0, 0.0, 0.05, 0.5, 1.0)),

@@ -58,7 +58,7 @@ NUMBERS = {
     "score_threshold",
     "sigma",
 }
-CHOICES = {"coding", "fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
+CHOICES = {"coding", "combine", "fmt", "loss", "method", "mode", "overlap", "reduction", "rule"}
 SEQUENCES = {"image_size", "image_sizes", "level_sizes", "ranges", "strides", "weights"}
 # The others are tensors, or lists of them.
 

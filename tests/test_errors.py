@@ -123,6 +123,13 @@ def right_arguments() -> dict[str, Arguments]:
             "box_deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
             "anchors": torch.zeros(57, 4),
         },
+        "detect, score_factors": {
+            "cls_logits": [torch.zeros(2, 15, 3, 5), torch.zeros(2, 15, 2, 2)],
+            "box_deltas": [torch.zeros(2, 12, 3, 5), torch.zeros(2, 12, 2, 2)],
+            "anchors": torch.zeros(57, 4),
+            "score_factors": [torch.zeros(2, 3, 3, 5), torch.zeros(2, 3, 2, 2)],
+            "combine": "sqrt",
+        },
         "distribution_focal_loss": {"inputs": torch.zeros(6, 5), "targets": scores},
         "encode_boxes": {"boxes": boxes, "anchors": boxes},
         "encode_distances": {"points": boxes[:, :2], "boxes": boxes},
@@ -487,6 +494,18 @@ WRONG: dict[str, list[tuple[str, Callable, str]]] = {
         ("coding", always("distance"), "strides must be numbers, one for each level, with coding 'distance', got none"),
         ("strides", always([8.0]), "strides must be None unless coding is 'distance', got [8.0]"),
         ("bins", always(4), "bins must be 1 unless coding is 'distance', got 4"),
+        ("combine", always("sum"), "combine must be 'product' or 'sqrt', got 'sum'"),
+        ("combine", always("sqrt"), "combine must be 'product' unless there are score_factors, got 'sqrt'"),
+    ],
+    "detect, score_factors": [
+        ("score_factors", always([]), "score_factors must be 1 to 8 levels, got 0"),
+        ("score_factors", lambda f: f[:1], "score_factors must be 2 levels like cls_logits, got 1"),
+        ("score_factors", lambda f: [f[0], f[1].double()], "score_factors[1] must be torch.float32 like cls_logits[0], got torch.float64"),
+        ("score_factors", lambda f: [f[0], elsewhere(f[1])], "score_factors[1] " + ELSEWHERE.format("cls_logits[0]")),
+        ("score_factors", lambda f: [f[0], f[1][:, 1:]], "score_factors[1] must have shape (B, A, H, W), B and A the same in all levels, H and W those of the level, got (2, 2, 2, 2)"),
+        ("score_factors", lambda f: [f[0][..., 1:], f[1]], "score_factors[0] must have shape (B, A, H, W), B and A the same in all levels, H and W those of the level, got (2, 3, 3, 4)"),
+        ("score_factors", lambda f: [x[:, :1] for x in f], "score_factors must have a channel for each of 3 anchors, got 1"),
+        ("score_factors", always(None), "combine must be 'product' unless there are score_factors, got 'sqrt'"),
     ],
     "distribution_focal_loss": [
         ("inputs", Tensor.long, f"inputs must be {FLOATING}, got torch.int64"),
@@ -808,13 +827,17 @@ def test_every_function_says_the_same_on_devices_without_kernels(
 
 @pytest.mark.parametrize("method", ["linear", "gaussian"])
 @pytest.mark.parametrize(
-    ("argument", "wrong", "sentence"),
-    [case[1:] for case in CASES if case[0] == "detect" and case[1] not in ("method", "overlap")],
+    ("op", "argument", "wrong", "sentence"),
+    [
+        case
+        for case in CASES
+        if case[0].startswith("detect") and case[1] not in ("method", "overlap")
+    ],
 )
-def test_soft_detections_say_the_same(argument, wrong, sentence, method, backend, device):
-    arguments = right_arguments()["detect"] | {"method": method, "overlap": "iou"}
+def test_soft_detections_say_the_same(op, argument, wrong, sentence, method, backend, device):
+    arguments = right_arguments()[op] | {"method": method, "overlap": "iou"}
     arguments[argument] = wrong(arguments.get(argument))
-    check_says("detect", arguments, sentence, backend, device)
+    check_says(op, arguments, sentence, backend, device)
 
 
 def test_soft_detections_have_no_other_overlap():

@@ -148,10 +148,13 @@ EXAMPLES: dict[str, tuple[Callable, Callable[[int], Inputs]]] = {
         lambda n: (*head(n), torch.rand(2, 2 * n + 8)),
     ),
     "detect": (
-        lambda p3, p4, d3, d4, a: detect([p3, p4], [d3, d4], a, max_detections=9),
+        lambda p3, p4, d3, d4, f3, f4, a: detect(
+            [p3, p4], [d3, d4], a, max_detections=9, score_factors=[f3, f4], combine="sqrt"
+        ),
         lambda n: (
             *(torch.randn(2, 6, n, 1), torch.randn(2, 6, 2, 2)),
             *(torch.randn(2, 8, n, 1), torch.randn(2, 8, 2, 2)),
+            *(torch.randn(2, 2, n, 1), torch.randn(2, 2, 2, 2)),
             boxes(2 * n + 8),
         ),
     ),

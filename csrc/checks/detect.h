@@ -14,7 +14,9 @@ namespace focalops {
 // What is a candidate of an image: detect and _head_candidates take these beside the head's
 // outputs.
 struct CandidateOptions {
-  std::vector<double> weights;  // with clip those of the box coder
+  std::vector<Tensor> score_factors;  // none: the head has no factors
+  bool takes_root;                    // of a score and its factor
+  std::vector<double> weights;        // with clip those of the box coder
   double clip;
   std::vector<double> strides;  // of each level, of distances; none: the head has deltas
   int64_t bins;                 // of each distance
@@ -65,6 +67,16 @@ inline HeadShape check_candidates(const std::vector<Tensor>& cls_logits,
   };
   check_levels("cls_logits", cls_logits, "A * K");
   check_levels("box_deltas", box_deltas, options.has_distances() ? "4 * bins" : "A * 4");
+  const std::vector<Tensor>& factors = options.score_factors;
+  if (!factors.empty()) {
+    if (factors.size() != cls_logits.size()) {
+      fail(op, ": score_factors must be ", cls_logits.size(), " levels like cls_logits, got ",
+           factors.size());
+    }
+    check_levels("score_factors", factors, "A");
+  } else if (options.takes_root) {
+    fail(op, ": combine must be 'product' unless there are score_factors, got 'sqrt'");
+  }
   for (const Tensor& level : cls_logits) {
     positions += level.size(2) * level.size(3);
   }
@@ -86,6 +98,10 @@ inline HeadShape check_candidates(const std::vector<Tensor>& cls_logits,
   } else if (num_anchors == 0 || per_position % 4 != 0 || channels % num_anchors != 0) {
     fail(op, ": cls_logits and box_deltas must have A * K and A * 4 channels, got ", channels,
          " and ", per_position);
+  }
+  if (!factors.empty() && factors[0].size(1) != num_anchors) {
+    fail(op, ": score_factors must have a channel for each of ", num_anchors, " anchors, got ",
+         factors[0].size(1));
   }
   const int64_t rows = num_anchors * positions, classes = channels / num_anchors;
   if (rows * classes >= int64_t{1} << 31) {

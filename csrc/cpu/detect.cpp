@@ -46,10 +46,12 @@ FOCALOPS_SIMD void flag_at_least(const scalar_t* logits, int64_t n, float least,
 // The best `most` of the candidates it was offered, by key.
 class BestCandidates {
  public:
-  BestCandidates(int64_t most, float least_logit) : most_(most), least_logit_(least_logit) {}
+  BestCandidates(int64_t most, const Scoring& scoring)
+      : most_(most), scoring_(scoring), least_logit_(scoring.least_logit()) {}
 
-  // No candidate of a lower logit can be among the best.
+  // No candidate of a lower logit, be it of the class or of the factor, can be among the best.
   float least_logit() const { return least_logit_; }
+  const Scoring& scoring() const { return scoring_; }
 
   void offer(float score, uint32_t index) {
     const uint64_t key = candidate_key(score, index);
@@ -61,7 +63,7 @@ class BestCandidates {
       keep_best(keys_, most_);
       worst_ = keys_[most_ - 1];
       const float score_of_worst = score_of_key(worst_);
-      least_logit_ = least_float([&](float x) { return score_of_logit(x) >= score_of_worst; });
+      least_logit_ = scoring_.least_logit([&](float score) { return score >= score_of_worst; });
     }
   }
 
@@ -77,6 +79,7 @@ class BestCandidates {
 
  private:
   int64_t most_;
+  Scoring scoring_;
   float least_logit_;
   uint64_t worst_ = 0;
   std::vector<uint64_t> keys_;
@@ -86,14 +89,17 @@ struct Level {
   LevelLayout layout;
   const void* logits;
   const void* deltas;
+  const void* factors;  // null: there are none
   int64_t size;         // logits of an image
   int64_t first_piece;  // of an image
 };
 
-// The candidates among the logits begin .. end of an image of a level.
+// The candidates among the logits begin .. end of an image of a level. factors: of the image.
 template <typename scalar_t>
-void collect(const scalar_t* logits, int64_t begin, int64_t end, const LevelLayout& layout,
-             const HeadShape& shape, BestCandidates& best) {
+void collect(const scalar_t* logits, const scalar_t* factors, int64_t begin, int64_t end,
+             const LevelLayout& layout, const HeadShape& shape, BestCandidates& best) {
+  const auto anchors = static_cast<uint32_t>(shape.anchors);
+  const auto classes = static_cast<uint32_t>(shape.classes);
   alignas(8) uint8_t flags[kBlock] = {};
   float last_logit = std::numeric_limits<float>::quiet_NaN(), last_score = 0;
   for (int64_t first = begin; first < end; first += kBlock) {
@@ -111,13 +117,26 @@ void collect(const scalar_t* logits, int64_t begin, int64_t end, const LevelLayo
         if ((eight & 1) == 0 || !(logit >= best.least_logit())) {
           continue;
         }
+        const uint32_t index = layout.index(static_cast<uint32_t>(first + i), anchors, classes);
+        float factor = 0;
+        if (factors != nullptr) {
+          factor = layout.load_factor(factors, index / classes, anchors);
+          if (!(factor >= best.least_logit())) {
+            continue;
+          }
+        }
         if (logit != last_logit) {
           last_logit = logit;
           last_score = score_of_logit(logit);
         }
-        best.offer(last_score, layout.index(static_cast<uint32_t>(first + i),
-                                            static_cast<uint32_t>(shape.anchors),
-                                            static_cast<uint32_t>(shape.classes)));
+        if (factors == nullptr) {
+          best.offer(last_score, index);
+          continue;
+        }
+        const float score = best.scoring().combine(last_score, score_of_logit(factor));
+        if (best.scoring().passes(score)) {
+          best.offer(score, index);
+        }
       }
     }
   }
@@ -172,6 +191,7 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
                     const CandidateOptions& options, const HeadShape& shape, const Finish& finish) {
   const auto logits_levels = head_levels(cls_logits, shape);
   const auto deltas_levels = head_levels(box_deltas, shape);
+  const auto factors_levels = head_levels(options.score_factors, shape);
   const Tensor anchors = torch::stable::contiguous(anchors_);
   const auto* anchor_boxes = static_cast<const float*>(anchors.const_data_ptr());
   std::optional<Tensor> image_sizes;
@@ -185,18 +205,21 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
   int64_t pieces_of_image = 0;
   for (size_t l = 0; l < logits_levels.size(); ++l) {
     const HeadLevel &logits = logits_levels[l], &deltas = deltas_levels[l];
+    const HeadLevel* factors = factors_levels.empty() ? nullptr : &factors_levels[l];
     const int64_t size = logits.positions * shape.anchors * shape.classes;
-    levels.push_back({{static_cast<uint32_t>(logits.positions),
-                       static_cast<uint32_t>(logits.first_row), logits.has_rows, deltas.has_rows},
-                      logits.tensor.const_data_ptr(),
-                      deltas.tensor.const_data_ptr(),
-                      size,
-                      pieces_of_image});
+    levels.push_back(
+        {{static_cast<uint32_t>(logits.positions), static_cast<uint32_t>(logits.first_row),
+          logits.has_rows, deltas.has_rows, factors != nullptr && factors->has_rows},
+         logits.tensor.const_data_ptr(),
+         deltas.tensor.const_data_ptr(),
+         factors == nullptr ? nullptr : factors->tensor.const_data_ptr(),
+         size,
+         pieces_of_image});
     pieces_of_image += (size + kPiece - 1) / kPiece;
   }
   const int64_t most_of_level = options.most_of_level(shape);
   const int64_t most = options.most(static_cast<int64_t>(levels.size()), shape);
-  const float least_logit = least_logit_above(options.score_threshold);
+  const Scoring scoring(options.score_threshold, options.takes_root);
   const bool by_level = most_of_level < most;  // else the levels of an image compete at once
   const auto level_of = [&](int64_t part) {
     size_t l = 0;
@@ -213,16 +236,19 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
   dispatch_floating(cls_logits[0].scalar_type(), [&](auto tag) {
     using scalar_t = tag_t<decltype(tag)>;
     torch::stable::parallel_for(0, images * pieces_of_image, 1, [&](int64_t first, int64_t last) {
-      BestCandidates best(most_of_level, least_logit);
+      BestCandidates best(most_of_level, scoring);
       for (int64_t piece = first; piece < last; ++piece) {
         const int64_t image = piece / pieces_of_image, part = piece % pieces_of_image;
         const Level& level = levels[level_of(part)];
         const int64_t begin = (part - level.first_piece) * kPiece;
-        collect(static_cast<const scalar_t*>(level.logits) + image * level.size, begin,
-                std::min(begin + kPiece, level.size), level.layout, shape, best);
+        const auto* factors = static_cast<const scalar_t*>(level.factors);
+        collect(
+            static_cast<const scalar_t*>(level.logits) + image * level.size,
+            factors == nullptr ? nullptr : factors + image * shape.anchors * level.layout.positions,
+            begin, std::min(begin + kPiece, level.size), level.layout, shape, best);
         if (piece + 1 == last || ends_competition(part)) {
           found[piece] = best.take();
-          best = BestCandidates(most_of_level, least_logit);
+          best = BestCandidates(most_of_level, scoring);
         }
       }
     });
@@ -275,11 +301,12 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
-    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
-    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
-  const CandidateOptions options{weights,         clip,           strides, bins,
-                                 score_threshold, topk_per_level, topk};
+    const std::vector<Tensor>& score_factors, const std::vector<double>& weights, double clip,
+    double score_threshold, int64_t topk_per_level, double iou_threshold, int64_t max_detections,
+    bool class_agnostic, bool by_distance, std::optional<int64_t> topk,
+    const std::vector<double>& strides, int64_t bins, bool takes_root) {
+  const CandidateOptions options{score_factors, takes_root,      weights,        clip, strides,
+                                 bins,          score_threshold, topk_per_level, topk};
   const HeadShape shape =
       check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
   const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
@@ -306,10 +333,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
 std::tuple<Tensor, Tensor, Tensor> head_candidates_cpu(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
-    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
-  const CandidateOptions options{weights,         clip,           strides, bins,
-                                 score_threshold, topk_per_level, topk};
+    const std::vector<Tensor>& score_factors, const std::vector<double>& weights, double clip,
+    double score_threshold, int64_t topk_per_level, std::optional<int64_t> topk,
+    const std::vector<double>& strides, int64_t bins, bool takes_root) {
+  const CandidateOptions options{score_factors, takes_root,      weights,        clip, strides,
+                                 bins,          score_threshold, topk_per_level, topk};
   const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
   const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);
   const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {

@@ -14,6 +14,9 @@
 // among the levels of the image by a binary search in each, and decodes its box; then a block an
 // image keeps the best (nms.cuh), or unpack hands the candidates to soft NMS.
 //
+// A head with score factors has a factor for each anchor: filter compares its logits with what
+// would pass with the factor 1, and looks at the factor of those alone.
+//
 // Bytes moved, s = size of the logits: 1s, and 8 for each of the few candidates. Where a buffer
 // overflowed: 2s more, or up to 6s where many scores are equal.
 #include <algorithm>
@@ -43,6 +46,7 @@ constexpr int64_t kItem = kThreads * kUnroll * kVectorSize<scalar_t>;  // logits
 struct Level {
   const void* logits;
   const void* deltas;
+  const void* factors;  // null: there are none
   LevelLayout layout;
   int64_t size;  // logits of an image
   int64_t first_item;
@@ -165,7 +169,7 @@ enum class Stage { kFilter, kRefine, kGather };
 // one that is counted; gather counts none, but looks at the counts of the last.
 template <Stage stage, typename scalar_t>
 __global__ void __launch_bounds__(kThreads, 3)  // with 4 blocks it spills on sm_80
-    candidates_kernel(const __grid_constant__ Head head, float least_logit, Segments segments,
+    candidates_kernel(const __grid_constant__ Head head, Scoring scoring, Segments segments,
                       int digit) {
   constexpr int N = kVectorSize<scalar_t>;
   constexpr bool counts_digit = stage != Stage::kGather, appends = stage != Stage::kRefine;
@@ -256,24 +260,42 @@ __global__ void __launch_bounds__(kThreads, 3)  // with 4 blocks it spills on sm
       const int i = (u * kThreads + thread) * N;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const bool passes = static_cast<float>(vectors[u].data[j]) >= least_logit && i + j < left;
+        const bool passes =
+            static_cast<float>(vectors[u].data[j]) >= scoring.least_logit() && i + j < left;
         passing |= passes ? 1u << (u * N + j) : 0u;
       }
     }
     if (!__any_sync(kFullWarp, passing != 0)) {
       continue;
     }
-    // The key of a logit is made from memory once more: a register cannot be chosen by a bit.
-    const auto key_of = [&](int bit) {
+    // The key of a logit is made from memory once more: a register cannot be chosen by a bit. No
+    // key is 0 but that of a score that does not pass because of its factor.
+    const auto* factors = static_cast<const scalar_t*>(level.factors);
+    if (factors != nullptr) {
+      factors += image * head.anchors * level.layout.positions;
+    }
+    const auto key_of = [&](int bit) -> uint64_t {
       const int i = (bit / N * kThreads + thread) * N + bit % N;
-      return candidate_key(
-          score_of_logit(static_cast<float>(logits[i])),
-          level.layout.index(static_cast<uint32_t>(begin + i), head.anchors, head.classes));
+      const uint32_t index =
+          level.layout.index(static_cast<uint32_t>(begin + i), head.anchors, head.classes);
+      float score = score_of_logit(static_cast<float>(logits[i]));
+      if (factors != nullptr) {
+        const float factor = level.layout.load_factor(factors, index / head.classes, head.anchors);
+        if (!(factor >= scoring.least_logit())) {
+          return 0;
+        }
+        score = scoring.combine(score, score_of_logit(factor));
+        if (!scoring.passes(score)) {
+          return 0;
+        }
+      }
+      return candidate_key(score, index);
     };
-    if constexpr (stage == Stage::kGather) {
+    if (stage == Stage::kGather || factors != nullptr) {
+      const uint64_t least_key = max(cut.prefix, uint64_t{1});
       for (uint32_t bits = passing; bits != 0; bits &= bits - 1) {
         const int bit = __ffs(static_cast<int>(bits)) - 1;
-        passing &= key_of(bit) >= cut.prefix ? ~0u : ~(1u << bit);
+        passing &= key_of(bit) >= least_key ? ~0u : ~(1u << bit);
       }
     }
     uint32_t place = 0;
@@ -477,16 +499,17 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename scalar_t>
 Head make_head(const std::vector<HeadLevel>& logits, const std::vector<HeadLevel>& deltas,
-               const HeadShape& shape) {
+               const std::vector<HeadLevel>& factors, const HeadShape& shape) {
   Head head{{}, static_cast<int>(logits.size()),      shape.images,
             0,  static_cast<uint32_t>(shape.anchors), static_cast<uint32_t>(shape.classes)};
   for (size_t l = 0; l < logits.size(); ++l) {
     Level& level = head.levels[l];
     level.logits = logits[l].tensor.const_data_ptr();
     level.deltas = deltas[l].tensor.const_data_ptr();
+    level.factors = factors.empty() ? nullptr : factors[l].tensor.const_data_ptr();
     level.layout = {static_cast<uint32_t>(logits[l].positions),
                     static_cast<uint32_t>(logits[l].first_row), logits[l].has_rows,
-                    deltas[l].has_rows};
+                    deltas[l].has_rows, !factors.empty() && factors[l].has_rows};
     level.size = logits[l].positions * shape.anchors * shape.classes;
     level.first_item = head.num_items;
     level.items_of_image = ceil_div(level.size, kItem<scalar_t>);
@@ -546,11 +569,11 @@ struct SegmentTensors {
 
 // Launches what finds the topk best candidates of each segment and sorts them.
 template <typename scalar_t>
-void find_candidates(const Head& head, const Segments& segments, float least_logit,
+void find_candidates(const Head& head, const Segments& segments, const Scoring& scoring,
                      const LaunchScope& scope) {
   const auto run = [&](auto* kernel, int digit) {
     launch(kernel, resident_grid(kernel, kThreads, 0, head.num_items, scope), kThreads, 0,
-           scope.stream(), head, least_logit, segments, digit);
+           scope.stream(), head, scoring, segments, digit);
   };
   run(&candidates_kernel<Stage::kFilter, scalar_t>, 0);
   for (int digit = 1; digit < kDigits; ++digit) {
@@ -579,15 +602,17 @@ struct Found {
         const CandidateOptions& options, const HeadShape& shape, const LaunchScope& scope)
       : Found(cls_logits[0], static_cast<int64_t>(cls_logits.size()), options, shape) {
     const auto logits = head_levels(cls_logits, shape), deltas = head_levels(box_deltas, shape);
+    const auto factors = head_levels(options.score_factors, shape);
     const Tensor anchors = torch::stable::contiguous(anchors_);
     const auto image_sizes = contiguous(image_sizes_);
     dispatch_floating(cls_logits[0].scalar_type(), [&](auto tag) {
       using scalar_t = tag_t<decltype(tag)>;
-      const Head head = make_head<scalar_t>(logits, deltas, shape);
+      const Head head = make_head<scalar_t>(logits, deltas, factors, shape);
       if (head.num_items == 0) {
         return;
       }
-      find_candidates<scalar_t>(head, segments, least_logit_above(options.score_threshold), scope);
+      find_candidates<scalar_t>(head, segments,
+                                Scoring(options.score_threshold, options.takes_root), scope);
       launch(&place_kernel<scalar_t>, ceil_div(segments.size * segments.topk, kThreads), kThreads,
              0, scope.stream(), head, segments, box_coder<float>(options.weights, options.clip),
              distances_of(options), static_cast<const float*>(anchors.const_data_ptr()),
@@ -610,11 +635,12 @@ struct Found {
 std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
-    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
-    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
-  const CandidateOptions options{weights,         clip,           strides, bins,
-                                 score_threshold, topk_per_level, topk};
+    const std::vector<Tensor>& score_factors, const std::vector<double>& weights, double clip,
+    double score_threshold, int64_t topk_per_level, double iou_threshold, int64_t max_detections,
+    bool class_agnostic, bool by_distance, std::optional<int64_t> topk,
+    const std::vector<double>& strides, int64_t bins, bool takes_root) {
+  const CandidateOptions options{score_factors, takes_root,      weights,        clip, strides,
+                                 bins,          score_threshold, topk_per_level, topk};
   const HeadShape shape =
       check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
   const LaunchScope scope(cls_logits[0]);
@@ -632,10 +658,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cuda(
 std::tuple<Tensor, Tensor, Tensor> head_candidates_cuda(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
-    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
-    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins) {
-  const CandidateOptions options{weights,         clip,           strides, bins,
-                                 score_threshold, topk_per_level, topk};
+    const std::vector<Tensor>& score_factors, const std::vector<double>& weights, double clip,
+    double score_threshold, int64_t topk_per_level, std::optional<int64_t> topk,
+    const std::vector<double>& strides, int64_t bins, bool takes_root) {
+  const CandidateOptions options{score_factors, takes_root,      weights,        clip, strides,
+                                 bins,          score_threshold, topk_per_level, topk};
   const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
   const LaunchScope scope(cls_logits[0]);
   const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);

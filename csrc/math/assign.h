@@ -116,14 +116,6 @@ FOCALOPS_HOST_DEVICE bool fcos_matches(const Point<T>& point, const FcosBox<T>& 
 
 // ---- task-aligned assignment (Feng et al., TOOD, 2021), in float32
 
-FOCALOPS_HOST_DEVICE float square_root(float x) {
-#ifdef __CUDA_ARCH__
-  return __fsqrt_rn(x);
-#else
-  return std::sqrt(x);
-#endif
-}
-
 // x^exponent for x >= 0. By the root, or by products of squares, it is the same bits everywhere.
 class Power {
  public:

@@ -18,6 +18,7 @@ FOCALOPS_HOST_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 FOCALOPS_HOST_DEVICE float sub(float a, float b) { return __fsub_rn(a, b); }
 FOCALOPS_HOST_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 FOCALOPS_HOST_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+FOCALOPS_HOST_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 FOCALOPS_HOST_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
 FOCALOPS_HOST_DEVICE double sub(double a, double b) { return __dsub_rn(a, b); }
 FOCALOPS_HOST_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
@@ -39,6 +40,7 @@ template <typename T>
 FOCALOPS_HOST_DEVICE T div(T a, T b) {
   return a / b;
 }
+FOCALOPS_HOST_DEVICE float square_root(float x) { return std::sqrt(x); }
 #endif
 
 // min_of and max_of return the second number where either is a NaN. They are written so that loops

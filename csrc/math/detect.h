@@ -64,11 +64,38 @@ float least_float(const Condition& holds) {
   return yes > kPlaces ? std::numeric_limits<float>::quiet_NaN() : at(yes);
 }
 
-// The least logit whose score is above a threshold; compares above no logit where there is none.
-// Thresholds are float32, as scores are.
-inline float least_logit_above(double threshold) {
-  return least_float([&](float x) { return score_of_logit(x) > static_cast<float>(threshold); });
-}
+// Scores of classes, and those of a head that also has a score factor for each anchor (the
+// objectness of YOLOX, the centerness of FCOS). A threshold is float32, as scores are.
+class Scoring {
+ public:
+  Scoring(double threshold, bool takes_root)
+      : threshold_(static_cast<float>(threshold)), takes_root_(takes_root) {
+    least_logit_ = least_logit([&](float score) { return passes(score); });
+  }
+
+  FOCALOPS_HOST_DEVICE bool passes(float score) const { return score > threshold_; }
+
+  // No score passes where the logit of the class, or that of the factor, is not at least this one.
+  // Where there are no factors the others pass.
+  FOCALOPS_HOST_DEVICE float least_logit() const { return least_logit_; }
+
+  // The score of a class and the factor are in [0, 1].
+  FOCALOPS_HOST_DEVICE float combine(float of_class, float factor) const {
+    const float product = mul(of_class, factor);
+    return takes_root_ ? square_root(product) : product;
+  }
+
+  // The least logit for which a monotone condition holds of the score; of a score with a factor it
+  // holds for none that is lower, since no factor is above 1.
+  template <typename Condition>
+  float least_logit(const Condition& holds) const {
+    return least_float([&](float x) { return holds(combine(score_of_logit(x), 1.0f)); });
+  }
+
+ private:
+  float threshold_, least_logit_;
+  bool takes_root_;
+};
 
 // ---- candidates: a (row, class) of an image whose score is above the threshold ------------------
 
@@ -90,7 +117,7 @@ FOCALOPS_HOST_DEVICE uint32_t index_of_key(uint64_t key) {
 struct LevelLayout {
   uint32_t positions;  // H * W
   uint32_t first_row;
-  bool logits_have_rows, deltas_have_rows;
+  bool logits_have_rows, deltas_have_rows, factors_have_rows;
 
   // The index of the logit at an offset, counted from the level's image.
   FOCALOPS_HOST_DEVICE uint32_t index(uint32_t offset, uint32_t anchors, uint32_t classes) const {
@@ -101,6 +128,17 @@ struct LevelLayout {
       in_level = (position * anchors + anchor) * classes + k;
     }
     return first_row * classes + in_level;
+  }
+
+  // `factors` points to those of the level's image.
+  template <typename T>
+  FOCALOPS_HOST_DEVICE float load_factor(const T* factors, uint32_t row, uint32_t anchors) const {
+    uint32_t at = row - first_row;
+    if (!factors_have_rows) {
+      const uint32_t position = at / anchors, anchor = at - position * anchors;
+      at = anchor * positions + position;
+    }
+    return static_cast<float>(factors[at]);
   }
 
   // `deltas` points to those of the level's image.
