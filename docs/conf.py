@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import pictures  # noqa: E402
+import generate  # noqa: E402
 
 from focalops import __version__  # noqa: E402
 
@@ -45,5 +46,14 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 
-def setup(app):
-    app.connect("builder-inited", lambda app: pictures.draw_all(HERE / "_pictures"))
+# The tables of the studies' records are pages here; in the repository they lie beside the records.
+STUDY = re.compile(r"\]\(\.\./benchmarks/results/study/(\S+?\.md)\)")
+
+
+def link_studies(app, name: str, source: list[str]) -> None:
+    source[0] = STUDY.sub(r"](_generated/study/\1)", source[0])
+
+
+def setup(app) -> None:
+    app.connect("builder-inited", lambda app: generate.all_of(HERE / "_generated"))
+    app.connect("source-read", link_studies)

@@ -1,12 +1,10 @@
-"""Draws the pictures of these pages with the project's own code, each time they are built, and asks `train` for its help."""
+"""What these pages show beside their text is made by the project's own code, each time they are built."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,25 +15,27 @@ from matplotlib.figure import Figure
 from models import command_line, curves, distribution, simulation
 from models.draw import save_figure
 
+STUDIES = Path(__file__).parents[1] / "benchmarks" / "results" / "study"
 POSITIONS = 8  # of the simulation; `study box_regression` has 5,000
 
 
-def draw_all(folder: Path) -> None:
+def all_of(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    pictures: dict[str, Callable[[Path], None]] = {
-        "focal": draw_focal,
-        "shares": draw_shares,
-        "box_losses": draw_box_losses,
-        "aspect": draw_aspect,
-        "regression": draw_regression,
-    }
-    for name, draw in pictures.items():
-        draw(folder / f"{name}.png")
+    for draw in (draw_focal, draw_shares, draw_box_losses, draw_aspect, draw_regression):
+        draw(folder / f"{draw.__name__.removeprefix('draw_')}.png")
+    (folder / "train.txt").write_text(help_of("train"))
+    for table in STUDIES.rglob("*.md"):
+        page = folder / "study" / table.relative_to(STUDIES)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        title = str(table.relative_to(STUDIES).with_suffix(""))
+        page.write_text(f"---\norphan: true\n---\n# Record: {title}\n\n{table.read_text()}")
+
+
+def help_of(command: str) -> str:
     os.environ["COLUMNS"] = "90"
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
-        command_line.parser().parse_args(["train", "--help"])
-    text = re.sub(r"usage: \S+", "usage: python -m models", said.getvalue())
-    (folder / "train.txt").write_text(text)
+        command_line.parser().parse_args([command, "--help"])
+    return said.getvalue()
 
 
 def panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
