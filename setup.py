@@ -163,8 +163,8 @@ class BuildNative(build_ext):
             needed = "pip install torch pybind11 ninja"
             raise SystemExit(f"building focalops needs {error.name}: {needed}") from None
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-            needed = f"focalops needs torch {ABI_TARGET} or newer"
-            raise SystemExit(f"{needed}, got {torch.__version__}")
+            needed = f"focalops needs torch {ABI_TARGET} or newer, got {torch.__version__}"
+            raise SystemExit(f"{needed}: run `pip install --upgrade 'torch>={ABI_TARGET}'`")
 
         self.pybind11 = pybind11.get_include()
         self.torch = Path(torch.__file__).parent

@@ -8,12 +8,15 @@ import torch
 LIBRARY = Path(__file__).with_name("libfocalops.so")
 CUDA_LIBRARY = Path(__file__).with_name("libfocalops_cuda.so")
 
+BUILD = "pip install --no-build-isolation ."
+BUILD_AGAIN = "pip install --no-build-isolation --no-deps --force-reinstall ."
+
 try:
     from focalops import _C
 except ImportError:
     raise ImportError(
         f"focalops is not compiled for this Python ({sys.version.split()[0]}): in its source tree run"
-        " `pip install --no-build-isolation .`, or `python setup.py build_ext --inplace` to work on it"
+        f" `{BUILD}`, or `make build` to work on it"
     ) from None
 
 build_info = _C.build_info()
@@ -23,13 +26,15 @@ def _load_cpu() -> None:
     required = build_info["abi_target"]
     if _release(torch.__version__) < _release(required):
         raise ImportError(
-            f"focalops needs torch {required} or newer, and this is {torch.__version__}"
+            f"focalops needs torch {required} or newer, and this is {torch.__version__}: run "
+            f"`pip install --upgrade 'torch>={required}'`"
         )
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         raise ImportError(
-            f"{LIBRARY} does not load on torch {torch.__version__}: {error}"
+            f"{LIBRARY} does not load on torch {torch.__version__} ({error}): in the source tree of focalops run "
+            f"`{BUILD_AGAIN}`"
         ) from None
 
 
@@ -37,11 +42,13 @@ def _load_cuda() -> str | None:
     """Loads the CUDA kernels; if they cannot be loaded, returns why."""
     built, running = build_info["cuda_version"], torch.version.cuda
     if built is None:
-        return f"focalops was built without CUDA kernels, because {build_info['no_cuda_reason']}"
+        reason = f"focalops was built without CUDA kernels, because {build_info['no_cuda_reason']}"
+        return f"{reason}; `FOCALOPS_CUDA=1 {BUILD_AGAIN}` in its source tree builds them"
     if running is None:
-        return f"this torch ({torch.__version__}) has no CUDA"
+        return f"this torch ({torch.__version__}) has no CUDA: install one that has"
     if built.split(".")[0] != running.split(".")[0]:
-        return f"focalops was built for CUDA {built}, and this torch is for CUDA {running}"
+        differ = f"focalops was built for CUDA {built}, and this torch is for CUDA {running}"
+        return f"{differ}: in its source tree run `{BUILD_AGAIN}`"
     try:
         torch.ops.load_library(CUDA_LIBRARY)
     except OSError as error:

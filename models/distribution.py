@@ -65,11 +65,10 @@ def run_distribution(
     has about half of their loss whatever gamma is, and that with gamma 2 nearly all of the negatives'
     loss comes from a small fraction of them."""
     positives, negatives = probabilities_of_the_truth(model, stream, images, device)
-    rows, curves = [], {}
+    rows = []
     for gamma in GAMMAS:
         of_positives = cumulative_share(positives, gamma)
         of_negatives = cumulative_share(negatives, gamma)
-        curves[gamma] = (of_positives, of_negatives)
         rows.append(
             f"| {gamma:g} | {100 * (1 - of_positives[800]):.0f} % | "
             f"{100 * (1 - of_negatives[990]):.0f} % | {100 * (1 - of_negatives[999]):.0f} % |"
@@ -82,19 +81,25 @@ def run_distribution(
         "| gamma | of the positives' loss, the hardest fifth has | of the negatives', the hardest "
         "1 % | the hardest 0.1 % |\n|--:|--:|--:|--:|\n" + "\n".join(rows) + "\n",
     )
+    draw(out / f"{DISTRIBUTION}.png", positives, negatives, f"{source} (the paper's figure 4)")
+    return table
+
+
+def draw(path: Path, positives: Tensor, negatives: Tensor, source: str) -> None:
+    """The cumulative share of the loss by gamma, of p_t of the positive and of the negative logits."""
     figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
     share = torch.linspace(0, 1, 1001)
-    for column, (axes, what) in enumerate(
-        zip(figure.subplots(1, 2), ("positive", "negative"), strict=True)
+    axes_of = figure.subplots(1, 2)
+    for axes, what, p_t in zip(
+        axes_of, ("positive", "negative"), (positives, negatives), strict=True
     ):
         for gamma in GAMMAS:
-            axes.plot(share, curves[gamma][column], label=f"gamma = {gamma:g}")
+            axes.plot(share, cumulative_share(p_t, gamma), label=f"gamma = {gamma:g}")
         axes.set(
             xlabel=f"share of the {what}s, easiest first", ylabel="share of their loss", ylim=(0, 1)
         )
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(f"Cumulative normalised loss, {source} (the paper's figure 4)")
-    save_figure(out / f"{DISTRIBUTION}.png", figure)
-    return table
+    figure.suptitle(f"Cumulative normalised loss, {source}")
+    save_figure(path, figure)

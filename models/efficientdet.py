@@ -168,8 +168,8 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
 
     @classmethod
     def named(cls, name: str, **fields: Any) -> EfficientDetConfig:
-        """A published model: "d0" to "d7" and "d7x", "lite0" to "lite4", and "tf_" before a name for the form of the
-        original weights; `fields` differ from it."""
+        """A published model: ``"d0"`` to ``"d7"`` and ``"d7x"``, ``"lite0"`` to ``"lite4"``, and ``tf_`` before a name for
+        the form of the original weights; `fields` differ from it."""
         base = name.removeprefix("tf_")
         check("name", base, one_of(tuple(SCALES)))
         scale = SCALES[base]

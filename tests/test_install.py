@@ -83,7 +83,7 @@ def test_the_extra_and_the_command(metadata: Distribution) -> None:
     (command,) = metadata.entry_points
     assert (command.group, command.name) == ("console_scripts", "focalops")
     assert command.value == "focalops.models.__main__:console"
-    assert metadata.metadata.get_all("Provides-Extra") == ["models"]
+    assert metadata.metadata.get_all("Provides-Extra") == ["models", "docs"]
     extra = {
         re.split(r"[\s;<>=]", requirement)[0]
         for requirement in metadata.requires or []

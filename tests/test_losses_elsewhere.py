@@ -1,4 +1,4 @@
-"""The lines of README's "Coming from elsewhere" against the losses and gradients that the peers gave."""
+"""The lines of docs/coming_from/ against the losses and gradients that the peers gave."""
 
 import json
 from collections.abc import Callable

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from models.efficientdet import EfficientDetConfig
 from models.ranges import option, real, several, switch, whole
 from models.recipes import Recipe
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
 # The first holds the others, the data have the rest.
 NO_OPTION = {"model", "num_classes", "class_frequencies"}
 FIELDS = {n: row for n, row in (RECIPE_FIELDS | MODEL_FIELDS).items() if n not in NO_OPTION}
@@ -153,14 +151,3 @@ def test_help_is_the_comment_and_the_range() -> None:
         "rates": (),
         "flag": True,
     }
-
-
-def test_the_commands_of_the_readme_are_read() -> None:
-    needed = {"train": "--data d --out o", "evaluate": "c.pt --data d", "predict": "c.pt i.png"}
-    lines = re.findall(
-        r"^(?:torchrun .*-m models|python -m models) (\w+)(.*)$", README, re.MULTILINE
-    )
-    assert len(lines) >= 15
-    for command, rest in lines:
-        more = rest.partition("  #")[0].replace("...", needed.get(command, ""))
-        parser().parse_args([command, *shlex.split(more)])

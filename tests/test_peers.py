@@ -1,4 +1,4 @@
-"""The lines of README's "Coming from elsewhere", against numbers that the peers gave (golden/peers_boxes.json)."""
+"""The lines of docs/coming_from/, against numbers that the peers gave (golden/peers_boxes.json)."""
 
 import json
 import math
