@@ -30,8 +30,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     Of a RetinaNet the loss step (matching, focal loss, box loss), the post-processing (threshold, top-k, boxes, NMS) and, where
     both could be swapped, the copies between the heads' convolutions and them (not while somebody looks: where a head has
     hooks, or is called from outside, its outputs are torchvision's); of FCOS the matching, all images at once, the losses, without a
-    one-hot target of the logits' size, and the post-processing, all levels at once; of an SSD the post-processing, all classes at once.
-    A RetinaNet that detects without ``torch.no_grad()`` does it torchvision's way, at its pace: its detections have gradients.
+    one-hot target of the logits' size, and the post-processing; of an SSD the post-processing, all classes at once. A RetinaNet or
+    FCOS that detects without ``torch.no_grad()`` does it torchvision's way, at its pace: its detections have gradients.
     Losses, gradients and detections stay what they were, but for the order of float32 sums and of equal scores; in a
     RetinaNet a ground-truth box that overlaps no anchor no longer makes all of them foreground. Parameters, their names and
     the way to call the model stay too, and so do copies, pickling and ``nn.DataParallel``.
@@ -156,20 +156,27 @@ def _accelerate_fcos(model: Any, name: str, report: Accelerated) -> None:
         reasons += overridden(f"{name}.head.box_coder", coder, BoxLinearCoder, method)
     swap(head, "compute_loss", _fcos_loss, f"{name}.head: the losses", reasons, report)
 
-    reasons = overridden(name, model, fcos.FCOS, "compute_loss")
     where, generator = f"{name}.anchor_generator", model.anchor_generator
+    anchors = []
     for method in ("forward", "grid_anchors"):  # which give every image the same
-        reasons += overridden(where, generator, Peer, method)
-    if not reasons and any(
+        anchors += overridden(where, generator, Peer, method)
+    if not anchors and any(
         len(sizes) != 1 or sizes[0] % 2 or tuple(ratios) != (1.0,)
         for sizes, ratios in zip(generator.sizes, generator.aspect_ratios, strict=True)
     ):
-        reasons.append(f"{where} has other anchors than one square of even size a position")
-    if not reasons and len(generator.sizes) > MAX_LEVELS:
-        reasons.append(f"{where} has more than {MAX_LEVELS} levels")
+        anchors.append(f"{where} has other anchors than one square of even size a position")
+    if not anchors and len(generator.sizes) > MAX_LEVELS:
+        anchors.append(f"{where} has more than {MAX_LEVELS} levels")
+
+    reasons = overridden(name, model, fcos.FCOS, "compute_loss") + anchors
     swap(model, "compute_loss", _fcos_matching, f"{name}: the matching", reasons, report)
 
     reasons = overridden(name, model, fcos.FCOS, "postprocess_detections")
+    coder = model.box_coder
+    reasons += overridden(f"{name}.box_coder", coder, BoxLinearCoder, "decode")
+    if not reasons and not coder.normalize_by_size:
+        reasons.append(f"{name}.box_coder has distances that are not in sizes of anchors")
+    reasons += anchors
     what = f"{name}: the post-processing"
     swap(model, "postprocess_detections", _fcos_detections, what, reasons, report)
 
@@ -318,6 +325,10 @@ def _postprocess_detections(
         weights=model.box_coder.weights,
         clip=model.box_coder.bbox_xform_clip,
     )
+    return _without_padding(padded, counts)
+
+
+def _without_padding(padded: list[Tensor], counts: Tensor) -> list[dict[str, Tensor]]:
     names = ("boxes", "scores", "labels")
     return [
         {name: value[image, :count] for name, value in zip(names, padded, strict=True)}
@@ -394,26 +405,34 @@ def _fcos_loss(
 def _fcos_detections(
     model: Any,
     head_outputs: dict[str, list[Tensor]],  # L of (B, H * W, K), (B, H * W, 4) and (B, H * W, 1)
-    anchors: list[list[Tensor]],  # B of L of (H * W, 4)
+    anchors: list[list[Tensor]],  # B of L of (H * W, 4), all the same
     image_shapes: list[tuple[int, int]],
 ) -> list[dict[str, Tensor]]:
-    """Of each level the best above the threshold, then NMS per class."""
-    names = ("cls_logits", "bbox_ctrness", "bbox_regression")
-    logits, centerness, deltas = (torch.cat(head_outputs[name], dim=1) for name in names)
-    sizes = torch.tensor([level.shape[1] for level in head_outputs["cls_logits"]])
-    level_of = torch.arange(len(sizes)).repeat_interleave(sizes).to(logits.device)  # (N,)
-    scores = torch.sqrt(torch.sigmoid(logits) * torch.sigmoid(centerness))  # (B, N, K)
-    detections = []
-    for image, (height, width) in enumerate(image_shapes):
-        candidates = scores[image]
-        anchor, label = torch.where(candidates > model.score_thresh)
-        best = _best_of_groups(candidates[anchor, label], level_of[anchor], model.topk_candidates)
-        anchor, label = anchor[best], label[best]
-        boxes = model.box_coder.decode(deltas[image, anchor], torch.cat(anchors[image])[anchor])
-        limit = boxes.new_tensor([width, height, width, height])
-        boxes = torch.minimum(boxes.clamp(min=0), limit)
-        detections.append(_kept(model, boxes, candidates[anchor, label], label))
-    return detections
+    """Score threshold and top-k a level, boxes of the survivors, NMS per class."""
+    names = ("cls_logits", "bbox_regression", "bbox_ctrness")
+    if _are_differentiated([level for name in names for level in head_outputs[name]]):
+        original = type(model).accelerated_from.postprocess_detections
+        found: list[dict[str, Tensor]] = original(model, head_outputs, anchors, image_shapes)
+        return found
+    cls_logits, distances, centerness = (
+        [_level(level) for level in head_outputs[name]] for name in names
+    )
+    boxes = torch.cat(anchors[0])
+    *padded, counts = detect(
+        cls_logits,
+        distances,
+        (boxes[:, :2] + boxes[:, 2:]) / 2,
+        score_threshold=model.score_thresh,
+        topk_per_level=model.topk_candidates,
+        iou_threshold=model.nms_thresh,
+        max_detections=model.detections_per_img,
+        image_sizes=image_shapes,
+        coding="distance",
+        strides=[size for (size,) in model.anchor_generator.sizes],
+        score_factors=centerness,
+        combine="sqrt",
+    )
+    return _without_padding(padded, counts)
 
 
 def _ssd_detections(
@@ -456,5 +475,6 @@ def _kept(model: Any, boxes: Tensor, scores: Tensor, labels: Tensor) -> dict[str
 
 
 def _level(outputs: Tensor) -> Tensor:
-    """As (B, A * columns, H, W): rows are a channels_last column of positions with one anchor each."""
-    return outputs if outputs.dim() == 4 else outputs.transpose(1, 2).unsqueeze(3)
+    """As (B, A * columns, H, W): rows are a channels_last column of positions with one anchor each. A level that was split from
+    others is copied as the rows that it is."""
+    return outputs if outputs.dim() == 4 else outputs.contiguous().transpose(1, 2).unsqueeze(3)
