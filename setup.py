@@ -20,10 +20,18 @@ from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+
+OLDEST_SETUPTOOLS = (70, 1)  # that make wheels without the package wheel
+if tuple(int(part) for part in setuptools.__version__.split(".")[:2]) < OLDEST_SETUPTOOLS:
+    raise SystemExit(
+        f"building focalops needs setuptools 70.1 or newer, got {setuptools.__version__}: "
+        "pip install --upgrade 'setuptools>=70.1'"
+    )
 
 OLDEST_TORCH = (2, 10)  # that the op libraries load on
 ABI_TARGET = ".".join(map(str, OLDEST_TORCH))

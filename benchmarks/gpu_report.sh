@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, into one folder: benchmarks/gpu_report.sh [FOLDER]
 # Builds for the card, then runs the tests, the memory and race checkers, the benchmarks, the profiler and two trainings.
 # About half an hour; each step is bounded. A wrong result stops it; what was written until then stays.
-# PYTHON names the interpreter, `python3` by default; it needs what `pip install --group dev --group models` brings.
+# PYTHON names the interpreter, `python3` by default; it needs what `pip install --group dev` and `pip install -e ".[models]"` bring.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

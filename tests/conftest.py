@@ -44,16 +44,19 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of each test every eighth case runs what nvcc made, from the first on; all of them with FOCALOPS_PTX=all. Under the
-    sanitizers every sixth case runs; all of them with FOCALOPS_SANITIZED=all."""
+    sanitizers every sixth case runs; all of them with FOCALOPS_SANITIZED=all. `make matrix` asks for every sixteenth case of the
+    CPU (FOCALOPS_CPU=some)."""
     every = {"cuda-ptx": 1 if os.environ.get("FOCALOPS_PTX") == "all" else 8}
     if os.environ.get("FOCALOPS_EMULATION") == "sanitized":
         every["cuda-emulated"] = 1 if os.environ.get("FOCALOPS_SANITIZED") == "all" else 6
+    if os.environ.get("FOCALOPS_CPU") == "some":
+        every |= {"cpu": 16, "None": 16}
     seen: Counter[tuple[str, str]] = Counter()
     chosen, left_out = [], []
     for item in items:
         backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
         test = item.nodeid.partition("[")[0], str(backend)
-        (left_out if seen[test] % every.get(backend, 1) else chosen).append(item)
+        (left_out if seen[test] % every.get(str(backend), 1) else chosen).append(item)
         seen[test] += 1
     items[:] = chosen
     config.hook.pytest_deselected(items=left_out)

@@ -128,9 +128,7 @@ def test_nvcc_of_wheels(find_nvcc, monkeypatch, tmp_path):
 def test_sdist_builds_and_its_tests_are_collected(tmp_path):
     pytest.importorskip("setuptools")
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(
-        "*.so", "__pycache__", "*.egg-info", "_build", "_generated"
-    )
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "_build", "_generated")
     for directory in ("csrc", "focalops", "models", "benchmarks", "tests", "docs"):
         shutil.copytree(ROOT / directory, source / directory, ignore=ignored)
     for path in ROOT.iterdir():

@@ -1,11 +1,13 @@
 """Whether the libraries that are built here run under other releases of torch: `make matrix`.
 
 An environment for each release, in build/matrix/, has that torch, and torchvision where one fits it. The tests of the operators then run in
-it on the CPU, with the libraries of this checkout: nothing is compiled again. All of it has to be done in LIMIT seconds, installing apart.
+it on the CPU, every sixteenth case of each, with the libraries of this checkout: nothing is compiled again. All of it has to be done in
+LIMIT seconds, installing apart.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -70,6 +72,8 @@ def environment(release: str) -> Path:
         # torchvision says which torch it is of.
         installed = output([python, "-c", "import torch; print(torch.__version__)"])
         subprocess.run([*pip, f"torch=={installed}", "torchvision", "pillow"], check=False)
+        if not has_torchvision(python):  # one that is there and does not load is in the way
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "-y", "torchvision"])
         done.touch()
     return python
 
@@ -78,15 +82,25 @@ def run_tests(python: Path, seconds: float) -> bool:
     """Whether they failed, or did not end in time."""
     print(output([python, "-c", SAYS]), flush=True)
     files = [ROOT / "tests" / f"test_{name}.py" for name in TESTS]
-    if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
+    if not has_torchvision(python):
         files = [file for file in files if "torchvision" not in file.read_text()]
         print(f"no torchvision fits: the tests of {len(files)} of {len(TESTS)} operators run")
     command = [python, "-m", "pytest", "-q", "-n", "auto", "-p", "no:cacheprovider", "-k", ONLY]
     try:
-        return subprocess.run([*command, *files], cwd=ROOT, timeout=max(seconds, 1)).returncode != 0
+        done = subprocess.run(
+            [*command, *files],
+            cwd=ROOT,
+            env=os.environ | {"FOCALOPS_CPU": "some", "OMP_WAIT_POLICY": "passive"},
+            timeout=max(seconds, 1),
+        )
+        return done.returncode != 0
     except subprocess.TimeoutExpired:
         print(f"not done in {LIMIT // 60} minutes")
         return True
+
+
+def has_torchvision(python: Path) -> bool:
+    return not subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode
 
 
 def output(command: list[str | Path]) -> str:
