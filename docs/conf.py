@@ -38,7 +38,8 @@ html_css_files = ["tables.css"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say more: shapes, dtypes, ranges
 napoleon_numpy_docstring = False
-napoleon_use_rtype = False  # "Returns: int64 (B, N) -- the index" in the order in which it is written
+# "Returns: int64 (B, N) -- the index", in the order in which it is written.
+napoleon_use_rtype = False
 maximum_signature_line_length = 80
 add_module_names = False
 toc_object_entries_show_parents = "hide"

@@ -63,7 +63,7 @@ def build(folder: Path) -> Path:
         folder.mkdir(exist_ok=True)
         for old in folder.glob(f"{'-'.join(plain.name.split('-')[:4])}-*.whl"):
             old.unlink()
-        repair = [sys.executable, "-m", "auditwheel", "-q", "repair", "--wheel-dir", str(folder)]
+        repair = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(folder)]
         run([*repair, *outside, str(plain)])
         (wheel,) = folder.glob(f"{'-'.join(plain.name.split('-')[:4])}-*.whl")
         return wheel
