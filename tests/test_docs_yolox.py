@@ -1,4 +1,4 @@
-"""What docs/yolox.md shows gives what YOLOX defines."""
+"""What docs/coming_from/yolox.md shows gives what YOLOX defines."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from test_detect_factors import yolox_detections
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-PAGE = (Path(__file__).parent.parent / "docs" / "yolox.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs" / "coming_from" / "yolox.md").read_text()
 STRIDES = (8, 16)
 SIZES = ((8, 6), (4, 3))
 CLASSES = 3
