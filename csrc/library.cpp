@@ -202,18 +202,18 @@ STABLE_TORCH_LIBRARY(focalops, m) {
   // product.
   m.def(
       "detect(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors, Tensor? image_sizes,"
-      " Tensor[] score_factors, float[] weights, float clip, float score_threshold,"
-      " int topk_per_level,"
+      " float[] weights, float clip, float score_threshold, int topk_per_level,"
       " float iou_threshold, int max_detections, bool class_agnostic, bool by_distance=False,"
-      " int? topk=None, float[] strides=[], int bins=1, bool takes_root=False)"
+      " int? topk=None, float[] strides=[], int bins=1, bool takes_root=False,"
+      " Tensor[]? score_factors=None)"
       " -> (Tensor boxes, Tensor scores, Tensor labels, Tensor counts)");
 
   // What detect suppresses: (B, C) candidates of each image, best first, padded with 0, -inf and
   // -1.
   m.def(
       "_head_candidates(Tensor[] cls_logits, Tensor[] box_deltas, Tensor anchors,"
-      " Tensor? image_sizes, Tensor[] score_factors, float[] weights, float clip,"
+      " Tensor? image_sizes, float[] weights, float clip,"
       " float score_threshold, int topk_per_level, int? topk, float[] strides=[], int bins=1,"
-      " bool takes_root=False)"
+      " bool takes_root=False, Tensor[]? score_factors=None)"
       " -> (Tensor boxes, Tensor scores, Tensor labels)");
 }

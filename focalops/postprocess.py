@@ -140,10 +140,14 @@ def detect(
     elif image_sizes is not None:
         image_sizes = as_sizes("image_sizes", image_sizes, anchors.device)
     check_num_levels("detect", "cls_logits", cls_logits)
-    tensors = (cls_logits, box_deltas, anchors.detach().to(torch.float32), image_sizes, factors)
+    for i, level in enumerate(
+        factors
+    ):  # the dispatcher does not look into lists that may be missing
+        check_same_device("detect", f"score_factors[{i}]", level, "cls_logits[0]", cls_logits[0])
+    tensors = (cls_logits, box_deltas, anchors.detach().to(torch.float32), image_sizes)
     limits = (topk_per_level, topk)
     if runs_reference(cls_logits[0]):
-        _check(*tensors, weights, *coder[2:], *limits, takes_root, max_detections)
+        _check(*tensors, factors, weights, *coder[2:], *limits, takes_root, max_detections)
         return reference.detect(
             *tensors[:3],
             score_threshold=score_threshold,
@@ -168,7 +172,7 @@ def detect(
         _check_max_detections(max_detections)
         boxes, scores, labels = call(
             *(ops._head_candidates, *tensors, weights, clip, score_threshold),
-            *(*limits, *coder[2:], takes_root),
+            *(*limits, *coder[2:], takes_root, factors or None),
         )
         indices, kept_scores, counts = call(
             ops.soft_nms,
@@ -196,6 +200,7 @@ def detect(
         topk,
         *coder[2:],
         takes_root,
+        factors or None,
     )
 
 
@@ -239,7 +244,6 @@ def _(
     box_deltas: list[Tensor],
     anchors: Tensor,
     image_sizes: Tensor | None,
-    score_factors: list[Tensor],
     weights: list[float],
     clip: float,
     score_threshold: float,
@@ -252,8 +256,9 @@ def _(
     strides: Sequence[float] = (),
     bins: int = 1,
     takes_root: bool = False,
+    score_factors: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = (cls_logits, box_deltas, anchors, image_sizes, score_factors)
+    head = (cls_logits, box_deltas, anchors, image_sizes, score_factors or [])
     limits = (topk_per_level, topk)
     _check(*head, weights, strides, bins, *limits, takes_root, max_detections)
     like, padded = cls_logits[0], (cls_logits[0].shape[0], max_detections)
@@ -271,7 +276,6 @@ def _(
     box_deltas: list[Tensor],
     anchors: Tensor,
     image_sizes: Tensor | None,
-    score_factors: list[Tensor],
     weights: list[float],
     clip: float,
     score_threshold: float,
@@ -280,8 +284,9 @@ def _(
     strides: Sequence[float] = (),
     bins: int = 1,
     takes_root: bool = False,
+    score_factors: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = (cls_logits, box_deltas, anchors, image_sizes, score_factors)
+    head = (cls_logits, box_deltas, anchors, image_sizes, score_factors or [])
     _check(*head, weights, strides, bins, topk_per_level, topk, takes_root)
     like = cls_logits[0]
     logits = sum(level.shape[1] * level.shape[2] * level.shape[3] for level in cls_logits)

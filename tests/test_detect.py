@@ -369,10 +369,10 @@ def test_opcheck(dtype, device):
     head = setup(device, dtype, sizes=SIZES[1:])
     sizes = torch.tensor([IMAGE, IMAGE], dtype=torch.float32, device=device)
     for image_sizes in (None, sizes):
-        arguments = (*head, image_sizes, [], [1.0] * 4, 4.0, 0.05, 10, 0.5, 20, False)
+        arguments = (*head, image_sizes, [1.0] * 4, 4.0, 0.05, 10, 0.5, 20, False)
         torch.library.opcheck(torch.ops.focalops.detect.default, arguments)
         for topk in (None, 12):
-            arguments = (*head, image_sizes, [], [1.0] * 4, 4.0, 0.05, 10, topk)
+            arguments = (*head, image_sizes, [1.0] * 4, 4.0, 0.05, 10, topk)
             torch.library.opcheck(torch.ops.focalops._head_candidates.default, arguments)
 
 

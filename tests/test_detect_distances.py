@@ -111,7 +111,7 @@ def test_errors(options, sentence, native, device, request):
 def test_opcheck_and_compiles_whole(device):
     inputs = head(device)
     defaults = ([1.0] * 4, 4.0, 0.05, 10, 0.5, 20, False, False, None, STRIDES, 4)
-    torch.library.opcheck(torch.ops.focalops.detect.default, (*inputs, None, [], *defaults))
+    torch.library.opcheck(torch.ops.focalops.detect.default, (*inputs, None, *defaults))
 
     def f(logits, distances, points):
         return detect(logits, distances, points, coding="distance", strides=STRIDES, bins=4)

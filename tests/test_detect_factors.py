@@ -398,11 +398,22 @@ def test_errors(given, sentence, method, native, device, request):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype, device):
     head, factors = setup(device, dtype, sizes=SIZES[1:])
-    first = (*head, None, factors["score_factors"], [1.0] * 4, 4.0, 0.05, 10)
+    first = (*head, None, [1.0] * 4, 4.0, 0.05, 10)
     for takes_root in (False, True):
-        arguments = (*first, 0.5, 20, False, False, None, [], 1, takes_root)
+        arguments = (
+            *first,
+            0.5,
+            20,
+            False,
+            False,
+            None,
+            [],
+            1,
+            takes_root,
+            factors["score_factors"],
+        )
         torch.library.opcheck(torch.ops.focalops.detect.default, arguments)
-        arguments = (*first, 12, [], 1, takes_root)
+        arguments = (*first, 12, [], 1, takes_root, factors["score_factors"])
         torch.library.opcheck(torch.ops.focalops._head_candidates.default, arguments)
 
 

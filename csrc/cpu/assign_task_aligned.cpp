@@ -74,8 +74,7 @@ struct Candidates {
 
 // Which points of a tile lie within the region.
 template <typename T>
-FOCALOPS_SIMD void find_inside(const T* x, const T* y, const Box<T>& region, T margin,
-                               uint8_t* flags) {
+void find_inside(const T* x, const T* y, const Box<T>& region, T margin, uint8_t* flags) {
   for (int64_t i = 0; i < kTile; ++i) {
     flags[i] = is_inside({x[i], y[i]}, region, margin);
   }

@@ -301,12 +301,19 @@ void for_each_image(const std::vector<Tensor>& cls_logits, const std::vector<Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
-    const std::vector<Tensor>& score_factors, const std::vector<double>& weights, double clip,
-    double score_threshold, int64_t topk_per_level, double iou_threshold, int64_t max_detections,
-    bool class_agnostic, bool by_distance, std::optional<int64_t> topk,
-    const std::vector<double>& strides, int64_t bins, bool takes_root) {
-  const CandidateOptions options{score_factors, takes_root,      weights,        clip, strides,
-                                 bins,          score_threshold, topk_per_level, topk};
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    double iou_threshold, int64_t max_detections, bool class_agnostic, bool by_distance,
+    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins, bool takes_root,
+    const std::optional<std::vector<Tensor>>& score_factors) {
+  const CandidateOptions options{score_factors.value_or(std::vector<Tensor>{}),
+                                 takes_root,
+                                 weights,
+                                 clip,
+                                 strides,
+                                 bins,
+                                 score_threshold,
+                                 topk_per_level,
+                                 topk};
   const HeadShape shape =
       check_detect(cls_logits, box_deltas, anchors, image_sizes, options, max_detections);
   const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
@@ -333,11 +340,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> detect_cpu(
 std::tuple<Tensor, Tensor, Tensor> head_candidates_cpu(
     const std::vector<Tensor>& cls_logits, const std::vector<Tensor>& box_deltas,
     const Tensor& anchors, const std::optional<Tensor>& image_sizes,
-    const std::vector<Tensor>& score_factors, const std::vector<double>& weights, double clip,
-    double score_threshold, int64_t topk_per_level, std::optional<int64_t> topk,
-    const std::vector<double>& strides, int64_t bins, bool takes_root) {
-  const CandidateOptions options{score_factors, takes_root,      weights,        clip, strides,
-                                 bins,          score_threshold, topk_per_level, topk};
+    const std::vector<double>& weights, double clip, double score_threshold, int64_t topk_per_level,
+    std::optional<int64_t> topk, const std::vector<double>& strides, int64_t bins, bool takes_root,
+    const std::optional<std::vector<Tensor>>& score_factors) {
+  const CandidateOptions options{score_factors.value_or(std::vector<Tensor>{}),
+                                 takes_root,
+                                 weights,
+                                 clip,
+                                 strides,
+                                 bins,
+                                 score_threshold,
+                                 topk_per_level,
+                                 topk};
   const HeadShape shape = check_candidates(cls_logits, box_deltas, anchors, image_sizes, options);
   const int64_t most = options.most(static_cast<int64_t>(cls_logits.size()), shape);
   const auto new_empty = [&](const std::vector<int64_t>& size, ScalarType dtype) {
