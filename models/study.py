@@ -16,6 +16,7 @@ import math
 import re
 import statistics
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -577,7 +578,7 @@ def draw(path: Path, study: Study, record: dict[str, Any], papers: dict[str, Var
                 axes.text(0.04, place, value, va="center", fontsize=9, transform=left)
             else:
                 axes.plot(value, place, "s", color="C2")
-        axes.set(title=f"paper, AP ({study.paper})")
+        axes.set(title=textwrap.fill(f"paper, AP ({study.paper})", 52))
         if not axes.lines:
             axes.set_xticks([])
     for axes in (ours, *theirs):
