@@ -181,8 +181,59 @@ def simota_case(rule: str, images: int, objects: int, device: torch.device) -> C
     contestants = {OURS: lambda: assign_simota(*arguments, **options)}
     if images * objects <= 20:
         contestants["reference"] = lambda: reference.assign_simota(*arguments, **options)
+    if rule == "yolox":
+        with contextlib.suppress(ImportError):
+            from yolox.models.yolo_head import YOLOXHead
 
-    def agree(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
+            head = YOLOXHead(num_classes)
+            shifts = ((points - strides[:, None] / 2) / strides[:, None]).t()[:, None]
+            centered, centered_gt = (
+                torch.cat((b[..., :2] + b[..., 2:], 2 * (b[..., 2:] - b[..., :2])), dim=-1) / 2
+                for b in (boxes, gt_boxes)
+            )
+
+            def with_yolox() -> tuple[Tensor, ...]:
+                matches = torch.full((images, len(points)), -1, device=device)
+                for image in range(images):
+                    _, foreground, _, matched, _ = head.get_assignments(
+                        image,
+                        objects,
+                        centered_gt[image],
+                        gt_labels[image],
+                        centered[image],
+                        strides[None],
+                        *shifts,
+                        logits,
+                        objectness[..., None],
+                    )
+                    matches[image, foreground] = matched
+                return (matches,)
+
+            contestants["yolox"] = with_yolox
+    else:
+        with contextlib.suppress(ImportError):
+            from mmdet.models.task_modules import assigners
+            from mmengine.structures import InstanceData
+
+            name = "SimOTAAssigner" if rule == "simota" else "DynamicSoftLabelAssigner"
+            assigner = getattr(assigners, name)()
+            priors = torch.cat((points, strides[:, None].expand(-1, 2)), dim=1)
+            # The first takes probabilities, the second logits.
+            scores = logits.sigmoid() if rule == "simota" else logits
+
+            def with_mmdet() -> tuple[Tensor, ...]:
+                matches = []
+                for image in range(images):
+                    predictions = InstanceData(
+                        priors=priors, bboxes=boxes[image], scores=scores[image]
+                    )
+                    truth = InstanceData(bboxes=gt_boxes[image], labels=gt_labels[image])
+                    matches.append(assigner.assign(predictions, truth).gt_inds - 1)
+                return (torch.stack(matches),)
+
+            contestants["mmdet"] = with_mmdet
+
+    def agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
         # Logarithms of other polynomials: costs that differ by an ulp may change places.
         assert (ours[0] != theirs[0]).float().mean() < 1e-3
 
