@@ -22,13 +22,25 @@ constexpr int64_t kSums = 16;           // of the classes of an anchor, in one v
 
 static_assert(sizeof(Claims) == sizeof(int64_t));
 
+// n is a multiple of kSums.
 template <typename Rule, typename T>
-FOCALOPS_SIMD T sum_of_negatives(const T* logits, int64_t n, T quality) {
+FOCALOPS_SIMD T cost_of_negatives(const T* logits, int64_t n, T quality) {
   alignas(64) T sums[kSums] = {};
-  for (int64_t first = 0; first < n; first += kSums) {
+  for (int64_t first = 0; first < n;) {
+    alignas(64) T factors[kSums];
+    std::fill_n(factors, kSums, T(1));
+    const int64_t end = std::min(first + kSums * Rule::kFactors, n);
+    for (; first < end; first += kSums) {
+      FOCALOPS_INDEPENDENT
+      for (int64_t i = 0; i < kSums; ++i) {
+        const auto negative = Rule::negative(logits[first + i], quality);
+        factors[i] *= negative.factor;
+        sums[i] += negative.sum;
+      }
+    }
     FOCALOPS_INDEPENDENT
     for (int64_t i = 0; i < kSums; ++i) {
-      sums[i] += Rule::negative(logits[first + i], quality);
+      sums[i] = Rule::cost_of({factors[i], sums[i]});
     }
   }
   for (int64_t half = kSums / 2; half > 0; half /= 2) {
@@ -210,7 +222,7 @@ struct Assignment {
         ious[first + n] = kOutside;
       } else {
         logits.read(image, n, row.data());
-        ious[first + n] = sum_of_negatives<Rule>(row.data(), padded, quality(image, n));
+        ious[first + n] = cost_of_negatives<Rule>(row.data(), padded, quality(image, n));
         predictions[image].add(n / kTile, predicted(image, n));
       }
     }

@@ -148,7 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     const float of_anchor = __shfl_sync(kFullWarp, quality, from);
     float sum = 0;
     for (int64_t k = lane; k < a.logits.num_classes; k += kWarpSize) {
-      sum = add(sum, a.rule.negative(a.logits.at(image, first + from, k), of_anchor));
+      sum =
+          add(sum, a.rule.cost_of(a.rule.negative(a.logits.at(image, first + from, k), of_anchor)));
     }
 #pragma unroll
     for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {

@@ -95,21 +95,31 @@ struct Simota {
     return kIsSoft ? of_overlap : add(of_overlap, penalty());
   }
 
-  // The cost of a class that is not the box's.
-  static FOCALOPS_HOST_DEVICE float negative(float logit, float quality) {
+  // The cost of classes that are not the box's is sum - log(factor), of several classes that of
+  // the sums' sum and the factors' product. A factor is 0 or at least 2^-24: kFactors of them
+  // multiplied do not underflow.
+  struct Negative {
+    float factor, sum;
+  };
+  static constexpr int kFactors = 5;
+
+  static FOCALOPS_HOST_DEVICE Negative negative(float logit, float quality) {
     if constexpr (kIsSoft) {
       const float s = sigmoid_of(logit);
-      return mul(softplus(logit), mul(s, s));
+      return {1.0f, mul(softplus(logit), mul(s, s))};
     } else {
       const float p = probability(logit, quality);
-      // log(1 - p); what the difference loses of a small p is added.
-      const float rest = sub(1.0f, p);
-      return at_most_100(-add(logarithm(rest), sub(sub(1.0f, rest), p)));
+      // log(1 - p), at least -100; what the difference loses of a small p is added.
+      const float rest = sub(1.0f, p), is_certain = rest == 0 ? 1.0f : 0.0f;
+      return {add(rest, is_certain), add(sub(p, sub(1.0f, rest)), mul(is_certain, 100.0f))};
     }
+  }
+  static FOCALOPS_HOST_DEVICE float cost_of(const Negative& negative) {
+    return kIsSoft ? negative.sum : sub(negative.sum, logarithm(negative.factor));
   }
 
   FOCALOPS_HOST_DEVICE float cost(const SimotaAnchor& anchor, float overlap, float place) const {
-    const float others = sub(anchor.base, negative(anchor.logit, anchor.quality));
+    const float others = sub(anchor.base, cost_of(negative(anchor.logit, anchor.quality)));
     const float classes =
         add(others < 0 ? 0.0f : others, positive(anchor.logit, anchor.quality, overlap));
     return add(add(classes, overlap_cost(overlap)), place);
