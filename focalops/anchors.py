@@ -136,6 +136,7 @@ class AnchorGenerator(nn.Module):
             zip(feature_sizes, self.cell_anchors, strict=True)
         ):
             cell = cell.to(device)
+            along_x, along_y = cell[:, 0::2], cell[:, 1::2]  # (A, 2)
             dtype = torch.float32
             stride_x: float
             stride_y: float
@@ -146,9 +147,8 @@ class AnchorGenerator(nn.Module):
                 stride_x, stride_y = image_size[1] / width, image_size[0] / height
                 nominal_x, nominal_y = self.strides[i]
                 dtype = torch.float64
-                scale_x, scale_y = stride_x / nominal_x, stride_y / nominal_y
-                x1, y1, x2, y2 = cell.unbind(1)
-                cell = torch.stack((x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y), 1)
+                along_x = along_x * (stride_x / nominal_x)
+                along_y = along_y * (stride_y / nominal_y)
             else:
                 stride_x, stride_y = self.strides[i]
             x = torch.arange(width, device=device, dtype=dtype) * stride_x
@@ -157,9 +157,12 @@ class AnchorGenerator(nn.Module):
                 x, y = x + stride_x / 2, y + stride_y / 2
             elif self.convention == "detectron2":
                 x, y = x + self.offset * stride_x, y + self.offset * stride_y
-            y, x = torch.meshgrid(y, x, indexing="ij")
-            centers = torch.stack((x, y, x, y), dim=-1).reshape(-1, 1, 4)
-            levels.append((centers + cell).reshape(-1, 4).to(torch.float32))
+            # Rounded along each axis alone; what is added to it then is 0.
+            columns = cell.new_zeros((width, len(cell), 4), dtype=torch.float32)
+            rows = cell.new_zeros((height, 1, len(cell), 4), dtype=torch.float32)
+            columns[..., 0::2] = x[:, None, None] + along_x
+            rows[..., 1::2] = y[:, None, None, None] + along_y
+            levels.append((columns + rows).reshape(-1, 4))
         return torch.cat(levels)
 
     def forward(self, image_list: ImageList, feature_maps: Sequence[Tensor]) -> list[Tensor]:
