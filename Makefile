@@ -31,7 +31,7 @@ NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 READY := $(BUILT) $(EDITABLE)
 
-.PHONY: demo test test-sanitize ptx-check fuzz cuda-check bench report docs wheel sdist matrix build lint format clean FORCE
+.PHONY: demo test test-sanitize ptx-check aarch64 fuzz cuda-check bench report docs wheel sdist matrix build lint format clean FORCE
 
 demo: $(READY)
 	$(PY) -m models demo
@@ -60,6 +60,11 @@ ptx-check: $(READY)
 	  $(PYTEST) -k cuda-ptx $(ARGS) || exit 1; \
 	done
 	$(PY) tests/ptx/coverage.py build/ptx/coverage
+
+# The CPU sources compiled for aarch64 and their formulas executed there, with Debian's cross compiler and
+# emulator: apt install g++-aarch64-linux-gnu qemu-user.
+aarch64: $(INSTALLED)
+	$(PY) tests/aarch64/check.py
 
 fuzz: $(READY)
 	PYTHONPATH=. $(PY) tests/fuzz.py $(ARGS)
