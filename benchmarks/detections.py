@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.models.detection import retinanet
 from torchvision.models.detection._utils import BoxCoder
 
-from benchmarks.harness import OURS, Case
+from benchmarks.harness import OURS, Case, Contestant
 from benchmarks.scenes import HEIGHT, STRIDES, WIDTH, retinanet_anchors
 from focalops import detect, reference
 
@@ -37,28 +37,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
 
 
 def case(images: int, classes: int, scores: str, device: torch.device, quick: bool) -> Case:
-    mean, deviation = SCORES[scores]
-    sizes = [(math.ceil(HEIGHT / stride), math.ceil(WIDTH / stride)) for stride in STRIDES]
-
-    def levels(channels: int, mean: float, deviation: float) -> list[Tensor]:
-        shapes = [(images, channels, *size) for size in sizes]
-        return [torch.randn(shape, device=device) * deviation + mean for shape in shapes]
-
-    head = levels(ANCHORS * classes, mean, deviation), levels(ANCHORS * 4, 0, 0.2)
-    anchors = retinanet_anchors(device)
-    image_sizes = torch.tensor([[HEIGHT, WIDTH]] * images, dtype=torch.float32, device=device)
-    options: dict[str, Any] = {
-        "score_threshold": SCORE_THRESHOLD,
-        "topk_per_level": TOPK,
-        "iou_threshold": IOU_THRESHOLD,
-        "max_detections": MAX_DETECTIONS,
-        "image_sizes": image_sizes,
-    }
-    contestants = {
-        OURS: lambda: detect(*head, anchors, **options),
-        "reference": lambda: reference.detect(*head, anchors, **options),
-        "torchvision": torchvision_postprocess(*head, anchors, classes),
-    }
+    contestants = contestants_of(images, classes, scores, (HEIGHT, WIDTH), device)
     if scores == "everything":
         del contestants["reference"]  # sorts all of them in float64
 
@@ -67,7 +46,7 @@ def case(images: int, classes: int, scores: str, device: torch.device, quick: bo
         counts = theirs[3].tolist() if is_padded else [len(one["scores"]) for one in theirs]
         assert ours[3].tolist() == counts
 
-    rows = anchors.shape[0] * images
+    rows = len(retinanet_anchors(device, (HEIGHT, WIDTH))) * images
     return Case(
         "detections",
         f"{images} x 201,600 anchors, K = {classes}, {scores}",
@@ -77,8 +56,40 @@ def case(images: int, classes: int, scores: str, device: torch.device, quick: bo
     )
 
 
+def contestants_of(
+    images: int, classes: int, scores: str, size: tuple[int, int], device: torch.device
+) -> dict[str, Contestant]:
+    mean, deviation = SCORES[scores]
+    height, width = size
+    sizes = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
+
+    def levels(channels: int, mean: float, deviation: float) -> list[Tensor]:
+        shapes = [(images, channels, *size) for size in sizes]
+        return [torch.randn(shape, device=device) * deviation + mean for shape in shapes]
+
+    head = levels(ANCHORS * classes, mean, deviation), levels(ANCHORS * 4, 0, 0.2)
+    anchors = retinanet_anchors(device, size)
+    image_sizes = torch.tensor([[height, width]] * images, dtype=torch.float32, device=device)
+    options: dict[str, Any] = {
+        "score_threshold": SCORE_THRESHOLD,
+        "topk_per_level": TOPK,
+        "iou_threshold": IOU_THRESHOLD,
+        "max_detections": MAX_DETECTIONS,
+        "image_sizes": image_sizes,
+    }
+    return {
+        OURS: lambda: detect(*head, anchors, **options),
+        "reference": lambda: reference.detect(*head, anchors, **options),
+        "torchvision": torchvision_postprocess(*head, anchors, classes, size),
+    }
+
+
 def torchvision_postprocess(
-    cls_logits: list[Tensor], box_deltas: list[Tensor], anchors: Tensor, classes: int
+    cls_logits: list[Tensor],
+    box_deltas: list[Tensor],
+    anchors: Tensor,
+    classes: int,
+    size: tuple[int, int],
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """RetinaNet.postprocess_detections of the rows that its head makes, which it is given for free."""
     logits = [reference.head_rows(level, classes).contiguous() for level in cls_logits]
@@ -93,6 +104,4 @@ def torchvision_postprocess(
     images = len(logits[0])
     per_level = list(anchors.split([level.shape[1] for level in deltas]))
     head = {"cls_logits": logits, "bbox_regression": deltas}
-    return lambda: model.postprocess_detections(
-        head, [per_level] * images, [(HEIGHT, WIDTH)] * images
-    )
+    return lambda: model.postprocess_detections(head, [per_level] * images, [size] * images)

@@ -13,12 +13,15 @@ HEIGHT, WIDTH = 800, 1344
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def retinanet_anchors(device: torch.device) -> Tensor:
-    """(201,600, 4) in round numbers: 9 anchors a position of P3 to P7."""
+def retinanet_anchors(
+    device: torch.device, image_size: tuple[int, int] = (HEIGHT, WIDTH)
+) -> Tensor:
+    """9 anchors a position of P3 to P7: by default (201,600, 4) in round numbers."""
     sizes = [[s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)] for s in (32, 64, 128, 256, 512)]
     generator = AnchorGenerator(sizes, [[0.5, 1.0, 2.0]] * 5).to(device)
-    feature_sizes = [(math.ceil(HEIGHT / s), math.ceil(WIDTH / s)) for s in STRIDES]
-    return generator.grid((HEIGHT, WIDTH), feature_sizes, device)
+    height, width = image_size
+    feature_sizes = [(math.ceil(height / s), math.ceil(width / s)) for s in STRIDES]
+    return generator.grid(image_size, feature_sizes, device)
 
 
 def random_anchors(count: int, device: torch.device) -> Tensor:
