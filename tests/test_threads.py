@@ -58,7 +58,7 @@ def assignment(seed: int) -> list[torch.Tensor]:
         *assign_task_aligned(logits.sigmoid(), boxes, points, gt_boxes, labels),
         *assign_simota(logits, boxes, points, strides, gt_boxes, labels),
         nms(boxes[0], logits[0, :, 0], 0.5),
-        *soft_nms(boxes[0], logits[0, :, 0].sigmoid()),
+        *soft_nms(boxes, logits[:, :, 0].sigmoid()),
     ]
 
 
