@@ -150,11 +150,14 @@ FOCALOPS_SIMD void take_largest(const Window<From>& window, T* largest, int64_t 
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     T result = static_cast<T>(window[0][i]);
-    for (size_t k = 1; k < window.size(); ++k) {
-      const T value = static_cast<T>(window[k][i]);
-      result = value > result || value != value ? value : result;
+    bool is_nan = result != result;
+    for (size_t k = 1; k < window.size(); k += 2) {  // a comparison finds a NaN among two
+      const T a = static_cast<T>(window[k][i]), b = static_cast<T>(window[k + 1][i]);
+      const T larger = a > b ? a : b;
+      result = larger > result ? larger : result;
+      is_nan |= __builtin_isunordered(a, b);
     }
-    largest[i] = result;
+    largest[i] = is_nan ? std::numeric_limits<T>::quiet_NaN() : result;
   }
 }
 
@@ -177,39 +180,47 @@ FOCALOPS_SIMD void find_largest(const Window<From>& window, T first, T* largest,
   }
 }
 
-// Adds the gradients of a row of windows to a row of their pixels, in pairs of columns, of which
-// `place` is the first.
-template <typename T>
-FOCALOPS_SIMD void add_to_maxima(const T* grad, const uint8_t* places, uint8_t place, T* even,
-                                 T* odd, int64_t n) {
-  FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    even[i] += places[i] == place ? grad[i] : T(0);
-    odd[i] += places[i] == place + 1 ? grad[i] : T(0);
-  }
-  FOCALOPS_INDEPENDENT
-  for (int64_t i = 0; i < n; ++i) {
-    even[i + 1] += places[i] == place + 2 ? grad[i] : T(0);
-  }
-}
-
-// A window that a pixel lies in.
+// A window that a pixel lies in, or a row of windows and the row of their pixels.
 template <typename T>
 struct Parent {
   const T* grad;
-  const uint8_t* places;
-  uint8_t place;  // of the pixel
+  const T* places;
+  T place;  // of the pixel, or of the row's first
 };
 
-template <size_t Count, typename T, typename To>
-FOCALOPS_SIMD void scale_maxima(const Parent<T>* from, T factor, To* to, int64_t n) {
+// The gradients of a row of pixels, in pairs of columns, by n windows each of the parents. Those of
+// the columns that two windows share begin with that of window `shift` and the one before it.
+template <size_t Count, typename T>
+FOCALOPS_SIMD void sum_maxima(const Parent<T>* from, int64_t shift, T* shared, T* middle,
+                              int64_t n) {
   std::array<Parent<T>, Count> parents;  // in registers: what is written may not change them
   std::copy_n(from, Count, parents.begin());
   FOCALOPS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
+    T in_middle = 0, in_two = 0;
+    for (const Parent<T>& parent : parents) {
+      const T* grad = parent.grad + i;
+      const T* places = parent.places + i;
+      const T left = grad[shift], right = grad[shift - 1], own = grad[0];
+      in_middle += places[0] == parent.place + 1 ? own : T(0);
+      in_two += places[shift] == parent.place ? left : T(0);
+      in_two += places[shift - 1] == parent.place + 2 ? right : T(0);
+    }
+    middle[i] = in_middle;
+    shared[i] = in_two;
+  }
+}
+
+template <size_t Count, typename T, typename To>
+FOCALOPS_SIMD void scale_maxima(const Parent<T>* from, T factor, To* to, int64_t n) {
+  std::array<Parent<T>, Count> parents;
+  std::copy_n(from, Count, parents.begin());
+  FOCALOPS_INDEPENDENT
+  for (int64_t i = 0; i < n; ++i) {
     T sum = 0;
-    for (size_t k = 0; k < Count; ++k) {
-      sum += parents[k].places[i] == parents[k].place ? parents[k].grad[i] : T(0);
+    for (const Parent<T>& parent : parents) {
+      const T value = parent.grad[i];
+      sum += parent.places[i] == parent.place ? value : T(0);
     }
     to[i] = static_cast<To>(sum * factor);
   }
@@ -469,7 +480,13 @@ class GradientWriter {
         map_(map),
         out_(out),
         first_((node_.width + 1) * node_.pixel),
-        second_(first_.size()) {}
+        second_(first_.size()) {
+    if (map.resampling == Resampling::kPool) {
+      for (auto& row : places_) {
+        row.places.assign(node_.row() + 2, T(-1));
+      }
+    }
+  }
 
   void write(int64_t row) {
     const int64_t plane = row / map_.height, y = row % map_.height;
@@ -516,33 +533,34 @@ class GradientWriter {
   }
 
   void write_maxima_of_row(int64_t plane, int64_t y, scalar_t* out) {
-    T* even = first_.data();
-    T* odd = second_.data();
-    std::fill_n(even, node_.width + 1, T(0));
-    std::fill_n(odd, node_.width, T(0));
+    T* shared = first_.data();
+    T* middle = second_.data();
     const auto [first, last] = windows_of(y, map_.pad_y, node_.height);
+    std::array<Parent<T>, 2> parents;
     for (int64_t parent = first; parent <= last; ++parent) {
-      const int64_t ky = y - (2 * parent - map_.pad_y);
-      const int64_t at = (plane * node_.height + parent) * node_.width;
-      add_to_maxima(up_.grad + at, up_.places + at, static_cast<uint8_t>(3 * ky), even, odd,
-                    node_.width);
+      const int64_t ky = y - (2 * parent - map_.pad_y), row = plane * node_.height + parent;
+      parents[parent - first] = {up_.grad + row * node_.width, places_of(row),
+                                 static_cast<T>(3 * ky)};
     }
-    scale_pairs(map_.pad_x == 1 ? odd : even, map_.pad_x == 1 ? even + 1 : odd, up_.factor, out,
-                map_.width);
+    const auto sum = first == last ? sum_maxima<1, T> : sum_maxima<2, T>;
+    sum(parents.data(), map_.pad_x, shared, middle, node_.width);
+    scale_pairs(map_.pad_x == 1 ? middle : shared, map_.pad_x == 1 ? shared : middle, up_.factor,
+                out, map_.width);
   }
 
-  void write_maxima_of_pixels(int64_t plane, int64_t y, scalar_t* out) const {
+  void write_maxima_of_pixels(int64_t plane, int64_t y, scalar_t* out) {
     const auto [top, bottom] = windows_of(y, map_.pad_y, node_.height);
     for (int64_t x = 0; x < map_.width; ++x, out += node_.pixel) {
       const auto [left, right] = windows_of(x, map_.pad_x, node_.width);
       std::array<Parent<T>, 4> parents;
       size_t count = 0;
-      for (int64_t row = top; row <= bottom; ++row) {
+      for (int64_t parent = top; parent <= bottom; ++parent) {
+        const int64_t ky = y - (2 * parent - map_.pad_y), row = plane * node_.height + parent;
         // From right to left, as columns of a window are added.
         for (int64_t column = right; column >= left; --column) {
-          const int64_t ky = y - (2 * row - map_.pad_y), kx = x - (2 * column - map_.pad_x);
-          const int64_t at = ((plane * node_.height + row) * node_.width + column) * node_.pixel;
-          parents[count++] = {up_.grad + at, up_.places + at, static_cast<uint8_t>(3 * ky + kx)};
+          const int64_t kx = x - (2 * column - map_.pad_x), at = column * node_.pixel;
+          parents[count++] = {up_.grad + row * node_.row() + at, places_of(row) + at,
+                              static_cast<T>(3 * ky + kx)};
         }
       }
       const auto write = count == 1   ? scale_maxima<1, T, scalar_t>
@@ -552,11 +570,27 @@ class GradientWriter {
     }
   }
 
+  // Those of a row of windows, which the next row of the map may look up, too.
+  const T* places_of(int64_t row) {
+    PlacesOfRow& result = places_[row % 2];
+    if (result.row != row) {
+      result.row = row;
+      convert(up_.places + row * node_.row(), result.places.data() + 1, node_.row());
+    }
+    return result.places.data() + 1;
+  }
+
+  struct PlacesOfRow {
+    int64_t row = -1;
+    std::vector<T> places;  // between two that are none
+  };
+
   const Upstream<T>& up_;
   const FusionNode& node_;
   const FusionMap& map_;
   scalar_t* out_;
   std::vector<T> first_, second_;
+  std::array<PlacesOfRow, 2> places_;
 };
 
 template <typename scalar_t, typename T = compute_t<scalar_t>>
@@ -590,7 +624,8 @@ std::tuple<std::vector<Tensor>, Tensor> fuse_features_backward_cpu(
   Tensor grad_weights = torch::stable::new_empty(
       first, {weights.has_value() ? static_cast<int64_t>(count) : 0}, computed);
   const int64_t numel = node.rows() * node.row();
-  Tensor grad_term = torch::stable::new_empty(first, {numel}, computed);
+  // With a number before and one after, for reading beside a row.
+  Tensor grad_term = torch::stable::new_empty(first, {numel + 2}, computed);
   grad_term = on_huge_pages(grad_term, grad_term.element_size());
   std::vector<Tensor> places;
   for (const FusionMap& map : node.maps) {
@@ -604,7 +639,7 @@ std::tuple<std::vector<Tensor>, Tensor> fuse_features_backward_cpu(
     using T = compute_t<scalar_t>;
     const auto fusion = weights_of<T>(weights, mode, count, eps);
     const auto* upstream = static_cast<const scalar_t*>(grad_output.const_data_ptr());
-    auto* grad = static_cast<T*>(grad_term.mutable_data_ptr());
+    auto* grad = static_cast<T*>(grad_term.mutable_data_ptr()) + 1;
     std::vector<uint8_t*> place_data;
     std::vector<scalar_t*> grad_data;
     for (size_t i = 0; i < count; ++i) {
