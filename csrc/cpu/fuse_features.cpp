@@ -211,6 +211,7 @@ FOCALOPS_SIMD void sum_maxima(const Parent<T>* from, int64_t shift, T* shared, T
   }
 }
 
+// The gradient of a pixel of n numbers, by all windows that it lies in.
 template <size_t Count, typename T, typename To>
 FOCALOPS_SIMD void scale_maxima(const Parent<T>* from, T factor, To* to, int64_t n) {
   std::array<Parent<T>, Count> parents;
@@ -475,12 +476,7 @@ class GradientWriter {
   using T = compute_t<scalar_t>;
 
   GradientWriter(const Upstream<T>& up, const FusionMap& map, scalar_t* out)
-      : up_(up),
-        node_(up.node),
-        map_(map),
-        out_(out),
-        first_((node_.width + 1) * node_.pixel),
-        second_(first_.size()) {
+      : up_(up), node_(up.node), map_(map), out_(out), first_(node_.row()), second_(first_.size()) {
     if (map.resampling == Resampling::kPool) {
       for (auto& row : places_) {
         row.places.assign(node_.row() + 2, T(-1));
