@@ -5,7 +5,7 @@
 // are atomic where threads meet in an image.
 //
 // 12 bytes an anchor beside the outputs, of the images that are in work: the greatest overlap with
-// its box, and the angle of the prediction. The claims lie where the matches will.
+// its box, and among many boxes the angle of the prediction. The claims lie where the matches will.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -21,6 +21,7 @@
 namespace focalops {
 namespace {
 
+constexpr int64_t kFewBoxes = 32;   // hold fewer predictions, all in all, than there are
 constexpr int64_t kBoxesATask = 4;  // whose costs differ by their sizes
 constexpr int64_t kPiece = 4096;    // anchors
 constexpr int64_t kScanned = 64;    // anchors, of which most have no claims
@@ -130,6 +131,8 @@ struct Assignment {
   Tiles tiles;                   // none where they are not needed
   bool threads_share_images;
 
+  // Then the angle of a prediction is found for each that is inside of a box, else for all.
+  bool has_few_boxes() const { return max_boxes < kFewBoxes; }
   Point<float> point(int64_t n) const { return {points[2 * n], points[2 * n + 1]}; }
 };
 
@@ -146,7 +149,7 @@ struct Image {
   int64_t* matches;  // [N], the claims before
   float* targets;    // [N], the metric before
   std::vector<Box<float>> crowds = {};
-  float* angles = nullptr;   // [N]
+  float* angles = nullptr;   // [N], unless there are few boxes
   uint64_t* best = nullptr;  // [N], overlap and box; then the overlap with the match
   std::vector<std::vector<int32_t>> matched = {};  // the anchors that boxes have, of each piece
 
@@ -170,7 +173,7 @@ struct Image {
 
   float overlap(int64_t n, int64_t j) const {
     const Box<float> predicted = prediction(n), object = box(j);
-    const float value = task_overlap<Kind>().value(predicted, object, {area(predicted), angles[n]},
+    const float value = task_overlap<Kind>().value(predicted, object, iou_terms<Kind>(predicted),
                                                    iou_terms<Kind>(object));
     return value > 0 ? value : 0.0f;
   }
@@ -182,7 +185,9 @@ struct Image {
     std::fill(matches + begin, matches + end, 0);
     std::fill(targets + begin, targets + end, 0.0f);
     std::fill(best + begin, best + end, 0);
-    find_angles<Kind>(pred_boxes + 4 * begin, end - begin, angles + begin);
+    if (!all.has_few_boxes()) {
+      find_angles<Kind>(pred_boxes + 4 * begin, end - begin, angles + begin);
+    }
   }
 
   Ranges ranges_of_predictions() const {
@@ -250,7 +255,13 @@ struct Image {
     for (int64_t c = 0; c < candidates.size; ++c) {
       const int64_t n = candidates.anchor[c];
       std::copy_n(pred_boxes + 4 * n, 4, candidates.box + 4 * c);
-      candidates.angle[c] = angles[n];
+    }
+    if (all.has_few_boxes()) {
+      find_angles<Kind>(candidates.box, candidates.size, candidates.angle);
+    } else {
+      for (int64_t c = 0; c < candidates.size; ++c) {
+        candidates.angle[c] = angles[candidates.anchor[c]];
+      }
     }
     find_overlaps(task_overlap<Kind>(), candidates.box, candidates.angle, candidates.size, object,
                   iou_terms<Kind>(object), candidates.overlap);
@@ -362,10 +373,10 @@ template <IouKind Kind>
 void assign(const Assignment& all, Image<Kind>* images, int64_t num_images) {
   const int64_t num_points = all.num_points;
   std::vector<uint64_t> best(num_images * num_points);
-  std::vector<float> angles(num_images * num_points);
+  std::vector<float> angles(all.has_few_boxes() ? 0 : num_images * num_points);
   for (int64_t i = 0; i < num_images; ++i) {
     images[i].best = best.data() + i * num_points;
-    images[i].angles = angles.data() + i * num_points;
+    images[i].angles = all.has_few_boxes() ? nullptr : angles.data() + i * num_points;
     images[i].matched.resize((num_points + kPiece - 1) / kPiece);
   }
   parallel_over(num_images, num_points, kPiece,
