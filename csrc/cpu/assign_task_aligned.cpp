@@ -24,7 +24,6 @@ namespace {
 constexpr int64_t kFewBoxes = 32;   // hold fewer predictions, all in all, than there are
 constexpr int64_t kBoxesATask = 4;  // whose costs differ by their sizes
 constexpr int64_t kPiece = 4096;    // anchors
-constexpr int64_t kScanned = 64;    // anchors, of which most have no claims
 // So many images, whose costs differ too, are parallel enough: then no two threads meet in one, and
 // what a thread wrote of it stays in its caches.
 constexpr int64_t kImagesAThread = 4;
@@ -315,8 +314,8 @@ struct Image {
 
   // The claims of points begin .. end become matches, of which a list is made.
   void resolve(int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; first += kScanned) {
-      const int64_t last = std::min(first + kScanned, end);
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int64_t last = std::min(first + kTile, end);
       if (crowds.empty() && are_zero(matches + first, last - first)) {
         std::fill(matches + first, matches + last, -1);
         continue;
