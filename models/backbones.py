@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -44,6 +45,31 @@ def torchvision_body(config: NetworkConfig, pretrained: bool) -> nn.Module:
         if level >= config.min_level
     }
     return create_feature_extractor(classifier, outputs)
+
+
+class SameConv2d(nn.Conv2d):
+    """timm's Conv2dSame, TensorFlow's SAME padding, whose output sizes torch.export can simplify: of a size that is a multiple of
+    the stride the padding is a constant. timm's ceilings of quotients nest, and an export of five took more than ten minutes."""
+
+    def __init__(self, of: Any) -> None:
+        super().__init__(
+            of.in_channels,
+            of.out_channels,
+            of.kernel_size,
+            of.stride,
+            dilation=of.dilation,
+            groups=of.groups,
+            bias=of.bias is not None,
+        )
+        self.weight, self.bias = of.weight, of.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: list[int] = []
+        for axis in (1, 0):
+            covered = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
+            missing = max(-x.shape[2 + axis] % self.stride[axis] + covered - self.stride[axis], 0)
+            padding += [missing // 2, missing - missing // 2]
+        return super().forward(F.pad(x, padding))
 
 
 class TimmBody(nn.Module):
@@ -85,6 +111,9 @@ class TimmBody(nn.Module):
             pretrained=pretrained and not of_package,
             out_indices=[last[2**level] for level in self.levels],
         )
+        for path, module in list(self.model.named_modules()):
+            if type(module).__name__ == "Conv2dSame":
+                self.model.set_submodule(path, SameConv2d(module))
         if of_package:
             weights = torch.load(timm_weights(name), map_location="cpu", weights_only=True)
             names = self.model.state_dict()  # without those of the classifier

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from models import deploy
 from models.__main__ import main
+from models.backbones import SameConv2d
 from models.checkpoint import load_checkpoint, load_model
 from models.commands import convert
 from models.data import DataError
@@ -434,3 +436,29 @@ def test_it_is_exported(recipe: Recipe):
         expected = detector(batch, sizes)
         found = program.module()(*detector.prepare(batch, sizes))
     assert deploy.disagreement(found, expected) is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation"),
+    [(3, 2, 1), (5, 2, 1), (3, 1, 1), (1, 2, 1), (7, 4, 1), (3, 2, 2)],
+)
+def test_same_padding_is_timms(kernel, stride, dilation):
+    from timm.layers.conv2d_same import Conv2dSame
+
+    theirs = Conv2dSame(2, 4, kernel, stride=stride, dilation=dilation, groups=2)
+    ours = SameConv2d(theirs)
+    for size in range(9, 18):
+        x = torch.randn(1, 2, size, size + 3)
+        assert torch.equal(ours(x), theirs(x))
+
+
+def test_same_padding_exports_with_sizes_that_stay_simple():
+    """timm's own convolutions nest a ceiling of a quotient in each other: an export took more than ten minutes."""
+    from timm.layers.conv2d_same import Conv2dSame
+
+    layers = nn.Sequential(*(SameConv2d(Conv2dSame(1, 1, 3, stride=2)) for _ in range(5)))
+    side = 32 * torch.export.Dim("side")
+    program = torch.export.export(layers, (torch.zeros(1, 1, 96, 96),), dynamic_shapes=({2: side},))
+    (output,) = (n for n in program.graph.nodes if n.op == "output")
+    height = str(output.args[0][0].meta["val"].shape[2])
+    assert not any(part in height for part in ("ceil", "Max", "//"))
