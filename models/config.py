@@ -138,8 +138,8 @@ def check_levels(config: NetworkConfig, anchors: AnchorConfig) -> None:
 # ---- Loss -----------------------------------------------------------------------------------------
 
 
-# By IoU with the thresholds; by ATSS; by how well their predictions do.
-Assigner = Literal["iou", "atss", "task_aligned"]
+# By IoU with the thresholds; by ATSS; by their place and FCOS' ranges of sizes; by how well their predictions do.
+Assigner = Literal["iou", "atss", "fcos", "simota", "task_aligned"]
 ASSIGNERS: tuple[str, ...] = get_args(Assigner)
 MatchingRule = Literal["torchvision", "mmdet", "efficientdet"]
 
@@ -311,6 +311,11 @@ class DetectorConfig(ImageConfig, DetectionConfig, LossConfig, MatchingConfig, A
     """
 
     kind: ClassVar[str]  # the detector's row in detectors.DETECTORS
+
+    @property
+    def finest_stride(self) -> int:
+        """Of the first level; that of each next one is twice as large."""
+        return 8
 
     def __post_init__(self) -> None:
         super().__post_init__()

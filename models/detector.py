@@ -31,7 +31,7 @@ class Detector(nn.Module):
         self.config = config
         self.transform = transform(config)
         self.anchor_generator = anchor_generator
-        self.loss_step = LossStep(matching=config, loss=config)
+        self.loss_step = LossStep(config, config, config.finest_stride)
 
     def network(self, images: Tensor) -> HeadOutputs:
         """Of normalised images (B, 3, H, W), whose H and W are multiples of config.batch_divisor."""

@@ -158,6 +158,10 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
             )
 
     @property
+    def finest_stride(self) -> int:
+        return int(2**self.min_level)
+
+    @property
     def size_divisor(self) -> int:
         return 2**self.max_level
 

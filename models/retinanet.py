@@ -59,6 +59,10 @@ class RetinaNetConfig(DetectorConfig, PyramidConfig):
 
     kind: ClassVar[str] = "retinanet"
 
+    @property
+    def finest_stride(self) -> int:
+        return int(2**self.min_level)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_levels(self, self)

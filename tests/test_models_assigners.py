@@ -23,7 +23,7 @@ EFFICIENTDET = EfficientDetConfig.named(
     "lite0", cells=1, pyramid_channels=16, head_depth=1, **SMALL
 )
 LOSSES = [
-    *((assigner, "focal") for assigner in ("iou", "atss")),
+    *((assigner, "focal") for assigner in ASSIGNERS if assigner != "task_aligned"),
     *((assigner, "quality") for assigner in ASSIGNERS),
 ]
 
@@ -119,7 +119,32 @@ def test_task_aligned_learns_and_weighs_by_the_scores() -> None:
     assert all(torch.isfinite(leaf.grad).all() for leaf in leaves(outputs))
 
 
-@pytest.mark.parametrize("assigner", ["atss", "task_aligned"])
+def test_fcos_and_simota_see_the_centers_and_strides() -> None:
+    outputs, anchors, targets = scene()
+    boxes, labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
+    points = (anchors[:, :2] + anchors[:, 2:]) / 2
+    sizes = [level[0].numel() // 4 for level in outputs.box_deltas]
+    step = loss_step(assigner="fcos")
+    matches = step.match(outputs, anchors, targets).matches
+    assert torch.equal(matches, reference.assign_fcos(points, [8.0, 16.0], sizes, boxes))
+    assert (matches >= 0).any()
+
+    step = loss_step(assigner="simota", classification_loss="quality")
+    matched = step.match(outputs, anchors, targets)
+    deltas = rows_of(outputs.box_deltas, 4).detach()
+    expected, _ = reference.assign_simota(
+        rows_of(outputs.cls_logits, TINY.num_classes).detach(),
+        torch.stack([decode_boxes(of_image, anchors) for of_image in deltas]),
+        points,
+        torch.tensor([8.0] * sizes[0] + [16.0] * sizes[1]),
+        boxes,
+        labels,
+    )
+    assert torch.equal(matched.matches, expected) and (expected >= 0).any()
+    assert matched.scores is None
+
+
+@pytest.mark.parametrize("assigner", ["atss", "fcos", "simota", "task_aligned"])
 def test_crowds_have_no_part(assigner: str) -> None:
     outputs, anchors, targets = scene()
     for target in targets:
@@ -135,13 +160,15 @@ def test_crowds_have_no_part(assigner: str) -> None:
 def test_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="classification_loss must be quality with assigner"):
         with_model(TINY_RECIPE, assigner="task_aligned")
-    with pytest.raises(ValueError, match="assigner must be one of iou, atss, task_aligned"):
-        with_model(TINY_RECIPE, assigner="simota")
+    with pytest.raises(
+        ValueError, match="assigner must be one of iou, atss, fcos, simota, task_ali"
+    ):
+        with_model(TINY_RECIPE, assigner="ota")
 
 
 def test_one_graph() -> None:
     outputs, anchors, targets = scene()
-    for assigner in ("atss", "task_aligned"):
+    for assigner in ("atss", "fcos", "simota", "task_aligned"):
         step = loss_step(assigner=assigner, classification_loss="quality")
         expected = step(outputs, anchors, targets)
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -32,7 +32,7 @@ K = TINY.num_classes
 
 def loss_step(name: str, **config) -> LossStep:
     model = dataclasses.replace(TINY, classification_loss=name, **config)
-    return LossStep(model, model)
+    return LossStep(model, model, 8)
 
 
 def expected(name: str, sums: Tensor, alpha: float, gamma: float) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ SIZES = ((4, 5), (2, 3))
 
 def loss_step(weighting: str = "none", **config) -> LossStep:
     model = dataclasses.replace(TINY, weighting=weighting, **config)
-    return LossStep(model, model)
+    return LossStep(model, model, 8)
 
 
 def scene(dtype: torch.dtype = torch.float32, classes: int = TINY.num_classes, anchors: int = 3):

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from focalops import assign_atss, assign_task_aligned, decode_boxes, match_anchors
+from focalops import (
+    assign_atss,
+    assign_fcos,
+    assign_simota,
+    assign_task_aligned,
+    decode_boxes,
+    match_anchors,
+)
 from focalops.reference import head_rows
 
 from ..config import MatchingConfig
@@ -38,6 +45,7 @@ def match(
     anchors: Tensor,  # (N, 4)
     targets: list[Target],  # B
     config: MatchingConfig,
+    finest_stride: int,
 ) -> tuple[Tensor, Tensor | None]:
     """(B, N): of each anchor the index of its box, -1 or -2, which is also that of anchors in crowds; and of an assigner that
     has them the scores that the anchors are to learn."""
@@ -53,19 +61,31 @@ def match(
         thresholds = config.fg_iou_threshold, config.bg_iou_threshold
         rule = config.matching_rule
         return match_anchors(anchors, boxes, *thresholds, rule=rule, crowd=crowd), None
+    sizes = [level[0].numel() // 4 for level in outputs.box_deltas]
     if config.assigner == "atss":
-        at_a_position = outputs.box_deltas[0].shape[1] // 4
-        sizes = [level[0].numel() // 4 for level in outputs.box_deltas]
-        topk = ATSS_TOPK * at_a_position
+        topk = ATSS_TOPK * (outputs.box_deltas[0].shape[1] // 4)
         return assign_atss(anchors, sizes, boxes, topk, crowd=crowd), None
-    logits = rows_of(outputs.cls_logits, config.num_classes)
-    deltas = rows_of(outputs.box_deltas, 4)
+    points = (anchors[:, :2] + anchors[:, 2:]) / 2
+    strides = [float(finest_stride * 2**level) for level in range(len(sizes))]
+    if config.assigner == "fcos":
+        return assign_fcos(points, strides, sizes, boxes, crowd=crowd), None
+    labels = [t["labels"] for t in targets]
+    logits = rows_of(outputs.cls_logits, config.num_classes).detach()
+    deltas = rows_of(outputs.box_deltas, 4).detach().float()
+    predicted = decode_boxes(deltas, anchors.expand(len(targets), -1, -1))
+    if config.assigner == "simota":
+        of_points = torch.cat(
+            [points.new_full((n,), s) for n, s in zip(sizes, strides, strict=True)]
+        )
+        return assign_simota(logits, predicted, points, of_points, boxes, labels, crowd=crowd)[
+            0
+        ], None
     return assign_task_aligned(
-        logits.detach().sigmoid(),
-        decode_boxes(deltas.detach().float(), anchors.expand(len(targets), -1, -1)),
-        (anchors[:, :2] + anchors[:, 2:]) / 2,
+        logits.sigmoid(),
+        predicted,
+        points,
         boxes,
-        [t["labels"] for t in targets],
+        labels,
         *TASK_ALIGNED,
         rule="tood",
         crowd=crowd,

@@ -23,9 +23,9 @@ class LossStep(nn.Module):
     optimizer of their own trains the parameters.
     """
 
-    def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
+    def __init__(self, matching: MatchingConfig, loss: LossConfig, finest_stride: int) -> None:
         super().__init__()
-        self.matching, self.loss = matching, loss
+        self.matching, self.loss, self.finest_stride = matching, loss, finest_stride
         class_weight = equalization(loss) if loss.classification_loss == "eql" else None
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight, persistent=False)
@@ -50,7 +50,9 @@ class LossStep(nn.Module):
         return {name: loss / len(targets) for name, loss in losses.items()}
 
     def match(self, outputs: HeadOutputs, anchors: Tensor, targets: list[Target]) -> Matched:
-        matches, scores = match(outputs, anchors, targets, self.matching)  # (B, N)
+        matches, scores = match(
+            outputs, anchors, targets, self.matching, self.finest_stride
+        )  # (B, N)
         classes = class_index_targets(
             matches, [t["labels"] for t in targets], self.loss.num_classes
         )
