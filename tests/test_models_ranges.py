@@ -73,7 +73,7 @@ MODEL_FIELDS: dict[str, tuple[Any, list[Any]]] = {
         [((1,),) * 4, ((0,),) * 5, ((1,),) * 4 + ((1, 2),), ((),) * 5, 3],
     ),
     "aspect_ratios": ((1,), [(), (0,), (-1.0,), (NAN,), 1.0]),
-    "assigner": ("atss", ["simota", None]),
+    "assigner": ("atss", ["ota", None]),
     "fg_iou_threshold": (1, [-0.1, 1.1, 0.3, NAN]),
     "bg_iou_threshold": (0, [-0.1, 1.1, 0.6, NAN]),
     "matching_rule": ("mmdet", ["detectron2", None]),
