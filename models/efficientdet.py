@@ -201,7 +201,7 @@ class EfficientDetConfig(DetectorConfig, BiFPNConfig):
 class EfficientDet(Detector):
     config: EfficientDetConfig
     class_layers = ("class_head.output.",)
-    delta_clip = math.inf
+    delta_clip = 1000.0  # none: its exponential is infinite
 
     def __init__(self, config: EfficientDetConfig, pretrained_backbone: bool = False) -> None:
         anchors = AnchorGenerator(
