@@ -173,8 +173,8 @@ def test_its_weights_start_another_run(recipe: Recipe, finished: Path, data: Coc
 class Balanced(LossStep):
     """The two losses with learned weights (Kendall et al., 2018)."""
 
-    def __init__(self, matching: MatchingConfig, loss: LossConfig) -> None:
-        super().__init__(matching, loss)
+    def __init__(self, matching: MatchingConfig, loss: LossConfig, finest_stride: int) -> None:
+        super().__init__(matching, loss, finest_stride)
         self.logarithms = nn.Parameter(torch.zeros(2))
 
     def forward(self, *inputs: Any) -> dict[str, Tensor]:
