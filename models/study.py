@@ -273,7 +273,7 @@ STUDIES = {
     ),
     "assigner": Study(
         "Which anchors should learn a box?",
-        "ATSS, Generalized Focal Loss, TOOD; R50, COCO. YOLOX: DarkNet53",
+        "ATSS, GFL, TOOD: R50; YOLOX; COCO",
         assigner_variants,
     ),
     "scale": Study(
