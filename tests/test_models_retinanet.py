@@ -251,4 +251,4 @@ def test_crowds_may_be_integers() -> None:
     truth = target([[0, 0, 10, 10], [20, 20, 40, 40]], [0, 1])
     for dtype in (torch.bool, torch.int64, torch.uint8):
         truth["iscrowd"] = torch.tensor([0, 1]).to(dtype)
-        assert match(HeadOutputs([], []), anchors, [truth], TINY)[0].tolist() == [[0, -2]]
+        assert match(HeadOutputs([], []), anchors, [truth], TINY, 8)[0].tolist() == [[0, -2]]
