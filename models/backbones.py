@@ -112,7 +112,7 @@ class TimmBody(nn.Module):
             out_indices=[last[2**level] for level in self.levels],
         )
         for path, module in list(self.model.named_modules()):
-            if type(module).__name__ == "Conv2dSame":
+            if isinstance(module, timm.layers.Conv2dSame):
                 self.model.set_submodule(path, SameConv2d(module))
         if of_package:
             weights = torch.load(timm_weights(name), map_location="cpu", weights_only=True)

@@ -73,6 +73,47 @@ def test_powers_that_are_no_products(device):
     torch.testing.assert_close(scores, expected_scores, rtol=1e-4, atol=1e-30)
 
 
+# Points that are grids are looked up by columns and rows on the CPU, others are compared.
+ORDERS = {
+    "grids": lambda points: points,
+    "cut off": lambda points: points[1:-1],
+    "columns first": lambda points: points.flip(1),
+    "descending": lambda points: points.flip(0),
+    "repeated": lambda points: points.repeat_interleave(2, dim=0),
+    "shuffled": lambda points: points[torch.randperm(len(points))],
+}
+# What happens to some of them once there are predictions about them.
+BROKEN = {
+    "whole": lambda points: points,
+    "elsewhere": lambda points: points.index_add(0, HALF, torch.full((120, 2), 99.0)),
+    "no numbers": lambda points: points.index_fill(0, HALF, torch.nan),
+    "the first is no number": lambda points: points.index_fill(0, HALF[:1] * 0, torch.nan),
+    "infinite": lambda points: points.index_fill(0, HALF[-9:], torch.inf),
+}
+HALF = torch.arange(17, 256, 2)  # of the first level, but for its first row
+
+
+@pytest.mark.parametrize(
+    "order, broken",
+    [
+        *((order, "whole") for order in ORDERS),
+        *(("grids", broken) for broken in BROKEN if broken != "whole"),
+    ],
+)
+@pytest.mark.parametrize("boxes", [5, 40])
+def test_points_in_any_order(order, broken, boxes, device):
+    """Few boxes find the angles of those predictions alone that they hold."""
+    points = ORDERS[order](grid(128, STRIDES)[0])
+    gt_boxes = [random_boxes(n, 128, most=150) for n in (boxes, 3)]
+    scores, predicted, labels = predictions(points, gt_boxes, 4)
+    points = BROKEN[broken](points)
+    on_device = [boxes.to(device) for boxes in gt_boxes], [t.to(device) for t in labels]
+    for rule in RULES:
+        arguments = (scores.to(device), predicted.to(device), points.to(device), *on_device)
+        matches, _ = check_is_the_references(*arguments, rule=rule)
+        assert (matches >= 0).any()
+
+
 @pytest.mark.parametrize("number", [0, 1, 15, 16, 17, 31, 33, 257])
 def test_any_number_of_points(number, device):
     points = torch.rand(number, 2) * 64

@@ -183,7 +183,6 @@ struct Image {
   void prepare(int64_t begin, int64_t end) const {
     std::fill(matches + begin, matches + end, 0);
     std::fill(targets + begin, targets + end, 0.0f);
-    std::fill(best + begin, best + end, 0);
     if (!all.has_few_boxes()) {
       find_angles<Kind>(pred_boxes + 4 * begin, end - begin, angles + begin);
     }
@@ -221,13 +220,13 @@ struct Image {
         });
       }
     } else {
-      constexpr float kInfinity = std::numeric_limits<float>::infinity();
-      const Box<float> everywhere{-kInfinity, -kInfinity, kInfinity, kInfinity};
-      const Box<float>& within = all.rule.inside_last ? everywhere : region;
       ranges->for_each(region, [&](int64_t tile) {
         const int64_t first = tile * kTile, n = std::min(kTile, all.num_points - first);
+        if (all.rule.inside_last) {
+          return add(first, n);
+        }
         uint8_t flags[kTile];
-        find_inside_tile(all.tiles.x.data() + first, all.tiles.y.data() + first, within,
+        find_inside_tile(all.tiles.x.data() + first, all.tiles.y.data() + first, region,
                          all.rule.margin, flags);
         add(first, n, flags);
       });

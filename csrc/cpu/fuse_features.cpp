@@ -86,8 +86,9 @@ FOCALOPS_SIMD void scale(const T* from, T factor, To* to, int64_t n) {
   }
 }
 
-// ---- pairs of columns: of two vectors, one has each even element and one each odd element
-// --------
+// ---- pairs of columns ---------------------------------------------------------------------------
+
+// Of two vectors, one has each even element of a row and one each odd element.
 
 template <typename From, typename To>
 FOCALOPS_SIMD void split_pairs(const From* from, To* even, To* odd, int64_t n) {

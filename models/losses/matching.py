@@ -77,9 +77,8 @@ def match(
         of_points = torch.cat(
             [points.new_full((n,), s) for n, s in zip(sizes, strides, strict=True)]
         )
-        return assign_simota(logits, predicted, points, of_points, boxes, labels, crowd=crowd)[
-            0
-        ], None
+        matches, _ = assign_simota(logits, predicted, points, of_points, boxes, labels, crowd=crowd)
+        return matches, None
     return assign_task_aligned(
         logits.sigmoid(),
         predicted,
