@@ -67,7 +67,8 @@ def environment(release: str) -> Path:
         pip = [python, "-m", "pip", "install", "--quiet"]
         torch = "torch>=2.10" if release == NEWEST else f"torch=={release}.*"
         subprocess.run(
-            [*pip, torch, "numpy", "pytest", "pytest-xdist", "hypothesis", "setuptools"], check=True
+            [*pip, torch, "numpy", "pytest", "pytest-xdist", "hypothesis", "setuptools>=70.1"],
+            check=True,
         )
         # torchvision says which torch it is of.
         installed = output([python, "-c", "import torch; print(torch.__version__)"])
