@@ -1,4 +1,5 @@
-"""What the backward passes of the ops share: formulas that can be differentiated again, and the gradient that a forward saved."""
+"""What the backward passes of the ops share: how an op gets one, formulas that can be differentiated again, and the gradient that
+a forward saved."""
 
 from __future__ import annotations
 
@@ -9,6 +10,68 @@ import torch
 from torch import Tensor
 
 from focalops._ops import call, ops
+
+# ---- an op and its backward ---------------------------------------------------------------------
+
+_library = torch.library.Library("focalops", "FRAGMENT")
+
+
+def register_gradients(
+    name: str,
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[[Any, Tensor], Sequence[Tensor | None]],
+    num_inputs: int = 1,
+) -> None:
+    """The gradients of an op's first output by its first inputs, of which each may be a list. Its other outputs have none.
+
+    `setup(ctx, inputs, output)` keeps what `backward(ctx, grad_output)` needs, which returns one gradient for each tensor.
+    torch.library.register_autograd does the same for an op of any form, and takes five times as long for one with lists: it takes
+    all arguments and results apart by pytree, more work than the loss of a small head.
+    """
+    op = getattr(ops, name).default
+    defaults = [argument.default_value for argument in op._schema.arguments]
+    ends_with_list = str(op._schema.returns[-1].type) == "List[Tensor]"
+    num_tensors = len(op._schema.returns) - ends_with_list  # of the results, before a list of them
+
+    def below_autograd(keyset: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *_, keyset, arguments = inputs
+        output = below_autograd(keyset, arguments)
+        # The dispatcher leaves out what equals a default.
+        setup(ctx, (*arguments, *defaults[len(arguments) :]), output)
+        ctx.set_materialize_grads(False)
+        if isinstance(output, Tensor):
+            return output
+        flat = (*output[:num_tensors], *(output[-1] if ends_with_list else ()))
+        ctx.mark_non_differentiable(*flat[1:])
+        return flat
+
+    def gradients(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return *backward(ctx, grad_output), None, None
+
+    node = type(
+        name.title().replace("_", ""),
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
+    )
+
+    def with_gradients(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        inputs = arguments[:num_inputs]
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)):
+            return below_autograd(keyset, arguments)
+        tensors = [t for x in inputs for t in (x if isinstance(x, (list, tuple)) else [x])]
+        output = node.apply(*tensors, keyset, arguments)  # type: ignore[attr-defined]
+        if ends_with_list:
+            return *output[:num_tensors], list(output[num_tensors:])
+        return output
+
+    _library.impl(name, with_gradients, "Autograd", with_keyset=True)
+
 
 # ---- formulas -----------------------------------------------------------------------------------
 
@@ -37,22 +100,19 @@ def setup_pair(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keeps two tensors and the settings behind them."""
     first, second, *ctx.settings = inputs
     ctx.save_for_backward(first, second)
-    ctx.set_materialize_grads(False)
 
 
-def pair_gradients(ctx: Any, first: Tensor | None, second: Tensor | None) -> tuple[Any, ...]:
+def pair_gradients(
+    ctx: Any, first: Tensor | None, second: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """What a backward returns after setup_pair."""
     needs_first, needs_second = ctx.needs_input_grad[:2]
-    return (
-        first if needs_first else None,
-        second if needs_second else None,
-        *(None for _ in ctx.settings),
-    )
+    return first if needs_first else None, second if needs_second else None
 
 
 def differentiable_pair(
     formula: Callable[..., Tensor], ctx: Any, grad_output: Tensor
-) -> tuple[Any, ...]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The same, through formulas that autograd can differentiate again."""
 
     def of_tensors(first: Tensor, second: Tensor) -> Tensor:

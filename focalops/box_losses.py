@@ -37,6 +37,7 @@ from focalops._gradients import (
     divisor_of,
     empty_gradients,
     pair_gradients,
+    register_gradients,
     scaled,
     scaled_rows,
     setup_pair,
@@ -619,105 +620,76 @@ def _check_distances(
 # ---- autograd -----------------------------------------------------------------------------------
 
 
-def _backward_pair_loss(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:
-        return pair_gradients(ctx, None, None)
+def _backward_pair_loss(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
     if torch.is_grad_enabled():
         return differentiable_pair(_reference_pair_loss, ctx, grad_output)
     arguments = (grad_output, *ctx.saved_tensors, *ctx.settings, *ctx.needs_input_grad[:2])
     return pair_gradients(ctx, *call(ops._box_pair_loss_backward, *arguments))
 
 
-torch.library.register_autograd(
-    "focalops::box_pair_loss", _backward_pair_loss, setup_context=setup_pair
-)
+register_gradients("box_pair_loss", setup_pair, _backward_pair_loss, num_inputs=2)
 
 
 def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     deltas, anchors, gt_boxes, matches, ctx.kind, *ctx.numbers = inputs[:9]
     normalizer, ctx.min_normalizer, _ = inputs[9:]
+    ctx.num_levels = len(deltas)
     ctx.save_for_backward(anchors, gt_boxes, matches, normalizer, *deltas, *output[1])
-    ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward_dense(ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]) -> tuple[Any, ...]:
-    nothing = (None,) * 11
+def _backward_dense(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     anchors, gt_boxes, matches, normalizer, *tensors = ctx.saved_tensors
-    levels = len(ctx.needs_input_grad[0])
-    deltas, grads = tensors[:levels], tensors[levels:]
-    if grad_loss is None:
-        return [None] * levels, *nothing
+    deltas, grads = tensors[: ctx.num_levels], tensors[ctx.num_levels :]
     divisors = normalizer, ctx.min_normalizer
     if grads and not torch.is_grad_enabled():
-        return scaled(grads, grad_loss, *divisors), *nothing
+        return scaled(grads, grad_loss, *divisors)
 
     def formula(*x: Tensor) -> Tensor:
         return _reference_dense(x, anchors, gt_boxes, matches, ctx.kind, ctx.numbers, divisors)
 
-    return list(differentiable(formula, deltas, grad_loss)), *nothing
+    return differentiable(formula, deltas, grad_loss)
 
 
-torch.library.register_autograd(
-    "focalops::dense_box_loss", _backward_dense, setup_context=_setup_dense
-)
+register_gradients("dense_box_loss", _setup_dense, _backward_dense)
 
 
 def _setup_dense_rows(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]
 ) -> None:
     deltas, anchors, gt_boxes, matches, ctx.kind, *ctx.numbers = inputs[:9]
-    _, iou, grads = output
-    ctx.save_for_backward(anchors, gt_boxes, matches, *deltas, *grads)
-    ctx.mark_non_differentiable(iou, *grads)
-    ctx.set_materialize_grads(False)
+    ctx.num_levels = len(deltas)
+    ctx.save_for_backward(anchors, gt_boxes, matches, *deltas, *output[2])
 
 
-def _backward_dense_rows(
-    ctx: Any, grad_losses: Tensor | None, _: Tensor | None, __: list[Tensor | None]
-) -> tuple[Any, ...]:
-    nothing = (None,) * 10
+def _backward_dense_rows(ctx: Any, grad_losses: Tensor) -> Sequence[Tensor]:
     anchors, gt_boxes, matches, *tensors = ctx.saved_tensors
-    levels = len(ctx.needs_input_grad[0])
-    deltas, grads = tensors[:levels], tensors[levels:]
-    if grad_losses is None:
-        return [None] * levels, *nothing
+    deltas, grads = tensors[: ctx.num_levels], tensors[ctx.num_levels :]
     if grads and not torch.is_grad_enabled():
-        return scaled_rows(grads, grad_losses), *nothing
+        return scaled_rows(grads, grad_losses)
 
     def formula(*x: Tensor) -> Tensor:
         tensors = (x, anchors, gt_boxes, matches)
         return _reference_dense(*tensors, ctx.kind, ctx.numbers, reduction="none")
 
-    return list(differentiable(formula, deltas, grad_losses)), *nothing
+    return differentiable(formula, deltas, grad_losses)
 
 
-torch.library.register_autograd(
-    "focalops::dense_box_losses", _backward_dense_rows, setup_context=_setup_dense_rows
-)
+register_gradients("dense_box_losses", _setup_dense_rows, _backward_dense_rows)
 
 
 def _setup_distances(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]
 ) -> None:
     levels, points, gt_boxes, matches, *ctx.options = inputs[:9]
-    _, iou, grads = output
-    ctx.save_for_backward(points, gt_boxes, matches, *levels, *grads)
-    ctx.mark_non_differentiable(iou, *grads)
-    ctx.set_materialize_grads(False)
+    ctx.num_levels = len(levels)
+    ctx.save_for_backward(points, gt_boxes, matches, *levels, *output[2])
 
 
-def _backward_distances(
-    ctx: Any, grad_losses: Tensor | None, _: Tensor | None, __: list[Tensor | None]
-) -> tuple[Any, ...]:
-    nothing = (None,) * 10
+def _backward_distances(ctx: Any, grad_losses: Tensor) -> Sequence[Tensor]:
     points, gt_boxes, matches, *tensors = ctx.saved_tensors
-    levels = len(ctx.needs_input_grad[0])
-    logits, grads = tensors[:levels], tensors[levels:]
-    if grad_losses is None:
-        return [None] * levels, *nothing
+    logits, grads = tensors[: ctx.num_levels], tensors[ctx.num_levels :]
     if grads and not torch.is_grad_enabled():
-        return scaled_rows(grads, grad_losses), *nothing
+        return scaled_rows(grads, grad_losses)
     strides, bins, kind, eps, dfl_weight = ctx.options
 
     def formula(*x: Tensor) -> Tensor:
@@ -725,12 +697,10 @@ def _backward_distances(
         distances = (strides, bins, dfl_weight)
         return _reference_dense(*arguments, distances=distances, reduction="none")
 
-    return list(differentiable(formula, logits, grad_losses)), *nothing
+    return differentiable(formula, logits, grad_losses)
 
 
-torch.library.register_autograd(
-    "focalops::dense_distance_losses", _backward_distances, setup_context=_setup_distances
-)
+register_gradients("dense_distance_losses", _setup_distances, _backward_distances)
 
 register_vmap_as_loop("dense_distance_losses")
 register_vmap_as_loop("dense_box_loss")

@@ -29,7 +29,12 @@ from focalops._coordinates import (
     coordinates_dtype,
     shapes_broadcast,
 )
-from focalops._gradients import differentiable_pair, pair_gradients, setup_pair
+from focalops._gradients import (
+    differentiable_pair,
+    pair_gradients,
+    register_gradients,
+    setup_pair,
+)
 from focalops._ops import (
     FLOATING,
     call,
@@ -445,14 +450,12 @@ def _(
 # ---- autograd: each op takes two tensors, then its settings ---------------------------------------
 
 
-def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:
-        return pair_gradients(ctx, None, None)
+def _backward_box_iou(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
     if torch.is_grad_enabled():
         return differentiable_pair(_reference_iou, ctx, grad_output)
     if ctx.settings[0] == 4:  # "iof"
         grads = differentiable_pair(_reference_iou, ctx, grad_output)
-        return tuple(None if grad is None else grad.detach() for grad in grads)
+        return [None if grad is None else grad.detach() for grad in grads]
     boxes1, boxes2 = ctx.saved_tensors
     needs1, needs2 = ctx.needs_input_grad[:2]
     transposed = grad_output.transpose(-1, -2)  # the family is symmetric
@@ -463,18 +466,14 @@ def _backward_box_iou(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-def _backward_encode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:
-        return pair_gradients(ctx, None, None)
+def _backward_encode_boxes(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
     if torch.is_grad_enabled():
         return differentiable_pair(reference.encode_boxes, ctx, grad_output)
     grads = call(ops._encode_boxes_backward, grad_output, *ctx.saved_tensors, *ctx.settings)
     return pair_gradients(ctx, *grads)
 
 
-def _backward_decode_boxes(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    if grad_output is None:
-        return pair_gradients(ctx, None, None)
+def _backward_decode_boxes(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
     if torch.is_grad_enabled():
         return differentiable_pair(_reference_decode_boxes, ctx, grad_output)
     needs_anchors = ctx.needs_input_grad[1]
@@ -493,4 +492,4 @@ for name, backward in (
     ("encode_boxes", _backward_encode_boxes),
     ("decode_boxes", _backward_decode_boxes),
 ):
-    torch.library.register_autograd(f"focalops::{name}", backward, setup_context=setup_pair)
+    register_gradients(name, setup_pair, backward, num_inputs=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focalops import reference
 from focalops._arguments import check_num_levels, number
-from focalops._gradients import differentiable, empty_gradients, scaled
+from focalops._gradients import differentiable, empty_gradients, register_gradients, scaled
 from focalops._loss_options import LossOptions, check_unit_or_none
 from focalops._ops import (
     call,
@@ -163,34 +163,23 @@ def _check(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, list[Tensor]]) -> None:
     cls_logits, labels, gamma, ctx.alpha, weight, class_weight, ctx.ignore_index = inputs[:7]
     normalizer, ctx.min_normalizer, _ = inputs[7:]
-    _, gradient_sums, grads = output
-    ctx.save_for_backward(labels, gamma, weight, class_weight, normalizer, *cls_logits, *grads)
-    ctx.mark_non_differentiable(gradient_sums, *grads)
-    ctx.set_materialize_grads(False)
+    ctx.num_levels = len(cls_logits)
+    ctx.save_for_backward(labels, gamma, weight, class_weight, normalizer, *cls_logits, *output[2])
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor | None, *_: Any
-) -> tuple[Sequence[Tensor | None] | None, ...]:
-    nothing = (None,) * 9
+def _backward(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     labels, gamma, weight, class_weight, normalizer, *tensors = ctx.saved_tensors
-    levels = len(ctx.needs_input_grad[0])
-    cls_logits, grads = tensors[:levels], tensors[levels:]
-    if grad_loss is None:
-        return [None] * levels, *nothing
+    cls_logits, grads = tensors[: ctx.num_levels], tensors[ctx.num_levels :]
     divisor = normalizer, ctx.min_normalizer
     if grads and not torch.is_grad_enabled():
-        return scaled(grads, grad_loss, *divisor), *nothing
+        return scaled(grads, grad_loss, *divisor)
     arguments = (labels, gamma, ctx.alpha, weight, class_weight, ctx.ignore_index, *divisor)
 
     def formula(*x: Tensor) -> Tensor:
         return _reference(x, *arguments)[0]
 
-    return list(differentiable(formula, cls_logits, grad_loss)), *nothing
+    return differentiable(formula, cls_logits, grad_loss)
 
 
-torch.library.register_autograd(
-    "focalops::dense_equalized_focal_loss", _backward, setup_context=_setup
-)
-
+register_gradients("dense_equalized_focal_loss", _setup, _backward)
 register_vmap_as_loop("dense_equalized_focal_loss")

@@ -14,6 +14,7 @@ from focalops._gradients import (
     differentiable,
     empty_gradients,
     loss_over_its_logits,
+    register_gradients,
     scaled,
 )
 from focalops._loss_options import (
@@ -202,30 +203,22 @@ def _(cls_logits: list[Tensor], *_: Any) -> Tensor:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     cls_logits, labels, *ctx.numbers, weight, class_weight, ctx.ignore_index = inputs[:8]
     normalizer, ctx.min_normalizer, _ = inputs[8:]
+    ctx.num_levels = len(cls_logits)
     ctx.save_for_backward(labels, weight, class_weight, normalizer, *cls_logits, *output[1])
-    ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor | None, _: list[Tensor | None]
-) -> tuple[Sequence[Tensor | None] | None, ...]:
-    nothing = (None,) * 10
+def _backward(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     labels, weight, class_weight, normalizer, *tensors = ctx.saved_tensors
-    levels = len(ctx.needs_input_grad[0])
-    cls_logits, grads = tensors[:levels], tensors[levels:]
-    if grad_loss is None:
-        return [None] * levels, *nothing
+    cls_logits, grads = tensors[: ctx.num_levels], tensors[ctx.num_levels :]
     divisor = normalizer, ctx.min_normalizer
     if grads and not torch.is_grad_enabled():
-        return scaled(grads, grad_loss, *divisor), *nothing
+        return scaled(grads, grad_loss, *divisor)
 
     def formula(*x: Tensor) -> Tensor:
         return _reference(x, labels, ctx.numbers, weight, class_weight, ctx.ignore_index, divisor)
 
-    return list(differentiable(formula, cls_logits, grad_loss)), *nothing
+    return differentiable(formula, cls_logits, grad_loss)
 
 
-torch.library.register_autograd("focalops::dense_focal_loss", _backward, setup_context=_setup)
-
+register_gradients("dense_focal_loss", _setup, _backward)
 register_vmap_as_loop("dense_focal_loss")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focalops import reference
 from focalops._arguments import check_levels, check_num_levels, choice, flag, number
-from focalops._gradients import differentiable, empty_gradients, scaled_rows
+from focalops._gradients import differentiable, empty_gradients, register_gradients, scaled_rows
 from focalops._loss_options import (
     LossOptions,
     check_class_weight,
@@ -270,32 +270,24 @@ def check_class_head(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
     cls_logits, labels, scores, ctx.name, ctx.numbers, weight, class_weight = inputs[:7]
     ctx.ignore_index, normalizer, ctx.min_normalizer, _ = inputs[7:]
+    ctx.num_levels = len(cls_logits)
     ctx.save_for_backward(labels, scores, weight, class_weight, normalizer, *cls_logits, *output[1])
-    ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward(
-    ctx: Any, grad_losses: Tensor | None, _: list[Tensor | None]
-) -> tuple[Sequence[Tensor | None] | None, ...]:
-    nothing = (None,) * 10
+def _backward(ctx: Any, grad_losses: Tensor) -> Sequence[Tensor]:
     labels, scores, weight, class_weight, normalizer, *tensors = ctx.saved_tensors
-    levels = len(ctx.needs_input_grad[0])
-    cls_logits, grads = tensors[:levels], tensors[levels:]
-    if grad_losses is None:
-        return [None] * levels, *nothing
+    cls_logits, grads = tensors[: ctx.num_levels], tensors[ctx.num_levels :]
     divisor = normalizer, ctx.min_normalizer
     if grads and not torch.is_grad_enabled():
-        return scaled_rows(grads, grad_losses, *divisor), *nothing
+        return scaled_rows(grads, grad_losses, *divisor)
     weights = weight, class_weight
 
     def formula(*x: Tensor) -> Tensor:
         targets = labels, scores, ctx.name, ctx.numbers
         return _reference(x, *targets, *weights, ctx.ignore_index, *divisor)
 
-    return list(differentiable(formula, cls_logits, grad_losses)), *nothing
+    return differentiable(formula, cls_logits, grad_losses)
 
 
-torch.library.register_autograd("focalops::dense_row_losses", _backward, setup_context=_setup)
-
+register_gradients("dense_row_losses", _setup, _backward)
 register_vmap_as_loop("dense_row_losses")

@@ -32,6 +32,7 @@ from focalops._gradients import (
     divisor_of,
     empty_gradient,
     empty_gradients,
+    register_gradients,
     scaled,
 )
 from focalops._loss_options import LossOptions, check_normalizer, check_row_numbers
@@ -357,58 +358,43 @@ def _(inputs: Tensor, targets: Tensor, compute_grad: bool) -> tuple[Tensor, Tens
 def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     levels, points, ctx.strides, ctx.bins, image_sizes = inputs
     ctx.save_for_backward(points, image_sizes, *levels)
-    ctx.set_materialize_grads(False)
 
 
-def _backward_decode(ctx: Any, grad_output: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 4
+def _backward_decode(ctx: Any, grad_output: Tensor) -> Sequence[Tensor]:
     points, image_sizes, *levels = ctx.saved_tensors
-    if grad_output is None:
-        return [None] * len(levels), *nothing
     arguments = (points, ctx.strides, ctx.bins, image_sizes)
     if torch.is_grad_enabled():
 
         def formula(*x: Tensor) -> Tensor:
             return _reference_decode(x, *arguments)
 
-        return list(differentiable(formula, levels, grad_output)), *nothing
-    return call(ops._decode_distances_backward, grad_output, levels, *arguments), *nothing
+        return differentiable(formula, levels, grad_output)
+    return call(ops._decode_distances_backward, grad_output, levels, *arguments)
 
 
-torch.library.register_autograd(
-    "focalops::decode_distances", _backward_decode, setup_context=_setup_decode
-)
+register_gradients("decode_distances", _setup_decode, _backward_decode)
 
 
 def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, targets, _ = inputs
     ctx.save_for_backward(logits, targets, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward_loss(
-    ctx: Any, grad_losses: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward_loss(ctx: Any, grad_losses: Tensor) -> Sequence[Tensor]:
     inputs, targets, grad = ctx.saved_tensors
-    if grad_losses is None:
-        return None, None, None
     if torch.is_grad_enabled() or grad.numel() != inputs.numel():
 
         def formula(x: Tensor) -> Tensor:
             return reference.distribution_focal_loss(x, targets)
 
-        return *differentiable(formula, [inputs], grad_losses), None, None
+        return differentiable(formula, [inputs], grad_losses)
     rows = grad.view(-1, grad.shape[-1])
     is_of_sum = grad_losses.numel() > 0 and not any(grad_losses.stride())
     factor = grad_losses.flatten()[0] if is_of_sum else grad_losses.reshape(-1)
     (rows,) = scaled([rows], factor, None, 1)
-    return rows.view(inputs.shape), None, None
+    return [rows.view(inputs.shape)]
 
 
-torch.library.register_autograd(
-    "focalops::distribution_focal_loss", _backward_loss, setup_context=_setup_loss
-)
-
+register_gradients("distribution_focal_loss", _setup_loss, _backward_loss)
 register_vmap_as_loop("decode_distances")
 register_vmap_as_loop("_decode_distances_backward")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from focalops._gradients import (
     divisor_of,
     empty_gradient,
     loss_over_its_logits,
+    register_gradients,
     scaled,
 )
 from focalops._loss_options import (
@@ -365,39 +367,27 @@ def _(inputs: Tensor, *_: Any) -> Tensor:
 def _setup_elementwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logits, targets, *ctx.arguments = inputs
     ctx.save_for_backward(logits, targets)
-    ctx.set_materialize_grads(False)
 
 
-def _backward_elementwise(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad = None
-    if grad_output is not None:
-        inputs, targets = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            grad = _differentiable_backward(grad_output, inputs, targets, ctx.arguments, "none")
-        else:
-            arguments = (grad_output, inputs, targets, *ctx.arguments)
-            grad = call(ops._sigmoid_focal_loss_backward, *arguments)
-    return grad, None, None, None, None, None
+def _backward_elementwise(ctx: Any, grad_output: Tensor) -> Sequence[Tensor]:
+    inputs, targets = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _differentiable_backward(grad_output, inputs, targets, ctx.arguments, "none")
+    arguments = (grad_output, inputs, targets, *ctx.arguments)
+    return [call(ops._sigmoid_focal_loss_backward, *arguments)]
 
 
 def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     logits, targets, *ctx.arguments, normalizer, ctx.min_normalizer, _ = inputs
     ctx.save_for_backward(logits, targets, normalizer, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward_sum(
-    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 8
-    if grad_loss is None:
-        return None, *nothing
+def _backward_sum(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     inputs, targets, normalizer, grad = ctx.saved_tensors
     if torch.is_grad_enabled() or grad.numel() != inputs.numel():
         factor = grad_loss / divisor_of(normalizer, ctx.min_normalizer)
-        return _differentiable_backward(factor, inputs, targets, ctx.arguments, "sum"), *nothing
-    return *scaled([grad], grad_loss, normalizer, ctx.min_normalizer), *nothing
+        return _differentiable_backward(factor, inputs, targets, ctx.arguments, "sum")
+    return scaled([grad], grad_loss, normalizer, ctx.min_normalizer)
 
 
 def _differentiable_backward(
@@ -406,21 +396,17 @@ def _differentiable_backward(
     targets: Tensor,
     arguments: tuple[Any, ...],  # alpha, gamma, beta, ignore_index
     reduction: str,
-) -> Tensor:
+) -> Sequence[Tensor]:
     alpha, gamma, beta, ignore_index = arguments
 
     def formula(x: Tensor) -> Tensor:
         return _reference(x, targets, alpha, gamma, beta, reduction, ignore_index=ignore_index)
 
-    return differentiable(formula, [inputs], grad_output)[0]
+    return differentiable(formula, [inputs], grad_output)
 
 
-torch.library.register_autograd(
-    "focalops::sigmoid_focal_loss", _backward_elementwise, setup_context=_setup_elementwise
-)
-torch.library.register_autograd(
-    "focalops::sigmoid_focal_loss_sum", _backward_sum, setup_context=_setup_sum
-)
+register_gradients("sigmoid_focal_loss", _setup_elementwise, _backward_elementwise)
+register_gradients("sigmoid_focal_loss_sum", _setup_sum, _backward_sum)
 
 
 # ---- vmap ---------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from focalops import reference
 from focalops._arguments import choice, number, require_tensors
-from focalops._gradients import differentiable
+from focalops._gradients import differentiable, register_gradients
 from focalops._ops import (
     call,
     check,
@@ -208,62 +208,29 @@ def _check_feature(op: str, name: str, feature: Tensor, first: Tensor) -> None:
 # ---- autograd and vmap --------------------------------------------------------------------------
 
 
-class _Node(torch.autograd.Function):
-    """What torch.library.register_autograd makes of such an op flattens its lists by pytree: three times the work of this."""
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    features, weights, *ctx.arguments = inputs
+    ctx.save_for_backward(weights, *features)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        keyset: torch._C.DispatchKeySet,
-        arguments: tuple[Any, ...],
-        weights: Tensor | None,
-        *features: Tensor,
-    ) -> Tensor:
-        ctx.arguments = arguments
-        ctx.save_for_backward(weights, *features)
-        ctx.set_materialize_grads(False)
-        return _below_autograd(keyset, features, weights, *arguments)
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        weights, *features = ctx.saved_tensors
-        if grad_output is None:
-            return (None,) * (3 + len(features))
-        if torch.is_grad_enabled():
+def _backward(ctx: Any, grad_output: Tensor) -> Sequence[Tensor | None]:
+    weights, *features = ctx.saved_tensors
+    if torch.is_grad_enabled():
 
-            def formula(*x: Tensor) -> Tensor:
-                return _reference(
-                    x[: len(features)], None if weights is None else x[-1], *ctx.arguments
-                )
-
-            inputs = features if weights is None else [*features, weights]
-            grads = differentiable(formula, inputs, grad_output)
-            grad_weights = grads[-1]
-        else:
-            grads, grad_weights = call(
-                ops._fuse_features_backward, grad_output, features, weights, *ctx.arguments
+        def formula(*x: Tensor) -> Tensor:
+            return _reference(
+                x[: len(features)], None if weights is None else x[-1], *ctx.arguments
             )
-        return None, None, None if weights is None else grad_weights, *grads[: len(features)]
+
+        inputs = features if weights is None else [*features, weights]
+        grads = list(differentiable(formula, inputs, grad_output))
+        return grads if weights is not None else [*grads, None]
+    grads, grad_weights = call(
+        ops._fuse_features_backward, grad_output, features, weights, *ctx.arguments
+    )
+    return *grads, None if weights is None else grad_weights
 
 
-def _below_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
-        keyset = keyset & torch._C._after_autograd_keyset
-        return ops.fuse_features.default.redispatch(keyset, *args)
-
-
-def _with_gradients(
-    keyset: torch._C.DispatchKeySet,
-    features: list[Tensor],
-    weights: Tensor | None,
-    *arguments: Any,
-) -> Tensor:
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(features, weights):
-        return _Node.apply(keyset, arguments, weights, *features)
-    return _below_autograd(keyset, features, weights, *arguments)
-
-
-_library = torch.library.Library("focalops", "FRAGMENT")
-_library.impl("fuse_features", _with_gradients, "Autograd", with_keyset=True)
+register_gradients("fuse_features", _setup, _backward, num_inputs=2)
 register_vmap_as_loop("fuse_features")
 register_vmap_as_loop("_fuse_features_backward")

@@ -16,6 +16,7 @@ from focalops._gradients import (
     divisor_of,
     empty_gradient,
     loss_over_its_logits,
+    register_gradients,
     scaled,
 )
 from focalops._loss_options import (
@@ -229,19 +230,12 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     logits, targets, scores, ctx.loss, ctx.parameters, *weights = inputs[:7]
     ctx.ignore_index, normalizer, ctx.min_normalizer, _ = inputs[7:]
     ctx.save_for_backward(logits, targets, scores, *weights, normalizer, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
 
 
-def _backward_rows(
-    ctx: Any, grad_loss: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 10
-    if grad_loss is None:
-        return None, *nothing
+def _backward_rows(ctx: Any, grad_loss: Tensor) -> Sequence[Tensor]:
     inputs, targets, scores, weight, class_weight, normalizer, grad = ctx.saved_tensors
     if not torch.is_grad_enabled() and grad.numel() == inputs.numel():
-        return *scaled([grad], grad_loss, normalizer, ctx.min_normalizer), *nothing
+        return scaled([grad], grad_loss, normalizer, ctx.min_normalizer)
 
     def formula(x: Tensor) -> Tensor:
         return ROW_LOSSES[ctx.loss].evaluate(
@@ -256,10 +250,10 @@ def _backward_rows(
         )
 
     factor = grad_loss / divisor_of(normalizer, ctx.min_normalizer)
-    return *differentiable(formula, [inputs], factor), *nothing
+    return differentiable(formula, [inputs], factor)
 
 
-torch.library.register_autograd("focalops::row_loss_sum", _backward_rows, setup_context=_setup_rows)
+register_gradients("row_loss_sum", _setup_rows, _backward_rows)
 
 
 @torch.library.register_vmap("focalops::_class_indices")
