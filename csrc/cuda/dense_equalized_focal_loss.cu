@@ -168,16 +168,35 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A block a column of [rows, columns].
+constexpr int kColumnsOfBlock = 4;  // neighbours in memory, a sector of float64
+
+// Of [rows, columns].
 __global__ void __launch_bounds__(kThreads)
-    sum_columns_kernel(const double* numbers, int64_t rows, double* sums) {
+    sum_columns_kernel(const double* numbers, int64_t rows, int columns, double* sums) {
+  __shared__ double of_warps[kThreads / kWarpSize][kColumnsOfBlock];
+  const auto thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % kWarpSize;
+  const int column = static_cast<int>(blockIdx.x) * kColumnsOfBlock + thread % kColumnsOfBlock;
   double sum = 0;
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
-    sum += numbers[row * gridDim.x + blockIdx.x];
+  if (column < columns) {
+    for (int64_t row = thread / kColumnsOfBlock; row < rows; row += kThreads / kColumnsOfBlock) {
+      sum += numbers[row * columns + column];
+    }
   }
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) {
-    sums[blockIdx.x] = sum;
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset >= kColumnsOfBlock; offset /= 2) {
+    sum += __shfl_xor_sync(kFullWarp, sum, offset);
+  }
+  if (lane < kColumnsOfBlock) {
+    of_warps[thread / kWarpSize][lane] = sum;
+  }
+  __syncthreads();
+  if (thread < kColumnsOfBlock && column < columns) {
+    double total = 0;
+    for (const auto& of_warp : of_warps) {
+      total += of_warp[thread];
+    }
+    sums[column] = total;
   }
 }
 
@@ -224,7 +243,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_equalized_focal_loss_cuda(
     const int64_t grid = resident_grid(kernel, kThreads, 0, head.num_items, scope);
     // At least as many rows of sums as warps that have the same slice: K < 32 slices.
     const auto rows = static_cast<int>(kThreads / shape.classes > 1 ? kThreads / shape.classes : 1);
-    const int64_t columns = 2 * shape.classes;
+    const auto columns = static_cast<int>(2 * shape.classes);
     Tensor losses = torch::stable::new_empty(like, {grid}, ScalarType::Double);
     Tensor of_blocks = torch::stable::new_empty(like, {grid, rows, columns}, ScalarType::Double);
     auto* sums = data_of<double>(of_blocks);
@@ -232,8 +251,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> dense_equalized_focal_loss_cuda(
            data_of<double>(losses), BlockSums{sums, rows, static_cast<int>(shape.classes)});
     launch(&sum_partials_kernel<T>, 1, kThreads, 0, scope.stream(), data_of<double>(losses), grid,
            Normalizer<T>{nullptr, T(1)}, data_of<T>(loss));
-    launch(&sum_columns_kernel, columns, kThreads, 0, scope.stream(), sums, grid * rows,
-           data_of<double>(gradient_sums));
+    launch(&sum_columns_kernel, ceil_div(columns, kColumnsOfBlock), kThreads, 0, scope.stream(),
+           sums, grid * rows, columns, data_of<double>(gradient_sums));
   });
   return {loss, gradient_sums, grads};
 }

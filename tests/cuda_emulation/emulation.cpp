@@ -180,7 +180,8 @@ void advance(Fiber& fiber, Clock clock) {
 }
 
 bool same_place(const Place& a, const Place& b) {
-  return a.line == b.line && strcmp(a.file, b.file) == 0 && strcmp(a.what, b.what) == 0;
+  const auto same = [](const char* x, const char* y) { return x == y || strcmp(x, y) == 0; };
+  return a.line == b.line && same(a.file, b.file) && same(a.what, b.what);
 }
 
 // Releases the threads at a block barrier once all are there.
@@ -507,16 +508,18 @@ Lanes meet_in_warp(unsigned mask, uint64_t value, const Place& place, bool order
   fiber.value = value;
   fiber.orders_memory = orders_memory;
   fiber.self = running;
-  std::ostringstream text;
   if (!(mask >> lane() & 1u)) {
+    std::ostringstream text;
     text << "is called by lane " << lane() << ", which is not in the mask 0x" << std::hex << mask;
     fail_at_place(text.str(), place);
   }
-  const int begin = warp_begin(fiber);
-  for (int i = begin; i < std::min(begin + kWarp, machine().threads); ++i) {
-    const Fiber& other = machine().fibers[i];
-    if (other.state == Fiber::kInWarp && same_place(other.place, place) && other.mask != mask &&
+  const Machine& m = machine();
+  const int begin = warp_begin(fiber), end = std::min(begin + kWarp, m.threads);
+  for (int i = begin; i < end; ++i) {
+    const Fiber& other = m.fibers[i];
+    if (other.state == Fiber::kInWarp && other.mask != mask && same_place(other.place, place) &&
         (mask >> (i - begin) & 1u || other.mask >> lane() & 1u)) {
+      std::ostringstream text;  // not before: it takes longer than all the rest
       text << "gets different masks: 0x" << std::hex << mask << " from lane " << std::dec << lane()
            << ", 0x" << std::hex << other.mask << " from lane " << std::dec << i - begin;
       fail_at_place(text.str(), place);
