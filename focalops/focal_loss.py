@@ -71,7 +71,8 @@ def sigmoid_focal_loss(
             as a tensor it is read on the device.
         min_normalizer: least value of the divisor.
         weight: one a row, of shape ``inputs.shape[:-1]``, multiplies its losses; with class indices only. That of a
-            class-balanced loss is ``weight_of_class[targets]``. ``"mean"`` does not divide by the weights.
+            class-balanced loss is ``weight_of_class[targets]``. ``"mean"`` does not divide by the weights. It may require grad,
+            though not with ``inplace_backward``: its gradient is the loss of the row.
         class_weight: ``(K,)``, multiplies the losses of a class's logits, be they positive or negative, as ``weight`` of
             ``torch.nn.functional.binary_cross_entropy_with_logits`` does; or ``(3, K)``, three of each class: of its positive
             logits, of its negative ones in rows of another class, and of those in background rows. With class indices only.
@@ -161,7 +162,7 @@ def softmax_focal_loss(
         ignore_index: as in :func:`sigmoid_focal_loss`.
         normalizer: as in :func:`sigmoid_focal_loss`.
         min_normalizer: as in :func:`sigmoid_focal_loss`.
-        weight: one a row, multiplies its loss.
+        weight: one a row, multiplies its loss; it may require grad, and the loss then runs in plain PyTorch.
         class_weight: ``(K,)``, multiplies the losses of the rows of a class, as ``weight`` of
             ``torch.nn.functional.cross_entropy`` does; ``"mean"`` does not divide by it.
         inplace_backward: as in :func:`sigmoid_focal_loss`.
@@ -187,7 +188,7 @@ def softmax_focal_loss(
         class_weight,
         inplace_backward,
     )
-    options = options.checked(inputs=inputs, targets=targets)
+    options = options.checked(constant_weight=False, inputs=inputs, targets=targets)
     parameters = {"alpha": alpha, "gamma": gamma}
     return row_loss("softmax_focal_loss", inputs, targets, None, parameters, options)
 
@@ -201,7 +202,7 @@ def _focal_loss(
     options: LossOptions,
     label_smoothing: float = 0,
 ) -> Tensor:
-    options = options.checked(inputs=inputs, targets=targets)
+    options = options.checked(constant_weight=False, inputs=inputs, targets=targets)
     alpha, gamma = number("alpha", alpha), number("gamma", gamma)
     label_smoothing = number("label_smoothing", label_smoothing)
     is_dense = targets.dim() == inputs.dim()

@@ -209,7 +209,7 @@ def _quality_loss(
         )
         raise TypeError(f"targets must be (labels, scores){dense}, got {given}")
     labels, scores = targets
-    options = options.checked(inputs=inputs, labels=labels, scores=scores)
+    options = options.checked(constant_weight=False, inputs=inputs, labels=labels, scores=scores)
     return row_loss(name, inputs, labels, scores, parameters, options)
 
 
@@ -221,7 +221,7 @@ def _loss_of_dense_targets(
     options: LossOptions,
 ) -> Tensor:
     """Each logit is a row of its own."""
-    options = options.checked(inputs=inputs, targets=targets)
+    options = options.checked(constant_weight=False, inputs=inputs, targets=targets)
     if options.ignore_index != -100 or options.inplace_backward:
         raise ValueError(
             "ignore_index and inplace_backward need targets (labels, scores), got dense targets"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from focalops import reference
-from focalops._arguments import number
+from focalops._arguments import check_are_constant, number
 from focalops._gradients import (
     differentiable,
     divisor_of,
@@ -121,7 +121,13 @@ def row_loss(
     dtype = compute_dtype(inputs.dtype)
     scores, options = to_dtype(scores, dtype), options.in_dtype(dtype)
     weights = options.weight, options.class_weight
-    if runs_reference(inputs) or options.reduction == "none":
+    has_weight_gradient = options.weight is not None and options.weight.requires_grad
+    if options.inplace_backward and has_weight_gradient:
+        check_are_constant(weight=options.weight)
+    needs_reference = runs_reference(inputs) or (
+        has_weight_gradient and ROW_LOSSES[name].is_softmax
+    )
+    if needs_reference or options.reduction == "none":
         normalizer, _ = options.divisor(dtype)
         _check_row_loss(inputs, labels, scores, name, numbers, *weights, normalizer)
         if inputs.device.type in NATIVE_DEVICES:
@@ -135,8 +141,19 @@ def row_loss(
         losses = (labels != options.ignore_index).sum() * losses_of_row
         options = options._replace(normalizer=losses, min_normalizer=1)
     divisor = options.divisor(dtype)
-    arguments = (labels, scores, name, numbers, *weights, options.ignore_index, *divisor)
     compute_grad = inputs.requires_grad and torch.is_grad_enabled()
+    if has_weight_gradient:
+        _check_row_loss(inputs, labels, scores, name, numbers, *weights, divisor[0])
+        indices = (labels, name, inputs.shape[-1], options.ignore_index)
+        labels = call(ops._class_indices, *indices)
+        # A level of as many positions, whose channels_last they are, has losses a row.
+        level = inputs.reshape(1, labels.numel(), 1, inputs.shape[-1]).permute(0, 3, 1, 2)
+        scores = None if scores is None else scores.reshape(1, -1)
+        of_rows = ([level], labels.reshape(1, -1), scores, name, numbers, None, *weights[1:])
+        others = (options.ignore_index, *divisor, compute_grad)
+        losses = call(ops.dense_row_losses, *of_rows, *others)[0]
+        return (losses.view(labels.shape) * options.weight).sum()
+    arguments = (labels, scores, name, numbers, *weights, options.ignore_index, *divisor)
     if options.inplace_backward and compute_grad:
 
         def loss(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from focalops import (
     reference,
     sigmoid_focal_loss,
     sigmoid_focal_loss_star,
+    softmax_focal_loss,
     varifocal_loss,
 )
 from focalops.row_losses import ROW_LOSSES
@@ -425,6 +426,64 @@ def test_unreduced_losses_under_transforms(name, backend, device):
                 g(x, labels, scores)
 
 
+# ---- weights that have a gradient ---------------------------------------------------------------
+
+WEIGHTED = {
+    "sigmoid": lambda x, labels, scores, **o: sigmoid_focal_loss(x, labels, **o),
+    "smoothed": lambda x, labels, scores, **o: sigmoid_focal_loss(
+        x, labels, label_smoothing=0.1, **o
+    ),
+    "softmax": lambda x, labels, scores, **o: softmax_focal_loss(
+        x, labels.where(labels != x.shape[-1], 0), **o
+    ),
+    "quality": lambda x, labels, scores, **o: quality_focal_loss(x, (labels, scores), **o),
+    "varifocal": lambda x, labels, scores, **o: varifocal_loss(x, (labels, scores), **o),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("shape", [(40, 5), (2, 3, 7, 3), (0, 4)], ids=str)
+def test_weight_has_a_gradient(shape, reduction, dtype, name, device):
+    """That of the sum of its row's losses, and the one of the logits is as with a constant."""
+    x, labels, scores = make(math.prod(shape[:-1]), shape[-1], device, dtype)
+    x = x.detach().view(shape).requires_grad_()
+    labels, scores = labels.view(shape[:-1]), scores.view(shape[:-1])
+    weight = torch.rand_like(scores).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    options = {"reduction": reduction, "class_weight": torch.rand(shape[-1], device=device) + 0.5}
+    if reduction == "sum":
+        options["normalizer"] = torch.tensor(7.0, device=device)
+
+    def loss(x, w):
+        return WEIGHTED[name](x, labels, scores, weight=w, **options).sum()
+
+    total = loss(x, weight.requires_grad_())
+    by_logits, by_weight = torch.autograd.grad(total, (x, weight))
+    constant = loss(x, weight.detach())
+    (expected,) = torch.autograd.grad(constant, x)
+    wide = x.detach().double(), weight.detach().double().requires_grad_()
+    (exact,) = torch.autograd.grad(loss(*wide), wide[1])
+    of_sums = 1e-12 if dtype == torch.float64 else 1e-5
+    if reduction != "none":  # whose losses are rounded to the dtype
+        torch.testing.assert_close(total, constant, rtol=of_sums, atol=1e-30, equal_nan=True)
+        torch.testing.assert_close(by_weight.double(), exact, rtol=of_sums, atol=1e-7)
+    rounding = TOLERANCE[dtype]
+    torch.testing.assert_close(by_logits, expected, rtol=rounding, atol=rounding, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_gradcheck_with_weights_of_the_logits(name, device):
+    x, labels, scores = make(5, 3, device, torch.float64)
+
+    def f(x):
+        weight = x.sigmoid().mean(-1)
+        return WEIGHTED[name](x, labels, scores.double(), weight=weight, reduction="sum")
+
+    assert torch.autograd.gradcheck(f, [x])
+    assert torch.autograd.gradgradcheck(f, [x])
+
+
 # ---- dense targets -------------------------------------------------------------------------------
 
 
@@ -485,7 +544,7 @@ def test_errors(device):
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", weight=scores[:3]), r"sigmoid_focal_loss: weight must have the shape of targets, \(4,\), .* got \(3,\)"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", class_weight=scores), r"sigmoid_focal_loss: class_weight must have shape \(5,\) or \(3, 5\) .* got \(4,\)"),
         (lambda: sigmoid_focal_loss(x, labels, reduction="sum", label_smoothing=2), r"label_smoothing must lie in \[0, 1\], got 2"),
-        (lambda: sigmoid_focal_loss(x, labels, reduction="sum", weight=scores.clone().requires_grad_()), "weight must not require grad"),
+        (lambda: sigmoid_focal_loss(x * 1, labels, reduction="sum", weight=scores.clone().requires_grad_(), inplace_backward=True), "weight must not require grad"),
         (lambda: quality_focal_loss(x, (labels, scores.clone().requires_grad_()), reduction="sum"), "scores must not require grad"),
         (lambda: quality_focal_loss(x, (labels, scores[:3]), reduction="sum"), r"quality_focal_loss: scores must have the shape of targets, \(4,\), .* got \(3,\)"),
         (lambda: quality_focal_loss(x, (labels, scores), beta=-1, reduction="sum"), "quality_focal_loss: beta must be >= 0, got -1"),
