@@ -110,6 +110,13 @@ FOCALOPS_SIMD void multiply(T* values, const T* factors, T factor, int64_t n) {
 }
 
 template <typename T>
+FOCALOPS_SIMD void multiply_to(T* out, const T* numbers, T factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = numbers[i] * factor;
+  }
+}
+
+template <typename T>
 struct Block {
   alignas(64) T logits[kBlock];   // where they are of half precision
   alignas(64) T targets[kBlock];  // likewise
@@ -216,8 +223,12 @@ void evaluate_rows(const scalar_t* inputs, const index_t* targets, const RowExtr
     if (extras.weighs()) {
       const T weight = extras.weight_of(row);
       const ClassPart part = is_class ? kNegativeOfForeground : kNegativeOfBackground;
-      for (int64_t i = range.begin; i < range.end; ++i) {
-        block.weights[i] = weight * extras.class_weights.at(part, i - row_begin);
+      T* const weights = block.weights + range.begin;
+      if (const T* of_part = extras.class_weights.of(part)) {
+        const int64_t first = range.begin - row_begin;
+        multiply_to(weights, of_part + first, weight, range.end - range.begin);
+      } else {
+        std::fill(weights, block.weights + range.end, weight);
       }
     }
     if (target == ignore_index) {

@@ -170,7 +170,7 @@ PtxExecutor& the_executor() {
 }
 
 // For each kernel its name, its file, and how many instructions it has (0: it was never launched);
-// for each instruction whether it was executed, where it comes from, and its text.
+// for each instruction how many warps executed it, where it comes from, and its text.
 void PtxExecutor::write_coverage(const std::string& path) const {
   std::ofstream out(path);
   for (const auto& module : *modules_) {
@@ -180,7 +180,7 @@ void PtxExecutor::write_coverage(const std::string& path) const {
       out << "kernel\t" << name << "\t" << count << "\n";
       for (size_t k = 0; k < count; ++k) {
         const Instruction& i = kernel->code[k];
-        out << int{kernel->executed[k]} << "\t" << module->source(i) << "\t" << module->text(i)
+        out << kernel->executed[k] << "\t" << module->source(i) << "\t" << module->text(i)
             << "\n";
       }
     }

@@ -87,7 +87,7 @@ struct Kernel {
   std::vector<Parameter> parameters;
   size_t parameter_bytes = 0, static_shared = 0, dynamic_shared_at = 0, local_bytes = 0;
   unsigned max_threads = 1024;
-  std::vector<char> executed;  // by instruction: by any lane, ever
+  std::vector<uint64_t> executed;  // by instruction: how often, by warps
 };
 
 // A file of nvcc's. Its kernels are decoded when they are first asked for.

@@ -63,7 +63,7 @@ void meet(Warp& warp, const Instruction& i, int pc, Mask arriving) {
 void step(Warp& warp, Mask lanes, int pc, int limit, bool alone) {
   Block& block = *warp.block;
   const Instruction* const code = block.kernel->code.data();
-  char* const executed = block.kernel->executed.data();
+  uint64_t* const executed = block.kernel->executed.data();
   const auto move = [&](Mask moved, int to) {
     for_lanes(moved, [&](int lane) { warp.pc[lane] = to; });
   };
@@ -76,7 +76,7 @@ void step(Warp& warp, Mask lanes, int pc, int limit, bool alone) {
     if (active == 0) {
       continue;
     }
-    executed[pc] = 1;
+    ++executed[pc];
     switch (i.kind) {
       case Kind::kPlain:
         i.run(warp, i, active);
