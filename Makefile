@@ -31,7 +31,7 @@ NATIVE := $(filter csrc/%,$(CXX_FILES))
 BUILT := build/native.stamp
 READY := $(BUILT) $(EDITABLE)
 
-.PHONY: demo test test-sanitize ptx-check aarch64 fuzz cuda-check bench report docs wheel sdist matrix build lint format clean FORCE
+.PHONY: demo test test-sanitize ptx-check aarch64 fuzz cuda-check throughput bench report docs wheel sdist matrix build lint format clean FORCE
 
 demo: $(READY)
 	$(PY) -m models demo
@@ -73,6 +73,11 @@ fuzz: $(READY)
 # spills, as tests/cuda_resources.json has it (ARGS=--update rewrites it).
 cuda-check: $(INSTALLED)
 	$(PY) tests/cuda_check.py $(ARGS)
+
+# What share of a copy's bandwidth the instructions of the memory-bound kernels leave room for, counted in PTX
+# (ARGS=--update writes benchmarks/results/throughput.md).
+throughput: $(READY)
+	$(PY) tests/throughput.py $(ARGS)
 
 bench: $(READY)
 	$(PY) -m benchmarks $(ARGS)

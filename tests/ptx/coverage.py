@@ -1,15 +1,21 @@
 """What of nvcc's PTX the tests executed: reads the files that FOCALOPS_PTX_COVERAGE asked for.
 
-`python tests/ptx/coverage.py FOLDER` prints a line for each source line of which instructions were never
-executed in any kernel, and for each kernel that was never launched.
+`python tests/ptx/coverage.py FOLDER` fails where not_executed.json differs from what was found: kernels that were never launched, and
+lines of our sources of which no kernel executed an instruction, each with a reason. A line is named by its text. `--update` writes
+the file, with an empty reason for what is new.
 """
 
 import argparse
+import json
 import re
 import sys
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+LIST = Path(__file__).with_name("not_executed.json")
+
+Reasons = dict[str, dict[str, str]]  # "kernels" or a file -> kernel or line -> reason
 
 
 class Kernels:
@@ -26,7 +32,7 @@ class Kernels:
         for row in rows:
             _, name, count = row.split("\t")
             instructions = [next(rows).split("\t", 2) for _ in range(int(count))]
-            done = [executed == "1" for executed, _, _ in instructions]
+            done = [executed != "0" for executed, _, _ in instructions]
             before = self.executed.get(name, [])
             if len(before) == len(done):
                 self.executed[name] = [a or b for a, b in zip(before, done, strict=True)]
@@ -43,29 +49,27 @@ def shorten(name: str) -> str:
     return re.sub(r"c10::|torch::headeronly::|\([\w:]+\)(?=-?\d)", "", name)
 
 
-def table(kernels: Kernels) -> list[str]:
+def summary(kernels: Kernels) -> str:
     launched = kernels.launched()
     total = sum(len(kernels.executed[name]) for name in launched)
     done = sum(sum(kernels.executed[name]) for name in launched)
-    lines = [
-        f"{len(launched)} of {len(kernels.executed)} kernels were launched, {done / total:.1%} of their instructions executed."
-    ]
-    lines += ["", "Never launched:"]
-    lines += sorted(f"  {shorten(name)}" for name in set(kernels.executed) - set(launched))
-    never: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    ever: dict[str, int] = defaultdict(int)
+    return f"{len(launched)} of {len(kernels.executed)} kernels were launched, {done / total:.1%} of their instructions executed"
+
+
+def not_executed(kernels: Kernels) -> dict[str, list[str]]:
+    launched = kernels.launched()
+    never, ever = set(), set()
     for name in launched:
         for source, executed in zip(kernels.sources[name], kernels.executed[name], strict=True):
-            family = re.sub(r"<.*", "", shorten(name))
-            if executed:
-                ever[source] += 1
-            else:
-                never[source][family] += 1
-    lines += ["", "Never executed, in no kernel (instructions):"]
-    for source in sorted(set(never) - set(ever), key=by_line):
-        families = ", ".join(f"{family} ({n})" for family, n in sorted(never[source].items()))
-        lines.append(f"  {source}: {families}")
-    return lines
+            (ever if executed else never).add(source)
+    found = {"kernels": sorted(shorten(name) for name in set(kernels.executed) - set(launched))}
+    for source in sorted(never - ever, key=by_line):
+        file, number = by_line(source)
+        path = (ROOT / file).resolve()
+        if path.is_relative_to(ROOT / "csrc"):
+            text = path.read_text().splitlines()[number - 1].strip()
+            found.setdefault(str(path.relative_to(ROOT)), []).append(text)
+    return found
 
 
 def by_line(source: str) -> tuple[str, int]:
@@ -76,11 +80,36 @@ def by_line(source: str) -> tuple[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--update", action="store_true", help=f"write {LIST.name}")
     arguments = parser.parse_args()
     files = sorted(arguments.folder.glob("*.txt"))
     if not files:
         sys.exit(f"{arguments.folder} has no coverage: no test ran with FOCALOPS_PTX_COVERAGE")
-    print("\n".join(table(Kernels(files))))
+    kernels = Kernels(files)
+    print(summary(kernels))
+    found = not_executed(kernels)
+    listed: Reasons = json.loads(LIST.read_text()) if LIST.exists() else {}
+    if arguments.update:
+        kept = {
+            where: {what: listed.get(where, {}).get(what, "") for what in names}
+            for where, names in found.items()
+        }
+        LIST.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        return
+    problems = [
+        f"{where}: {what}: never executed, and {LIST.name} has no reason"
+        for where, names in found.items()
+        for what in names
+        if not listed.get(where, {}).get(what)
+    ]
+    problems += [
+        f"{where}: {what}: executed or gone: take it out of {LIST.name}"
+        for where, names in listed.items()
+        for what in names
+        if what not in found.get(where, [])
+    ]
+    if problems:
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -180,8 +180,7 @@ void PtxExecutor::write_coverage(const std::string& path) const {
       out << "kernel\t" << name << "\t" << count << "\n";
       for (size_t k = 0; k < count; ++k) {
         const Instruction& i = kernel->code[k];
-        out << kernel->executed[k] << "\t" << module->source(i) << "\t" << module->text(i)
-            << "\n";
+        out << kernel->executed[k] << "\t" << module->source(i) << "\t" << module->text(i) << "\n";
       }
     }
   }
