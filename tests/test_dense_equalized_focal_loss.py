@@ -58,10 +58,11 @@ def check(levels: list[Tensor], labels: Tensor, gamma: Tensor, anchors: int, **o
     assert loss.shape == () and sums.shape == (2, len(gamma))
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert sums.dtype == torch.float64 and not sums.requires_grad
-    # Computed in float32: exp(gamma log q) has |gamma log q| roundings; sums round as the loss does.
+    # Computed in float32: exp(gamma log q) has |gamma log q| roundings.
     wide = dtype == torch.float64
     torch.testing.assert_close(loss.double(), exact, rtol=1e-12 if wide else 4e-6, atol=1e-37)
-    torch.testing.assert_close(sums, exact_sums, rtol=1e-12 if wide else 4e-6, atol=1e-30)
+    # A class may have a single logit, as small as e^-53: its exponent alone is 53 x 2^-24 wrong, 3.2e-6.
+    torch.testing.assert_close(sums, exact_sums, rtol=1e-12 if wide else 1e-5, atol=1e-30)
     tolerance = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 5e-5}.get(dtype, 1e-11)
     tiny = 1e-300 if wide else max(torch.finfo(dtype).smallest_normal, 1e-30)
     for level, grad, exact_grad in zip(levels, grads, exact_grads, strict=True):

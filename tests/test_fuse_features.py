@@ -15,7 +15,7 @@ from focalops._ops import compute_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MODES = ("fast", "softmax", "sum", "unbounded")
-# (height, width) of the maps of a node: one with a smaller, with a larger, with both; odd sizes; one pixel.
+# (height, width) of the maps of a node: one with a smaller, with a larger, with both; odd sizes; one pixel; maps of no level.
 NODES = {
     "up": [(4, 6), (2, 3)],
     "own, own, down": [(4, 8), (4, 8), (8, 16)],
@@ -23,6 +23,7 @@ NODES = {
     "odd, two larger": [(5, 7), (9, 14), (10, 13)],
     "one pixel": [(1, 1), (2, 1), (1, 2), (1, 1)],
     "a row": [(1, 9), (1, 5), (1, 18)],
+    "up by no whole number": [(7, 9), (2, 4), (5, 9)],
     "one map": [(3, 3)],
 }
 # Sums of the same terms in another order, and one rounding to the dtype.
