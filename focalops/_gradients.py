@@ -25,7 +25,7 @@ def register_gradients(
     """The gradients of an op's first output by its first inputs, of which each may be a list. Its other outputs have none.
 
     `setup(ctx, inputs, output)` keeps what `backward(ctx, grad_output)` needs, which returns one gradient for each tensor.
-    torch.library.register_autograd does the same for an op of any form, and takes five times as long for one with lists: it takes
+    torch.library.register_autograd does the same for an op of any form, and takes three times as long for one with lists: it takes
     all arguments and results apart by pytree, more work than the loss of a small head.
     """
     op = getattr(ops, name).default
