@@ -49,13 +49,13 @@ test-sanitize: $(READY)
 	$(PYTEST) -k cuda-emulated $(ARGS)
 
 # What nvcc makes of the CUDA kernels, executed on the CPU (CONTRIBUTING.md), with the approximate
-# instructions rounded to nearest (0), as low (1) and as high (2) as their manual allows, and by a
-# hash of the operand the one or the other (3, which `make test` has); and what of it was executed.
-# `make test` has an eighth of the cases.
+# instructions rounded to nearest (seed 0), as low (1) and as high (2) as their manual allows, and by a
+# hash of the operand the one or the other (3), each with what nvcc makes for another generation of
+# GPUs; and what of it was executed. `make test` has an eighth of the cases, for 9.0 with seed 3.
 ptx-check: $(READY)
 	rm -rf build/ptx/coverage
-	for seed in 0 1 2 3; do \
-	  FOCALOPS_PTX=all FOCALOPS_PTX_SEED=$$seed \
+	for run in 9.0-0 10.0-1 12.0-2 8.0-3; do \
+	  FOCALOPS_PTX=all FOCALOPS_PTX_ARCH=$${run%-*} FOCALOPS_PTX_SEED=$${run#*-} \
 	  FOCALOPS_PTX_COVERAGE=$(CURDIR)/build/ptx/coverage \
 	  $(PYTEST) -k cuda-ptx $(ARGS) || exit 1; \
 	done

@@ -16,7 +16,8 @@ struct ClassWeights {
   const T* data = nullptr;  // [K] or [3, K], a row a part; null: all are 1
   uint32_t stride = 0;      // from part to part; K is less than 2^30
 
-  const T* of(ClassPart part) const {  // [K], null where all are 1
+  // [K], null where all are 1
+  FOCALOPS_HOST_DEVICE const T* of(ClassPart part) const {
     return data == nullptr ? nullptr : data + static_cast<uint32_t>(part) * stride;
   }
   FOCALOPS_HOST_DEVICE T at(ClassPart part, uint32_t column) const {

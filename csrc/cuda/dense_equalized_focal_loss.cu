@@ -68,7 +68,7 @@ __device__ __forceinline__ T add_rows(const Head& head, const Cut& division, con
   for (int at = 0; at < num_logits; at += kChunk) {
     const int left = min(kChunk, num_logits - at);
     evaluate_rows(head, level, image, begin + at, left, level.grad != nullptr, scale, formula,
-                  [&](const auto& values, int i) {
+                  [&](const auto& values, int i, int) {
                     loss += sum_losses(values, i, left);
                     Vector<T, N> out;
 #pragma unroll

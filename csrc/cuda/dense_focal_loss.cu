@@ -30,7 +30,7 @@ __device__ __forceinline__ T sum_rows(const Head& head, const LossLevel& level, 
   const int left = static_cast<int>(min(size - begin, kLogitsPerChunk<scalar_t>));
   T sum = 0;
   evaluate_rows(head, level, image, begin, left, WithGrad, scale, formula,
-                [&](const auto& values, int i) { sum += sum_losses(values, i, left); });
+                [&](const auto& values, int i, int) { sum += sum_losses(values, i, left); });
   return sum;
 }
 

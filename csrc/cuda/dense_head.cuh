@@ -48,7 +48,6 @@ constexpr int kMaxSlices = 8;            // of a block, so that a warp has neigh
 template <typename scalar_t>
 struct Division {
   int64_t rows = 1;  // of an item
-  int lanes = 1;     // that add up a row
   int slices = 1;
   int classes_of_slice;
 
@@ -57,9 +56,6 @@ struct Division {
     if (num_classes < kChunk) {
       rows = kChunk / num_classes;
       rows = rows > N ? rows / N * N : rows;  // items begin at a multiple of 16 bytes
-    }
-    while (lanes < kWarpSize && 2 * lanes <= num_classes) {
-      lanes *= 2;
     }
     while (slices < kMaxSlices && 2 * slices * kClassesOfSlice <= num_classes) {
       slices *= 2;
@@ -78,7 +74,8 @@ constexpr int kInFlight =
         : kUnroll<typename Head::scalar_t>;
 
 // Evaluates a thread's share of `left` logits of an image of rows, no more than a chunk, `begin`
-// being the first; take(values, i) gets what becomes of the vector i logits further.
+// being the first; take(values, i, column) gets what becomes of the vector i logits further, whose
+// first logit is that of the class `column`.
 template <typename Head, typename Loss, typename Take, typename T = typename Head::T>
 __device__ __forceinline__ void evaluate_rows(const Head& head, const LossLevel& level,
                                               int64_t image, int64_t begin, int left,
@@ -112,18 +109,17 @@ __device__ __forceinline__ void evaluate_rows(const Head& head, const LossLevel&
       }
       const uint32_t from_row = first_column + i;
       const uint32_t row = head.rows_of.divide(from_row);
-      const uint32_t column = head.rows_of.remainder(from_row, row);
+      const int column = static_cast<int>(head.rows_of.remainder(from_row, row));
       const auto masks = class_row_masks<N>(labels, static_cast<int>(row), rows_left, column,
                                             head.classes, head.ignore_index);
       Values<T, N> values;
       if constexpr (std::is_void_v<typename Head::Extras>) {
         values = evaluate_hard(vectors[u], masks, formula);
       } else {
-        values =
-            evaluate_extras(vectors[u], masks, head.extras.from(first_label), static_cast<int>(row),
-                            rows_left, static_cast<int>(column), head.classes, formula);
+        values = evaluate_extras(vectors[u], masks, head.extras.from(first_label),
+                                 static_cast<int>(row), rows_left, column, head.classes, formula);
       }
-      take(values, i);
+      take(values, i, column);
       if (with_grad) {
         auto* grad = static_cast<scalar_t*>(level.grad) + image * size + begin;
         store_gradient(grad, i, left, is_aligned(grad), values, scale);
@@ -155,6 +151,17 @@ __device__ __forceinline__ Values<T, N> evaluate_plane(
   const PartWeights<T> class_weights(head.extras.class_weights, column);
   const auto& of_column = of_class(formula, column);
   Values<T, N> values;
+  if ((masks.positive | masks.ignored | masks.invalid) == 0) {  // as in most planes
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const auto value = of_column.negative(static_cast<T>(logits.data[j]));
+      const T factor = weight[j] * (masks.foreground & 1u << j ? class_weights.of_foreground
+                                                               : class_weights.of_background);
+      values.loss[j] = factor * value.loss;
+      values.grad[j] = factor * value.grad;
+    }
+    return values;
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     const uint32_t bit = 1u << j;
@@ -220,9 +227,11 @@ __device__ __forceinline__ void evaluate_planes(const Head& head, const LossLeve
     for (int u = 0; u < kPlanes<Head>; ++u) {
       if (first + u < end) {
         ElementMasks masks = row_masks;
+        if (row_masks.foreground != 0) {
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-          masks.positive |= positive_class[j] == first + u ? 1u << j : 0u;
+          for (int j = 0; j < N; ++j) {
+            masks.positive |= positive_class[j] == first + u ? 1u << j : 0u;
+          }
         }
         Values<T, N> values;
         if constexpr (std::is_void_v<Extras>) {

@@ -3,8 +3,9 @@
 //
 // The logits of an anchor are the work of many threads, whose sums meet in shared memory, in a
 // fixed order:
-//   rows    an item is a chunk of whole rows; a group of lanes adds up a row. A row that is longer
-//           than a chunk is an item of its own, chunk after chunk.
+//   rows    an item is a chunk of whole rows; a vector leaves the sums of what it has of the row
+//           that it begins in and of the next one, and a group of lanes adds up a row. A row that
+//           is longer than a chunk is an item of its own, chunk after chunk.
 //   planes  the slices of the classes of the same positions are threads of one block.
 //
 // Bytes moved, s = size of the logits: losses 1s, with gradient 2s, the gradient multiplied 2s; and
@@ -15,6 +16,49 @@
 
 namespace focalops {
 namespace {
+
+// Of a vector, where a row is no shorter.
+template <typename T>
+struct alignas(2 * sizeof(T)) RowParts {
+  T of_first = 0, of_next = 0;
+};
+
+// `column` is the first loss's.
+template <typename T, int N>
+__device__ __forceinline__ RowParts<T> parts_of(const T (&losses)[N], int column, int num_classes) {
+  RowParts<T> parts;
+  if (column + N <= num_classes) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      parts.of_first += losses[j];
+    }
+    return parts;
+  }
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    (column + j < num_classes ? parts.of_first : parts.of_next) += losses[j];
+  }
+  return parts;
+}
+
+// What one of `lanes` adds up of the losses begin .. end, a row; `shared` has them or, where
+// rows are no shorter than a vector, the parts of each vector.
+template <int N, typename T>
+__device__ __forceinline__ T share_of_row(const T* shared, bool has_parts, int begin, int end,
+                                          int lane, int lanes) {
+  T sum = 0;
+  if (has_parts) {
+    const auto* parts = reinterpret_cast<const RowParts<T>*>(shared);
+    for (int v = begin / N + lane; v * N < end; v += lanes) {
+      sum += v * N < begin ? parts[v].of_next : parts[v].of_first;
+    }
+  } else {
+    for (int i = begin + lane; i < end; i += lanes) {
+      sum += shared[i];
+    }
+  }
+  return sum;
+}
 
 template <typename Head, typename Loss, typename Cut, typename T = typename Head::T>
 __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& division,
@@ -27,17 +71,25 @@ __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& divi
   const T scale = gradient_scale<scalar_t>(divisor);
   const bool with_grad = level.grad != nullptr;
   const int64_t first_row = part * division.rows, begin = first_row * head.classes;
-  const bool is_long = head.classes > kChunk;
+  const bool is_long = head.classes > kChunk, has_parts = head.classes >= N;
   const auto num_rows =
       static_cast<int>(min(division.rows, level.positions * head.anchors - first_row));
   const int num_logits = num_rows * head.classes;
-  const int lane = static_cast<int>(threadIdx.x) % division.lanes;
-  const int rows_at_once = kThreads / division.lanes;
+  int lanes = 1;  // that add up a row: as many as add up all rows at once
+  while (lanes < kWarpSize && 2 * lanes * num_rows <= kThreads) {
+    lanes *= 2;
+  }
+  const int lane = static_cast<int>(threadIdx.x) % lanes, rows_at_once = kThreads / lanes;
   T of_row = 0;  // the last one that a group added up
   for (int at = 0; at < num_logits; at += kChunk) {
     const int left = min(kChunk, num_logits - at), logits_of_row = is_long ? left : head.classes;
     evaluate_rows(head, level, image, begin + at, left, with_grad, scale, formula,
-                  [&](const auto& values, int i) {
+                  [&](const auto& values, int i, int column) {
+                    if (has_parts) {
+                      reinterpret_cast<RowParts<T>*>(shared)[i / N] =
+                          parts_of(values.loss, column, head.classes);
+                      return;
+                    }
                     Vector<T, N> out;
 #pragma unroll
                     for (int j = 0; j < N; ++j) {
@@ -47,13 +99,14 @@ __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& divi
                   });
     __syncthreads();
     for (int first = 0; first < num_rows; first += rows_at_once) {
-      const int row = first + static_cast<int>(threadIdx.x) / division.lanes;
+      const int row = first + static_cast<int>(threadIdx.x) / lanes;
       T sum = 0;
-      for (int k = lane; row < num_rows && k < logits_of_row; k += division.lanes) {
-        sum += shared[row * logits_of_row + k];
+      if (row < num_rows) {
+        sum = share_of_row<N>(shared, has_parts, row * logits_of_row, (row + 1) * logits_of_row,
+                              lane, lanes);
       }
-      for (int offset = division.lanes / 2; offset > 0; offset /= 2) {
-        sum += __shfl_down_sync(kFullWarp, sum, offset, division.lanes);
+      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_down_sync(kFullWarp, sum, offset, lanes);
       }
       of_row = at == 0 ? sum : of_row + sum;
       if (lane == 0 && row < num_rows) {

@@ -123,7 +123,8 @@ struct RowExtras : RowWeights<T> {
   }
 };
 
-// Does what evaluate_hard does, with the extras of N logits from `column` of `row` on.
+// Does what evaluate_hard does, with the extras of N logits from `column` of `row` on. Most vectors
+// are negatives of one row.
 template <typename scalar_t, int N, typename Extras, typename Row, typename Loss,
           typename T = compute_t<scalar_t>>
 __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N>& logits,
@@ -132,6 +133,28 @@ __device__ __forceinline__ Values<T, N> evaluate_extras(const Vector<scalar_t, N
                                                         int column, int num_classes,
                                                         const Loss& formula) {
   Values<T, N> values;
+  if ((masks.positive | masks.ignored | masks.invalid) == 0 && column + N <= num_classes) {
+    const T weight = extras.weight_of(row);
+    const T* of_part = extras.class_weights.of(masks.part_of(1));
+    T factors[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      factors[j] = weight;
+    }
+    if (of_part != nullptr) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        factors[j] *= of_part[column + j];
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const auto value = of_class(formula, column + j).negative(static_cast<T>(logits.data[j]));
+      values.loss[j] = factors[j] * value.loss;
+      values.grad[j] = factors[j] * value.grad;
+    }
+    return values;
+  }
 #pragma unroll
   for (int j = 0; j < N; ++j, ++column) {
     if (column == num_classes) {

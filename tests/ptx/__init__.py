@@ -1,7 +1,7 @@
 """The CUDA kernels as nvcc compiles them: its PTX, executed on the CPU in place of the host compiler's code.
 
-CONTRIBUTING.md says how. `FOCALOPS_PTX_SEED` chooses the errors of the approximate instructions, and
-`FOCALOPS_PTX_COVERAGE` names a folder for what was executed.
+CONTRIBUTING.md says how. `FOCALOPS_PTX_SEED` chooses the errors of the approximate instructions, `FOCALOPS_PTX_ARCH` the compute
+capability that nvcc compiles for, and `FOCALOPS_PTX_COVERAGE` names a folder for what was executed.
 """
 
 import atexit
@@ -36,7 +36,7 @@ def library() -> ctypes.CDLL:
     loaded.focalops_ptx_set_approximation.argtypes = [ctypes.c_uint64]
     loaded.focalops_ptx_set_approximation(int(os.environ.get("FOCALOPS_PTX_SEED", MIXED)))
     if folder := os.environ.get("FOCALOPS_PTX_COVERAGE"):
-        path = Path(folder, f"{os.getpid()}-{time.time_ns()}.txt")
+        path = Path(folder, build.ARCH, f"{os.getpid()}-{time.time_ns()}.txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         atexit.register(loaded.focalops_ptx_write_coverage, str(path).encode())
     return loaded

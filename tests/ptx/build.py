@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu to PTX with nvcc, into build/ptx/."""
+"""Compiles csrc/cuda/*.cu to PTX with nvcc, into build/ptx/9.0/ or the folder of what compute capability FOCALOPS_PTX_ARCH names."""
 
 import fcntl
 import functools
@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent.parent
 TORCH = Path(torch.__file__).parent
-FOLDER = ROOT / "build" / "ptx"
-ARCH = "compute_90"
+ARCH = os.environ.get("FOCALOPS_PTX_ARCH", "9.0")
+FOLDER = ROOT / "build" / "ptx" / ARCH
 
 
 @functools.cache
@@ -43,7 +43,8 @@ def folder() -> Path:
     nvcc, _ = _setup()["nvcc_for_torch"]()
     flags = [*_setup()["COMMON_FLAGS"], "-DUSE_CUDA", "--expt-relaxed-constexpr"]
     # -lineinfo changes no instruction, and says which line each comes from.
-    flags += ["-isystem", str(TORCH / "include"), f"-arch={ARCH}", "-lineinfo", "-ptx"]
+    flags += ["-isystem", str(TORCH / "include"), "-lineinfo", "-ptx"]
+    flags += [f"-arch=compute_{ARCH.replace('.', '')}"]
     lines = ["rule compile", "  command = $cmd", "  description = $out", "  deps = gcc"]
     for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
         output = FOLDER / f"{source.stem}.ptx"

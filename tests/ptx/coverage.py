@@ -18,12 +18,16 @@ LIST = Path(__file__).with_name("not_executed.json")
 Reasons = dict[str, dict[str, str]]  # "kernels" or a file -> kernel or line -> reason
 
 
+# nvcc makes other instructions of the same kernel for other GPUs.
+Kernel = tuple[str, str]  # compute capability, name
+
+
 class Kernels:
-    """For each kernel, by its name, its instructions, and which of them any process executed."""
+    """For each kernel, its instructions, and which of them any process executed."""
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self.sources: dict[str, list[str]] = {}
-        self.executed: dict[str, list[bool]] = {}
+        self.sources: dict[Kernel, list[str]] = {}
+        self.executed: dict[Kernel, list[bool]] = {}
         for file in files:
             self._read(file)
 
@@ -33,15 +37,16 @@ class Kernels:
             _, name, count = row.split("\t")
             instructions = [next(rows).split("\t", 2) for _ in range(int(count))]
             done = [executed != "0" for executed, _, _ in instructions]
-            before = self.executed.get(name, [])
+            kernel = (file.parent.name, name)
+            before = self.executed.get(kernel, [])
             if len(before) == len(done):
-                self.executed[name] = [a or b for a, b in zip(before, done, strict=True)]
+                self.executed[kernel] = [a or b for a, b in zip(before, done, strict=True)]
             elif not before:
-                self.executed[name] = done
-                self.sources[name] = [source for _, source, _ in instructions]
+                self.executed[kernel] = done
+                self.sources[kernel] = [source for _, source, _ in instructions]
 
-    def launched(self) -> list[str]:
-        return [name for name, done in self.executed.items() if any(done)]
+    def launched(self) -> list[Kernel]:
+        return [kernel for kernel, done in self.executed.items() if any(done)]
 
 
 def shorten(name: str) -> str:
@@ -51,18 +56,19 @@ def shorten(name: str) -> str:
 
 def summary(kernels: Kernels) -> str:
     launched = kernels.launched()
-    total = sum(len(kernels.executed[name]) for name in launched)
-    done = sum(sum(kernels.executed[name]) for name in launched)
+    total = sum(len(kernels.executed[kernel]) for kernel in launched)
+    done = sum(sum(kernels.executed[kernel]) for kernel in launched)
     return f"{len(launched)} of {len(kernels.executed)} kernels were launched, {done / total:.1%} of their instructions executed"
 
 
 def not_executed(kernels: Kernels) -> dict[str, list[str]]:
     launched = kernels.launched()
     never, ever = set(), set()
-    for name in launched:
-        for source, executed in zip(kernels.sources[name], kernels.executed[name], strict=True):
+    for kernel in launched:
+        for source, executed in zip(kernels.sources[kernel], kernels.executed[kernel], strict=True):
             (ever if executed else never).add(source)
-    found = {"kernels": sorted(shorten(name) for name in set(kernels.executed) - set(launched))}
+    idle = {name for _, name in kernels.executed} - {name for _, name in launched}
+    found = {"kernels": sorted(shorten(name) for name in idle)}
     for source in sorted(never - ever, key=by_line):
         file, number = by_line(source)
         path = (ROOT / file).resolve()
@@ -82,7 +88,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--update", action="store_true", help=f"write {LIST.name}")
     arguments = parser.parse_args()
-    files = sorted(arguments.folder.glob("*.txt"))
+    files = sorted(arguments.folder.glob("*/*.txt"))
     if not files:
         sys.exit(f"{arguments.folder} has no coverage: no test ran with FOCALOPS_PTX_COVERAGE")
     kernels = Kernels(files)
