@@ -190,9 +190,11 @@ def test_at_least_one_takes_no_boxs_only_anchor(device):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_crowds(rule, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_crowds(rule, dtype, device):
     anchors, level_sizes = squares(160, STRIDES, 8, device)
-    gt_boxes = [random_boxes(n, 160).to(device) for n in (40, 0, 60)]
+    anchors = anchors.to(dtype)
+    gt_boxes = [random_boxes(n, 160).to(device, dtype) for n in (40, 0, 60)]
     crowd = [torch.rand(len(boxes), device=device) < 0.1 for boxes in gt_boxes]
     for boxes, is_crowd in zip(gt_boxes, crowd, strict=True):
         boxes[3:4] = torch.tensor([30.0, 40, 60, 70], device=device)  # whose edge is on no center

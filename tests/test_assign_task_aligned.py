@@ -40,7 +40,12 @@ def scene(counts, size: int = 128, num_classes: int = 5, device: str = "cpu"):
 @pytest.mark.parametrize("counts", [(0,), (1,), (5, 0, 33), (90, 1), (0, 0)], ids=str)
 def test_is_the_references(rule, counts, device):
     arguments = scene(counts, device=device)
-    for options in ({}, {"topk": 1, "alpha": 1, "beta": 2}, {"topk": 32, "alpha": 0, "beta": 1}):
+    for options in (
+        {},
+        {"topk": 1, "alpha": 1, "beta": 2},
+        {"topk": 32, "alpha": 0, "beta": 1},
+        {"alpha": 0.5, "beta": 0.5},
+    ):
         matches, scores = check_is_the_references(*arguments, rule=rule, **options)
         assert (matches >= 0).any() or max(counts) < 2
         assert (scores[matches < 0] == 0).all() and (scores[matches >= 0] > 0).all()

@@ -200,6 +200,18 @@ def test_all_scores_equal(value, layout, device):
     assert counts == 100 and labels[0, :50].tolist() == [i % 7 for i in range(50)]
 
 
+@pytest.mark.parametrize("layout", ["planes", "rows"])
+@pytest.mark.parametrize("topk", [50, 2280])
+def test_most_scores_equal(topk, layout, device):
+    """More than fit, of which those of the cut share their first digits and the others do not."""
+    head = setup(device, layout=layout, images=2, anchors=3, classes=7, sizes=LARGE)
+    for level in head[0]:
+        others = torch.rand_like(level) < 0.02
+        level.copy_(torch.where(others, level, 0.5))
+    options = {"score_threshold": 0.0, "topk_per_level": topk, "iou_threshold": 1.0}
+    check_against_reference(head, max_detections=topk, **options)
+
+
 def test_one_level_overflows_in_one_image(device):
     head = setup(device, images=3, anchors=3, classes=7, sizes=LARGE, low=-8, high=-4)
     head[0][0][1] += 6
