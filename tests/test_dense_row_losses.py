@@ -75,7 +75,9 @@ def check_against_float64(function, exact, levels, upstream=None) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("anchors", "classes"), [(9, 1), (3, 3), (2, 4), (1, 5), (2, 9), (1, 80), (2, 91)])
+@pytest.mark.parametrize(
+    ("anchors", "classes"), [(9, 1), (3, 3), (2, 4), (1, 5), (2, 9), (1, 80), (2, 91)]
+)
 def test_losses_of_anchors(anchors, classes, dtype, layout, device):
     sizes = SIZES if anchors * classes < 80 else SIZES[1:]
     levels, labels = setup(device, dtype, layout, 2, anchors, classes, sizes)

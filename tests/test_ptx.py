@@ -18,9 +18,11 @@ mov.u32 %r1, %ctaid.x;
 """
 
 
-def run(body, *tensors, blocks=1, threads=32, dynamic_shared=0, variables="", order=0):
+def run(
+    body, *tensors, blocks=1, threads=32, dynamic_shared=0, variables="", order=0, pointer=".u64"
+):
     """Executes PTX statements; %d0, %d1, ... hold the addresses of the tensors, %r0 is the thread, %r1 the block."""
-    parameters = ", ".join(f".param .u64 p{i}" for i in range(len(tensors)))
+    parameters = ", ".join(f".param {pointer} p{i}" for i in range(len(tensors)))
     loads = "".join(f"ld.param.u64 %d{i}, [p{i}];\n" for i in range(len(tensors)))
     text = f"{HEADER}{variables}\n.visible .entry kernel({parameters})\n{{{REGISTERS}{loads}{body}\nret;\n}}\n"
     library = ptx.library()
@@ -224,6 +226,16 @@ def test_special_values_of_approximations():
 
 
 in_every_order = pytest.mark.parametrize("order", range(3))
+
+
+def test_pointers_say_how_what_they_lead_to_is_aligned():
+    """As nvcc has them for compute capability 10.0 and later."""
+    flag, out = torch.ones(1, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32)
+    body = "ld.global.u8 %r3, [%d0]; st.global.u32 [%d1], %r3;"
+    run(body, flag, out, threads=1, pointer=".u64 .ptr .align 1")
+    assert out.item() == 1
+
+
 LANE = "and.b32 %r2, %r0, 31; mad.wide.u32 %d9, %r0, 4, %d0;"
 
 

@@ -72,12 +72,14 @@ inline size_t size_of(std::string_view type) {
   return digits == std::string_view::npos ? 1 : std::stoul(std::string(type.substr(digits))) / 8;
 }
 
-// ".align 8 .b8 name[64]", ".u64 name" or ".align 4 .b8 name[4] = {1, 2, 3, 4}"
+// ".align 8 .b8 name[64]", ".u64 name" or ".align 4 .b8 name[4] = {1, 2, 3, 4}"; in
+// ".u64 .ptr .align 1 name" the alignment is of what the pointer leads to.
 inline std::pair<std::string, Module::Variable> parse_variable(std::string_view text) {
   Module::Variable variable;
   const size_t equals = text.find('=');
   std::string_view declared = trimmed(text.substr(0, equals));
   size_t element = 1, count = 1;
+  bool is_pointer = false;
   variable.alignment = 0;
   while (!declared.empty() && declared.front() == '.') {
     const size_t end = declared.find_first_of(" \t\n");
@@ -85,8 +87,10 @@ inline std::pair<std::string, Module::Variable> parse_variable(std::string_view 
     declared = trimmed(declared.substr(end));
     if (word == "align") {
       const size_t digits = declared.find_first_of(" \t\n");
-      variable.alignment = number(declared.substr(0, digits));
+      variable.alignment = is_pointer ? 0 : number(declared.substr(0, digits));
       declared = trimmed(declared.substr(digits));
+    } else if (word == "ptr") {
+      is_pointer = true;
     } else if (word.size() >= 2 && is_digit(word[1])) {
       element = size_of(word);
     }
