@@ -43,6 +43,11 @@ TOLERANCES = {
 }
 
 
+# At its object the gradient of a loss with a score is the difference of a sigmoid and a power of the score, each of them up to
+# 1 and within 5e-7, as wrong as CUDA's manual allows: where the two cancel it is their error that is left.
+OF_A_DIFFERENCE = 1e-6
+
+
 def extras(labels: Tensor, classes: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """A score and a weight of each anchor, and three weights of each class."""
     dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -55,7 +60,7 @@ def extras(labels: Tensor, classes: int, dtype: torch.dtype) -> dict[str, Tensor
     return {name: value.to(labels.device) for name, value in given.items()}
 
 
-def check_against_float64(function, exact, levels, upstream=None) -> None:
+def check_against_float64(function, exact, levels, upstream=None, atol: float = 0) -> None:
     """Values and gradients of function(levels) against those of exact(levels in float64)."""
     dtype = levels[0].dtype
     losses = function(levels)
@@ -70,7 +75,10 @@ def check_against_float64(function, exact, levels, upstream=None) -> None:
     exact_grads = torch.autograd.grad(exact_losses, exact_levels, upstream.double())
     for level, grad, other in zip(levels, grads, exact_grads, strict=True):
         assert grad.dtype == dtype and grad.stride() == level.stride()
-        torch.testing.assert_close(grad.double(), other, **TOLERANCES[dtype])
+        of_grads = TOLERANCES[dtype]
+        if dtype != torch.float64:
+            of_grads = of_grads | {"atol": max(atol, of_grads["atol"])}
+        torch.testing.assert_close(grad.double(), other, **of_grads)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -145,6 +153,7 @@ def test_quality_losses(loss, dtype, layout, device):
                 x, labels, scores, loss, r, **o
             ),
             levels,
+            atol=OF_A_DIFFERENCE,
         )
 
 

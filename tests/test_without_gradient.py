@@ -1,4 +1,7 @@
-"""A loss that needs no gradient has kernels of its own on CUDA: in every dtype they give the bits of those that write one."""
+"""A loss that needs no gradient has kernels of its own on CUDA: in every dtype they give what those give that write one.
+
+The loss is the same to some last bits: nvcc may contract a product and a sum in one kernel and not in the other.
+"""
 
 import pytest
 import torch
@@ -152,4 +155,6 @@ def test_distances_of_a_head(loss, dtype, device):
 def check(loss, inputs) -> None:
     without = loss(inputs)
     assert not without.requires_grad
-    assert torch.equal(without, loss(inputs.clone().requires_grad_()))
+    of_both = loss(inputs.clone().requires_grad_())
+    rtol = 4 * torch.finfo(without.dtype).eps
+    torch.testing.assert_close(without, of_both.detach(), rtol=rtol, atol=0)
