@@ -48,6 +48,7 @@ constexpr int kMaxSlices = 8;            // of a block, so that a warp has neigh
 template <typename scalar_t>
 struct Division {
   int64_t rows = 1;  // of an item
+  int lanes = 1;     // that add up a row: as many as add up an item's rows at once
   int slices = 1;
   int classes_of_slice;
 
@@ -56,6 +57,9 @@ struct Division {
     if (num_classes < kChunk) {
       rows = kChunk / num_classes;
       rows = rows > N ? rows / N * N : rows;  // items begin at a multiple of 16 bytes
+    }
+    while (lanes < kWarpSize && 2 * lanes * rows <= kThreads) {
+      lanes *= 2;
     }
     while (slices < kMaxSlices && 2 * slices * kClassesOfSlice <= num_classes) {
       slices *= 2;
@@ -151,12 +155,12 @@ __device__ __forceinline__ Values<T, N> evaluate_plane(
   const PartWeights<T> class_weights(head.extras.class_weights, column);
   const auto& of_column = of_class(formula, column);
   Values<T, N> values;
-  if ((masks.positive | masks.ignored | masks.invalid) == 0) {  // as in most planes
+  // As of most threads: their positions are all background.
+  if ((masks.foreground | masks.ignored | masks.invalid) == 0) {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const auto value = of_column.negative(static_cast<T>(logits.data[j]));
-      const T factor = weight[j] * (masks.foreground & 1u << j ? class_weights.of_foreground
-                                                               : class_weights.of_background);
+      const T factor = weight[j] * class_weights.of_background;
       values.loss[j] = factor * value.loss;
       values.grad[j] = factor * value.grad;
     }

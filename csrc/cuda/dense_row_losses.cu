@@ -75,11 +75,8 @@ __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& divi
   const auto num_rows =
       static_cast<int>(min(division.rows, level.positions * head.anchors - first_row));
   const int num_logits = num_rows * head.classes;
-  int lanes = 1;  // that add up a row: as many as add up all rows at once
-  while (lanes < kWarpSize && 2 * lanes * num_rows <= kThreads) {
-    lanes *= 2;
-  }
-  const int lane = static_cast<int>(threadIdx.x) % lanes, rows_at_once = kThreads / lanes;
+  const int lane = static_cast<int>(threadIdx.x) % division.lanes;
+  const int rows_at_once = kThreads / division.lanes;
   T of_row = 0;  // the last one that a group added up
   for (int at = 0; at < num_logits; at += kChunk) {
     const int left = min(kChunk, num_logits - at), logits_of_row = is_long ? left : head.classes;
@@ -99,14 +96,14 @@ __device__ __forceinline__ void losses_of_rows(const Head& head, const Cut& divi
                   });
     __syncthreads();
     for (int first = 0; first < num_rows; first += rows_at_once) {
-      const int row = first + static_cast<int>(threadIdx.x) / lanes;
+      const int row = first + static_cast<int>(threadIdx.x) / division.lanes;
       T sum = 0;
       if (row < num_rows) {
         sum = share_of_row<N>(shared, has_parts, row * logits_of_row, (row + 1) * logits_of_row,
-                              lane, lanes);
+                              lane, division.lanes);
       }
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        sum += __shfl_down_sync(kFullWarp, sum, offset, lanes);
+      for (int offset = division.lanes / 2; offset > 0; offset /= 2) {
+        sum += __shfl_down_sync(kFullWarp, sum, offset, division.lanes);
       }
       of_row = at == 0 ? sum : of_row + sum;
       if (lane == 0 && row < num_rows) {
